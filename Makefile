@@ -1,0 +1,53 @@
+# make demo    set up if needed, then the whole way: draw photos, prepare, train, evaluate, predict
+# make test    set up if needed, then the everyday tests
+# make check   lint and types
+# make venv    the set-up alone
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+RUN := --config configs/demo.yaml
+
+.PHONY: demo test test-all check format wheel venv clean
+
+demo: $(STAMP)
+	rm -rf demo
+	$(BIN)/python -m jobs.sample_data $(RUN)
+	$(BIN)/python -m jobs.prepare $(RUN)
+	$(BIN)/python -m jobs.inspect $(RUN)
+	$(BIN)/python -m jobs.train $(RUN)
+	$(BIN)/python -m jobs.predict $(RUN) --point 120 80
+	$(BIN)/python -m jobs.evaluate $(RUN)
+	@echo
+	@echo "base: untrained (random weights); tuned: the best epoch, chosen on the val split. Look at:"
+	@echo "  demo/report/report.html                     base against tuned, in pictures"
+	@echo "  demo/prepared/overlays/                     the annotations"
+	@echo "  demo/look/                                  what the model was shown"
+	@echo "  demo/prediction/sample_00000_overlay.png    one click, one mask"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,341 @@
+"""The command line. `samray STAGE` and `python -m jobs.STAGE` are the same doors.
+
+Each stage lists its options once, with the dotted path of the setting each one sets.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samray import __version__
+from samray.config import Config, load_config
+from samray.errors import SamrayError
+
+# What a person scripts against: 0 the stage did its work, 2 the user can mend it.
+EXIT_MISTAKE = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One subcommand.
+
+    Attributes:
+        help: one line.
+        example: for the end of its `--help`.
+        add_options: adds options whose `dest` is the dotted path of a setting.
+        run: does the work and prints where the results are.
+    """
+
+    help: str
+    example: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Config], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="samray",
+        description="Fine-tune Segment Anything on your polygons, across a Ray cluster.",
+        epilog=_WALKTHROUGH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"samray {__version__}")
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, stage in STAGES.items():
+        _add_stage(commands, name, stage)
+    return _run(parser.parse_args(arguments))
+
+
+def job(stage: str) -> int:
+    """Run one stage as `python -m jobs.<stage>`; return the exit status."""
+    return main([stage, *sys.argv[1:]])
+
+
+def _add_stage(commands: Any, name: str, stage: Stage) -> None:
+    parser = commands.add_parser(
+        name,
+        help=stage.help,
+        description=stage.help,
+        epilog="example:\n" + stage.example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # an option not given leaves the config alone
+    )
+    stage.add_options(parser)
+    parser.add_argument("--config", metavar="YAML", default=None, help="one run's settings")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        default=[],
+        help="settings, over the YAML's",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    options = vars(arguments)
+    stage, path, overrides = (options.pop(k) for k in ("stage", "config", "overrides"))
+    try:
+        STAGES[stage].run(load_config(path, overrides, options))
+    except SamrayError as exc:
+        print(f"samray {stage}: error: {exc}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print(f"samray {stage}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _sample_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sample_data.output_dir", metavar="OUT", help="folder to draw into")
+    parser.add_argument("--num-images", dest="sample_data.num_images", type=int, metavar="N")
+    parser.add_argument("--seed", dest="sample_data.seed", type=int, metavar="N")
+
+
+def _run_sample_data(config: Config) -> None:
+    from samray.sample_data import write_sample_data
+    from samray.storage import resolve
+
+    settings = config.sample_data
+    output = resolve(str(settings.output_dir), "OUT")
+    write_sample_data(output, settings.num_images, settings.seed)
+    print(f"{settings.num_images} images with LabelMe JSON in {output}")
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    _paths(parser, "prepare", "folder of images and LabelMe JSON", "prepared dataset to write")
+    parser.add_argument(
+        "--labels",
+        dest="prepare.labels",
+        type=lambda text: [label.strip() for label in text.split(",") if label.strip()],
+        metavar="a,b",
+        help="keep these labels only",
+    )
+    parser.add_argument(
+        "--label-map", dest="prepare.label_map", metavar="FILE", help="JSON or YAML {old: new}"
+    )
+    parser.add_argument(
+        "--split-file",
+        dest="prepare.split_file",
+        metavar="FILE",
+        help='JSON {"train": [image, ...], "val": ..., "test": ...} or CSV image,split',
+    )
+    parser.add_argument(
+        "--group-by",
+        dest="prepare.group_by",
+        metavar="folder|REGEX",
+        help="keep a folder, or images whose path gives the same match, in one split",
+    )
+    parser.add_argument(
+        "--visualize", dest="prepare.visualize", action="store_true", help="write overlays"
+    )
+    parser.add_argument("--num-samples", dest="prepare.num_samples", type=int, metavar="N")
+    parser.add_argument(
+        "--strict", dest="prepare.strict", action="store_true", help="fail on anything bad"
+    )
+
+
+def _run_prepare(config: Config) -> None:
+    from samray.prepare import prepare
+
+    manifest = prepare(config)
+    splits = ", ".join(f"{name} {len(members)}" for name, members in manifest["splits"].items())
+    labels = ", ".join(f"{label} {count}" for label, count in manifest["labels"].items())
+    counts = f"{manifest['num_images']} images, {manifest['num_instances']} instances"
+    print(f"{counts} ({labels}); {splits}")
+    kinds = ("unlabelled", "empty", "warnings", "rejected")
+    print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
+    shown = 10
+    for problem in manifest["rejected"][:shown]:
+        print(f"  rejected {problem['file']}: {problem['field']}: {problem['reason']}")
+    if len(manifest["rejected"]) > shown:
+        print(f"  and {len(manifest['rejected']) - shown} more, all listed in manifest.json")
+    print(f"prepared dataset: {config.prepare.output_dir}/manifest.json")
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    _paths(parser, "inspect", "prepared dataset", "folder for the pictures")
+    parser.add_argument("--num-samples", dest="inspect.num_samples", type=int, metavar="N")
+    parser.add_argument(
+        "--point-selection", dest="inspect.point_selection", choices=["center", "random", "bbox"]
+    )
+    parser.add_argument("--num-points", dest="inspect.num_points", type=int, metavar="N")
+
+
+def _run_inspect(config: Config) -> None:
+    from samray.preview import inspect
+
+    for picture in inspect(config):
+        print(picture)
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    _paths(parser, "train", "prepared dataset", "RUN folder")
+    parser.add_argument(
+        "--model-type", dest="model.type", choices=["tiny", "vit_b", "vit_l", "vit_h"]
+    )
+    parser.add_argument(
+        "--checkpoint",
+        dest="model.checkpoint",
+        metavar="FILE|RUN|none",
+        help="weights to start from; without it the published ones; none for random ones",
+    )
+    parser.add_argument(
+        "--freeze-image-encoder",
+        dest="model.freeze_image_encoder",
+        action=argparse.BooleanOptionalAction,
+        help="the default whenever weights are given",
+    )
+    parser.add_argument(
+        "--freeze-prompt-encoder", dest="model.freeze_prompt_encoder", action="store_true"
+    )
+    parser.add_argument(
+        "--freeze-mask-decoder", dest="model.freeze_mask_decoder", action="store_true"
+    )
+    parser.add_argument(
+        "--batch-size",
+        dest="train.batch_size",
+        type=int,
+        metavar="N",
+        help="images in a step, over all workers",
+    )
+    parser.add_argument("--num-epochs", dest="train.num_epochs", type=int, metavar="N")
+    parser.add_argument("--lr", dest="train.learning_rate", type=float, metavar="RATE")
+    parser.add_argument(
+        "--point-selection",
+        dest="prompts.point_selection",
+        choices=["center", "random", "bbox", "mixed"],
+    )
+    parser.add_argument("--num-points", dest="prompts.num_points", type=int, metavar="N")
+    parser.add_argument("--num-workers", dest="scaling.num_workers", type=int, metavar="N")
+    parser.add_argument("--device", dest="scaling.device", choices=["auto", "cpu", "gpu"])
+    parser.add_argument(
+        "--resume", dest="train.resume", action="store_true", help="go on with the run in RUN"
+    )
+
+
+def _run_train(config: Config) -> None:
+    from samray.train import fit
+
+    state = fit(config)
+    best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
+    output = config.train.output_dir
+    print(f"best: epoch {best['epoch']} of {len(state['epochs'])}, val_iou {best['val_iou']:.3f}")
+    if state["embeddings"]:
+        encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
+        print(f"embeddings: {encoded} images encoded, {found} found")
+    print(f"run: {output}/run.json, best checkpoint: {output}/best")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    _paths(parser, "evaluate", "prepared dataset", "folder for evaluation.json and report.html")
+    parser.add_argument("--checkpoint", dest="evaluate.checkpoint", metavar="RUN")
+    parser.add_argument("--split", dest="evaluate.split", choices=["train", "val", "test"])
+
+
+def _run_evaluate(config: Config) -> None:
+    from samray.evaluate import evaluate
+
+    evaluation = evaluate(config)
+    base, tuned = (evaluation[model]["iou"]["strategy"] for model in ("base", "tuned"))
+    print(f"{evaluation['split']} mIoU     base    tuned   change")
+    for name in base:
+        gain = tuned[name] - base[name]
+        print(f"  {name:<10} {base[name]:6.3f}   {tuned[name]:6.3f}   {gain:+6.3f}")
+    output = config.evaluate.output_dir
+    print(f"report: {output}/report.html, figures: {output}/evaluation.json")
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", dest="predict.checkpoint", metavar="RUN")
+    parser.add_argument("--image-path", dest="predict.image_path", metavar="IMAGE")
+    for option, key in (("--point", "points"), ("--negative-point", "negative_points")):
+        parser.add_argument(
+            option,
+            dest=f"predict.{key}",
+            nargs=2,
+            type=float,
+            action="append",
+            metavar=("X", "Y"),
+            help="pixels of the image as shown; may be given again",
+        )
+    parser.add_argument(
+        "--box", dest="predict.box", nargs=4, type=float, metavar=("X1", "Y1", "X2", "Y2")
+    )
+    parser.add_argument("--label", dest="predict.label", metavar="TEXT")
+    parser.add_argument("--output-dir", dest="predict.output_dir", metavar="OUT")
+
+
+def _run_predict(config: Config) -> None:
+    from samray.predictor import predict
+
+    for kind, path in predict(config).items():
+        print(f"{kind}: {path}")
+
+
+def _paths(parser: argparse.ArgumentParser, section: str, data: str, output: str) -> None:
+    parser.add_argument("--data-dir", dest=f"{section}.data_dir", metavar="DIR", help=data)
+    parser.add_argument("--output-dir", dest=f"{section}.output_dir", metavar="DIR", help=output)
+
+
+_WALKTHROUGH = """the whole way:
+  samray sample-data photos --num-images 60 --seed 0
+  samray prepare  --data-dir photos --output-dir prepared --visualize
+  samray inspect  --data-dir prepared --point-selection bbox --output-dir look
+  samray train    --data-dir prepared --output-dir run --model-type tiny --num-workers 2
+  samray evaluate --data-dir prepared --checkpoint run --output-dir report
+  samray predict  --checkpoint run --image-path photos/images/sample_00000.jpg \\
+                  --point 120 80 --output-dir out
+
+Every stage also takes --config YAML and section.key=value words, and runs as
+`python -m jobs.STAGE` in a Ray job. Exit status: 0 done (bad items are listed), 2 a mistake
+in options or input that you can mend.
+"""
+
+STAGES: dict[str, Stage] = {
+    "sample-data": Stage(
+        "draw a LabelMe dataset to try things on",
+        "  samray sample-data photos --num-images 60 --seed 0",
+        _sample_data_options,
+        _run_sample_data,
+    ),
+    "prepare": Stage(
+        "check and rasterise LabelMe pairs into a prepared dataset",
+        "  samray prepare --data-dir photos --output-dir prepared --visualize\n"
+        "  samray prepare --data-dir video --output-dir prepared --group-by 'clip_[0-9]+' --strict",
+        _prepare_options,
+        _run_prepare,
+    ),
+    "inspect": Stage(
+        "draw samples with their masks and the prompts a model will be given",
+        "  samray inspect --data-dir prepared --num-samples 3 --point-selection random \\\n"
+        "                 --num-points 3 --output-dir look",
+        _inspect_options,
+        _run_inspect,
+    ),
+    "train": Stage(
+        "fine-tune SAM on a prepared dataset",
+        "  samray train --data-dir prepared --output-dir run --model-type vit_b --num-workers 2\n"
+        "  samray train --data-dir prepared --output-dir run --resume --num-epochs 20\n"
+        "  samray train --config configs/vit_b.yaml train.learning_rate=5e-5",
+        _train_options,
+        _run_train,
+    ),
+    "evaluate": Stage(
+        "compare the weights a run started from with its best checkpoint",
+        "  samray evaluate --data-dir prepared --checkpoint run --output-dir report",
+        _evaluate_options,
+        _run_evaluate,
+    ),
+    "predict": Stage(
+        "segment one object of an image by points or a box",
+        "  samray predict --checkpoint run --image-path photo.jpg --point 120 80 \\\n"
+        "                 --negative-point 30 40 --output-dir out\n"
+        "  samray predict --checkpoint run --image-path photo.jpg --box 10 20 200 180 "
+        "--output-dir out",
+        _predict_options,
+        _run_predict,
+    ),
+}

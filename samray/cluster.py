@@ -1,0 +1,158 @@
+"""Ray: start or join it, and refuse at once what it cannot run."""
+
+import logging
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util import ActorPool
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from samray.config import ScalingConfig
+from samray.errors import ClusterError, ConfigError
+from samray.storage import write_bytes
+
+# Tries for a local Ray, whose start now and then fails on a busy machine.
+START_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each worker gets.
+
+    Attributes:
+        num_workers: processes.
+        use_gpu: one GPU each.
+        cpus_per_worker: CPUs each, and threads on a CPU run.
+    """
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: int
+
+
+def start() -> None:
+    """Join the cluster that RAY_ADDRESS names (set in every Ray job), else start Ray right here.
+
+    Without RAY_ADDRESS a local Ray of our own is started, never a stranger's joined.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        return
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            # At least two logical CPUs, so that two workers run on any laptop.
+            ray.init(address="local", num_cpus=max(2, os.cpu_count() or 1), **options)
+            return
+        except Exception:
+            if attempt == START_TRIES:
+                raise
+            ray.shutdown()
+
+
+def plan_resources(scaling: ScalingConfig) -> Resources:
+    """Return what each worker gets, or say at once why the cluster cannot give it.
+
+    Raises:
+        ClusterError: more CPUs or GPUs asked for than the cluster has; Ray itself would wait
+            for ever.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cpus = int(sum(node.get("CPU", 0) for node in nodes))
+    workers = scaling.num_workers
+    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and gpus >= workers)
+    if scaling.device == "gpu" and gpus < workers:
+        raise ClusterError(
+            f"--num-workers {workers} with --device gpu needs {workers} GPUs; the cluster has "
+            f"{gpus}; ask for fewer workers or --device cpu"
+        )
+    per_worker = scaling.cpus_per_worker
+    if per_worker is None:
+        per_worker = max(1, cpus // workers) if len(nodes) == 1 and not use_gpu else 1
+    places = sum(
+        min(
+            int(node.get("CPU", 0)) // per_worker,
+            int(node.get("GPU", 0)) if use_gpu else workers,
+        )
+        for node in nodes
+    )
+    if places < workers:
+        raise ClusterError(
+            f"{workers} workers of {per_worker} CPUs{' and a GPU' if use_gpu else ''} each do not "
+            f"fit the cluster, which has room for {places} ({cpus} CPUs, {gpus} GPUs on "
+            f"{len(nodes)} nodes); lower --num-workers or scaling.cpus_per_worker"
+        )
+    return Resources(workers, use_gpu, per_worker)
+
+
+def pool_size(num_items: int) -> int:
+    """Actors for independent items: one a GPU, else one a CPU, no more than items."""
+    totals = ray.cluster_resources()
+    return max(1, min(num_items, int(totals.get("GPU", 0)) or int(totals.get("CPU", 1))))
+
+
+def start_pool(actor_class: Any, num_items: int, *arguments: Any) -> ActorPool:
+    """Start actors for independent items and wait until all have loaded what they need."""
+    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    actors = [
+        actor_class.options(num_cpus=1, num_gpus=num_gpus).remote(*arguments)
+        for _ in range(pool_size(num_items))
+    ]
+    ray.get([actor.__ray_ready__.remote() for actor in actors])
+    return ActorPool(actors)
+
+
+def stop_pool(pool: ActorPool) -> None:
+    """Give the actors of an idle pool back at once."""
+    while pool.has_free():
+        ray.kill(pool.pop_idle())
+
+
+def actor_device() -> str:
+    """Torch's name of the device of the actor that calls this; one thread on a CPU."""
+    if ray.get_gpu_ids():
+        return "cuda"
+    torch.set_num_threads(1)  # the other actors fill the other CPUs
+    return "cpu"
+
+
+def require_shared(folder: Path, what: str) -> None:
+    """Make sure that every node sees the same folder.
+
+    Raises:
+        ConfigError: naming the nodes that do not.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    token = folder / f".samray-{uuid.uuid4().hex}"
+    write_bytes(token, b"seen by every node?")
+    try:
+        checks = {
+            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": _exists.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(str(token))
+            for node in nodes
+        }
+        blind = [name for name, check in checks.items() if not ray.get(check)]
+    finally:
+        token.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(
+            f"{what}: {folder} is not shared: node {', '.join(blind)} cannot see what this one "
+            "writes there; use a folder on a file system that every node mounts"
+        )
+
+
+@ray.remote(num_cpus=0)
+def _exists(path: str) -> bool:
+    return os.path.exists(path)

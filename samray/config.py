@@ -1,0 +1,339 @@
+"""One YAML is one run: every setting, its unit and its default.
+
+A config has one section per stage or concern. Values come, later ones winning, from the
+defaults below, a YAML file, ``section.key=value`` words and the command line's options. The
+resolved config is saved beside every output, so any result tells how to repeat it.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from samray.errors import ConfigError
+
+ModelType = Literal["tiny", "vit_b", "vit_l", "vit_h"]
+PointSelection = Literal["center", "random", "bbox", "mixed"]
+Split = Literal["train", "val", "test"]
+
+
+class Section(BaseModel):
+    """Frozen, and a misspelt key is an error instead of a setting that does nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SampleDataConfig(Section):
+    """`samray sample-data`: draw a LabelMe dataset to try things on."""
+
+    output_dir: str | None = None
+    """Folder to draw into."""
+    num_images: int = Field(60, ge=1)
+    """Images to draw."""
+    seed: int = Field(0, ge=0)
+    """The same seed draws the same images, byte for byte."""
+
+
+class PrepareConfig(Section):
+    """`samray prepare`: LabelMe pairs to a prepared dataset."""
+
+    data_dir: str | None = None
+    """Folder of images and LabelMe JSON files, in any layout."""
+    output_dir: str | None = None
+    """Folder for the prepared dataset."""
+    labels: tuple[str, ...] | None = None
+    """Keep these labels only, as named after `label_map`; none given keeps all."""
+    label_map: str | None = None
+    """JSON or YAML file of {old label: new label}; null as the new label drops the shape."""
+    split_file: str | None = None
+    """JSON {"train": [image, ...], "val": ..., "test": ...} or CSV lines `image,split`."""
+    group_by: str | None = None
+    """`folder`, or a regular expression on the image's path (its first group, else all of it)."""
+    val_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the images, by hash, for choosing the best checkpoint."""
+    test_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the images, by hash, that only evaluation sees."""
+    images_per_shard: int = Field(32, ge=1)
+    """Images in one Parquet shard, which is one parallel task."""
+    max_megapixels: float = Field(100.0, gt=0, le=170)
+    """Larger images are refused by their header, before they are decoded."""
+    visualize: bool = False
+    """Write pictures with the masks drawn over them to OUTPUT_DIR/overlays."""
+    num_samples: int = Field(20, ge=1)
+    """How many of those pictures."""
+    strict: bool = False
+    """Anything bad in the input makes the stage fail and publish nothing."""
+
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "val_fraction + test_fraction must be below 1, or nothing is trained on"
+            )
+        return self
+
+
+class InspectConfig(Section):
+    """`samray inspect`: see what a model will see."""
+
+    data_dir: str | None = None
+    """A prepared dataset."""
+    output_dir: str | None = None
+    """Folder for the pictures."""
+    num_samples: int = Field(3, ge=1)
+    """How many images."""
+    point_selection: Literal["center", "random", "bbox"] = "center"
+    """The prompt that each instance gets."""
+    num_points: int = Field(1, ge=1, le=64)
+    """Points an instance, for center and random."""
+    seed: int = Field(0, ge=0)
+    """Chooses the images and draws the prompts."""
+
+
+class ModelConfig(Section):
+    """Which SAM, from which weights, and which of its parts learn."""
+
+    type: ModelType = "tiny"
+    """SAM's ViT-B, ViT-L, ViT-H, or samray's own `tiny`."""
+    checkpoint: str | None = None
+    """A weights file, a RUN, or `none` for random weights; unset takes the published ones."""
+    freeze_image_encoder: bool | None = None
+    """Unset: frozen when weights are given, trained when they are random."""
+    freeze_prompt_encoder: bool = False
+    """Keep the prompt encoder as it is."""
+    freeze_mask_decoder: bool = False
+    """Keep the mask decoder as it is."""
+
+
+class PromptConfig(Section):
+    """The prompts that training draws, afresh in every epoch."""
+
+    point_selection: PointSelection = "mixed"
+    """center, random or bbox for every instance; mixed draws one of the three for each."""
+    num_points: int = Field(1, ge=1, le=64)
+    """Points an instance, for center and random."""
+    box_noise: float = Field(0.1, ge=0, le=0.5)
+    """Standard deviation of the box corners' noise, as a share of the box's side (max 20 px)."""
+
+
+class LossConfig(Section):
+    """Weights of the loss's three parts (Segment Anything, appendix A: 20, 1, 1)."""
+
+    focal_weight: float | None = Field(None, ge=0)
+    """Unset: 20 from given weights; 1 from random ones, which at 20 first learn nothing."""
+    dice_weight: float = Field(1.0, ge=0)
+    """Weight of the Dice loss."""
+    iou_weight: float = Field(1.0, ge=0)
+    """Weight of the squared error of the predicted IoU."""
+
+
+class TrainConfig(Section):
+    """`samray train`: the run and its optimiser."""
+
+    data_dir: str | None = None
+    """A prepared dataset."""
+    output_dir: str | None = None
+    """The RUN folder."""
+    batch_size: int = Field(2, ge=1)
+    """Images in one optimiser step, over all workers, whose number thus changes no result."""
+    num_epochs: int = Field(10, ge=1)
+    """Passes over the training split."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """AdamW's peak learning rate, reached after the warm-up."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's weight decay."""
+    warmup_steps: int = Field(20, ge=0)
+    """Optimiser steps over which the learning rate rises from zero; then it falls as a cosine."""
+    final_lr_fraction: float = Field(0.05, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    clip_grad_norm: float = Field(1.0, gt=0)
+    """Gradients longer than this are shortened to it."""
+    max_prompts: int = Field(64, ge=1)
+    """Instances decoded at once; a step with more recomputes in chunks, to save memory."""
+    seed: int = Field(0, ge=0)
+    """Orders the images, draws the prompts and any random weights."""
+    resume: bool = False
+    """Go on with the run in output_dir; only epochs and workers may have changed."""
+
+
+class ScalingConfig(Section):
+    """What the run takes of the cluster; named after Ray Train's ScalingConfig."""
+
+    num_workers: int = Field(1, ge=1)
+    """DDP processes."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes GPUs when the Ray cluster (not this machine) has one for each worker."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs and threads a worker; unset shares the CPUs of a single node out, else 1."""
+
+
+class EmbeddingsConfig(Section):
+    """The cache of image embeddings, used while the image encoder is frozen."""
+
+    cache_dir: str | None = None
+    """Folder shared by all nodes; unset: `embeddings` inside the prepared dataset."""
+    reserve_gb: float = Field(1.0, ge=0)
+    """Disk space in GB that filling the cache must leave free."""
+
+
+class EvaluateConfig(Section):
+    """`samray evaluate`: base against tuned."""
+
+    data_dir: str | None = None
+    """A prepared dataset."""
+    checkpoint: str | None = None
+    """A RUN folder."""
+    output_dir: str | None = None
+    """Folder for evaluation.json and report.html."""
+    split: Split = "test"
+    """Split to score."""
+    seed: int = Field(0, ge=0)
+    """Draws the evaluation prompts; keep it to compare runs."""
+    num_overlays: int = Field(6, ge=0, le=50)
+    """Worst and best instances to show in the report, each."""
+
+
+class PredictConfig(Section):
+    """`samray predict`: one image and its prompts to a mask."""
+
+    checkpoint: str | None = None
+    """A RUN folder, a checkpoint folder or a ViT weights file."""
+    image_path: str | None = None
+    """The image."""
+    points: tuple[tuple[float, float], ...] = ()
+    """Foreground points (x, y) in pixels of the image as shown (EXIF applied)."""
+    negative_points: tuple[tuple[float, float], ...] = ()
+    """Background points (x, y)."""
+    box: tuple[float, float, float, float] | None = None
+    """Box (x1, y1, x2, y2)."""
+    label: str = "object"
+    """Label to write in the LabelMe JSON."""
+    output_dir: str | None = None
+    """Folder for mask, overlay and LabelMe JSON."""
+
+
+class Config(Section):
+    """A whole run; each stage reads the sections it needs."""
+
+    sample_data: SampleDataConfig = SampleDataConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    inspect: InspectConfig = InspectConfig()
+    model: ModelConfig = ModelConfig()
+    prompts: PromptConfig = PromptConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge a YAML file, ``section.key=value`` words and options into one checked config.
+
+    Args:
+        path: YAML file, or None for the defaults alone.
+        overrides: words such as ``train.learning_rate=1e-5``; values are read as YAML.
+        options: dotted path -> value, from the command line's options; they win.
+
+    Raises:
+        ConfigError: one error that lists every mistake with its dotted path.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    mistakes: list[str] = []
+    for word in overrides:
+        dotted, equals, text = word.partition("=")
+        if not equals or not dotted:
+            mistakes.append(f"'{word}' is not of the form section.key=value")
+            continue
+        try:
+            _set(values, dotted, yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError) as exc:
+            mistakes.append(f"{dotted}: {exc}")
+    for dotted, value in (options or {}).items():
+        _set(values, dotted, value)
+    source = str(path) if path is not None else "config"
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as exc:
+        mistakes += [_explain(error) for error in exc.errors()]
+    if mistakes:
+        raise ConfigError(f"{source}: " + "; ".join(mistakes))
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def required(config: Config, *dotted_paths: str) -> list[str]:
+    """Return the values of settings that a stage cannot do without.
+
+    Raises:
+        ConfigError: naming every one that is missing, as option and as setting.
+    """
+    values, missing = [], []
+    for dotted in dotted_paths:
+        section, key = dotted.split(".")
+        value = getattr(getattr(config, section), key)
+        values.append(value)
+        if value is None or value == "":
+            missing.append(f"--{key.replace('_', '-')} (or {dotted}=...)")
+    if missing:
+        raise ConfigError("missing " + " and ".join(missing))
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read ({exc.strerror}); check --config") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(exc).split())}") from exc
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: must hold sections such as `train:`, not a {type(values).__name__}"
+        )
+    return values
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ValueError(f"{section} is not a section")
+    values[key] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `dotted.path ...`, with the valid names for an unknown key."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']} (got {error['input']!r})"
+    *sections, key = (str(part) for part in error["loc"])
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"{where} is not a setting{hint}; {'.'.join(sections) or 'a config'} has {', '.join(names)}"
+    )

@@ -1,0 +1,134 @@
+"""Which JSON speaks of which image: the layouts people have, and never a step out of the folder.
+
+Known layouts: `images/` beside `annotations/`, the JSON beside its image (LabelMe's default),
+nested folders, equal stems in different folders.
+"""
+
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from samray.errors import AnnotationError
+from samray.images import EXTENSIONS
+
+
+@dataclass
+class RawFiles:
+    """Every file of a raw dataset that may matter.
+
+    Attributes:
+        root: the dataset's folder.
+        annotations: JSON files, paths from the root with forward slashes, sorted.
+        images: image files, likewise.
+    """
+
+    root: Path
+    annotations: list[str]
+    images: list[str]
+    image_set: frozenset[str] = field(init=False)
+    by_stem: Mapping[str, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.image_set = frozenset(self.images)
+        by_stem = defaultdict(list)
+        for image in self.images:
+            by_stem[PurePosixPath(image).stem].append(image)
+        self.by_stem = dict(by_stem)
+
+
+def find_files(root: Path) -> RawFiles:
+    """List JSON and image files below a folder; hidden ones and links out of it stay unseen."""
+    annotations, images = [], []
+    real_root = os.path.realpath(root)
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for file in files:
+            path = os.path.join(folder, file)
+            if file.startswith(".") or not _is_inside(os.path.realpath(path), real_root):
+                continue
+            relative = Path(path).relative_to(root).as_posix()
+            extension = os.path.splitext(file)[1].lower()
+            if extension == ".json":
+                annotations.append(relative)
+            elif extension in EXTENSIONS:
+                images.append(relative)
+    return RawFiles(root, sorted(annotations), sorted(images))
+
+
+def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
+    """Return the image that an annotation speaks of, as a path from the root.
+
+    First `imagePath`, seen from the JSON's folder. Where that points nowhere, an image with the
+    JSON's own stem, the nearest one winning, then one with the stem of `imagePath`.
+    A path out of the dataset is never followed; if the file it names has the JSON's stem, it is
+    an annotator's old path, and the stem decides.
+
+    Args:
+        annotation: the JSON's path from the root.
+        image_path: its `imagePath`, with forward slashes; may be empty.
+
+    Raises:
+        AnnotationError: no such image, or several that are equally near.
+    """
+    folder = PurePosixPath(annotation).parent
+    stem = PurePosixPath(annotation).stem
+    if image_path:
+        named = posixpath.normpath(posixpath.join(str(folder), image_path))
+        if named in files.image_set:  # which holds nothing from outside the root
+            return named
+        leads_out = posixpath.isabs(named) or named.split("/")[0] == ".."
+        if leads_out and PurePosixPath(image_path).stem != stem:
+            raise AnnotationError(
+                "imagePath",
+                f"{image_path!r:.120} leads out of the dataset's folder and is not followed; "
+                "put the image beside its JSON",
+            )
+    image = find_by_stem(folder, stem, files)
+    if image is None and image_path:
+        image = find_by_stem(folder, PurePosixPath(image_path).stem, files)
+    if image is None:
+        said = f"imagePath {image_path!r:.120} points nowhere" if image_path else "no imagePath"
+        raise AnnotationError(
+            "imagePath", f"{said}, and there is no image named {stem}.*; add the image"
+        )
+    return image
+
+
+def find_by_stem(folder: PurePosixPath, stem: str, files: RawFiles) -> str | None:
+    """Return the image with a stem that is nearest to a JSON's folder, or None.
+
+    Nearest means: in that folder; else in the folder whose path differs by `annotations`
+    and `images` (or whatever the two are called) in one place; else anywhere.
+
+    Raises:
+        AnnotationError: several are equally near.
+    """
+    candidates = files.by_stem.get(stem, [])
+    if not candidates:
+        return None
+    ranked = defaultdict(list)
+    for image in candidates:
+        ranked[_distance(folder.parts, PurePosixPath(image).parent.parts)].append(image)
+    nearest = ranked[min(ranked)]
+    if len(nearest) > 1:
+        raise AnnotationError(
+            "imagePath",
+            f"points nowhere, and {len(nearest)} images have this stem ({', '.join(nearest[:3])}); "
+            "correct imagePath",
+        )
+    return nearest[0]
+
+
+def _distance(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    if a == b:
+        return 0
+    if len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1:
+        return 1
+    return 2
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder

@@ -1,0 +1,70 @@
+"""Encode once: a content-addressed cache of image embeddings that every run shares.
+
+A key stands for the image's bytes, the image encoder's weights, the transform and the
+precision. One `.npy` a key: tensors in Parquet write 80 times slower and read 130 times slower.
+
+    CACHE/<encoder digest>/<first two of key>/<key>.npy      C x h x w float16
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from samray.model import encoder_digest
+from samray.storage import whole_file
+from samray.transforms import TRANSFORM_VERSION, image_to_input
+
+PRECISION = "float16"
+
+
+class EmbeddingCache:
+    """Embeddings of one image encoder.
+
+    Args:
+        folder: shared by all encoders; each gets a folder of its own inside.
+        sam: whose encoder the embeddings come from.
+    """
+
+    def __init__(self, folder: Path, sam: Any) -> None:
+        self.img_size: int = sam.image_encoder.img_size
+        self.encoder_digest = encoder_digest(sam)
+        self.folder = folder / self.encoder_digest[:16]
+
+    def path(self, image_digest: str) -> Path:
+        """Where the embedding of an image is, or will be."""
+        content = (image_digest, self.encoder_digest, self.img_size, TRANSFORM_VERSION, PRECISION)
+        key = hashlib.sha256("\0".join(map(str, content)).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key}.npy"
+
+    def load(self, image_digest: str) -> np.ndarray | None:
+        """Return C x h x w float16, mapped from disk; None if it is not there."""
+        try:
+            embedding: np.ndarray = np.load(self.path(image_digest), mmap_mode="r")
+        except FileNotFoundError:
+            return None
+        return embedding
+
+    def save(self, image_digest: str, embedding: np.ndarray) -> None:
+        """Publish an embedding; a reader sees all of it or nothing."""
+        path = self.path(image_digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, embedding.astype(np.float16))
+
+
+@torch.inference_mode()
+def encode_image(sam: Any, image: np.ndarray) -> torch.Tensor:
+    """Return the embedding of one image, on the model's device.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+
+    Returns:
+        C x h x w float32.
+    """
+    pixels = image_to_input(image, sam.image_encoder.img_size).to(sam.device)
+    embedding: torch.Tensor = sam.image_encoder(pixels[None])[0]
+    return embedding

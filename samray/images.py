@@ -1,0 +1,77 @@
+"""Image files to RGB pixels, decided by content and limited before decoding."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from samray.errors import AnnotationError
+
+# Known by content, whatever the file's extension says. Pillow's other formats stay shut:
+# fewer parsers see untrusted bytes.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # JPEG's reader opens phones' MPO, too
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_MEGAPIXELS = 170.0  # no setting goes above it
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
+STRETCH_PERCENTILES = (0.1, 99.9)
+
+
+def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
+    """Return the image as people see it, with its EXIF orientation applied.
+
+    16-bit images are stretched linearly from their 0.1 and 99.9 percentiles to 0..255.
+
+    Args:
+        raw: a whole JPEG, PNG, BMP, TIFF or WebP file.
+        max_megapixels: larger ones are refused by their header.
+
+    Returns:
+        image: H x W x 3 uint8 RGB.
+
+    Raises:
+        AnnotationError: field `image`; not an image, cut short, too large, or of many pages.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images; we have our own limit
+        try:
+            picture = Image.open(io.BytesIO(raw), formats=FORMATS)
+            megapixels = picture.width * picture.height / 1e6
+            if megapixels > max_megapixels:
+                raise AnnotationError(
+                    "image",
+                    f"has {megapixels:.0f} megapixels; the limit is {max_megapixels:.0f} "
+                    "(prepare.max_megapixels)",
+                )
+            pages = getattr(picture, "n_frames", 1)
+            if picture.format != "MPO" and pages > 1:
+                raise AnnotationError(
+                    "image", f"has {pages} pages; save each page as an image of its own"
+                )
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode in DEEP_MODES:
+                return _stretch(np.asarray(upright))
+            return np.asarray(upright.convert("RGB"))
+        except AnnotationError:
+            raise
+        # Pillow's parsers raise almost anything on damaged files.
+        except Exception as exc:
+            raise AnnotationError(
+                "image",
+                f"cannot be decoded ({_one_line(exc)}); it must be a whole "
+                "JPEG, PNG, BMP, TIFF or WebP file",
+            ) from exc
+
+
+def _stretch(deep: np.ndarray) -> np.ndarray:
+    """H x W of 16 or 32 bits -> H x W x 3 uint8."""
+    low, high = np.percentile(deep, STRETCH_PERCENTILES)
+    scaled = (deep.astype(np.float32) - low) * (255.0 / max(high - low, 1.0))
+    grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _one_line(exc: Exception) -> str:
+    if isinstance(exc, UnidentifiedImageError):
+        return "its content is of no known image format"
+    return " ".join(str(exc).split())[:120] or type(exc).__name__

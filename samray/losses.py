@@ -1,0 +1,88 @@
+"""SAM's training loss, per instance, over the part of the frame that is image.
+
+Letters: P instances, C masks each, h x w low-resolution cells.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+
+def focal_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Mean focal loss over the valid cells (alpha 0.25, gamma 2; Lin et al., RetinaNet).
+
+    Args:
+        logits: P x C x h x w.
+        targets: P x 1 x h x w, covered share of each cell.
+        valid: P x 1 x h x w, share of each cell that is image.
+
+    Returns:
+        P x C.
+    """
+    loss = sigmoid_focal_loss(logits, targets.expand_as(logits), alpha=0.25, gamma=2.0)
+    mean: Tensor = (loss * valid).sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1))
+    return mean
+
+
+def dice_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """One minus the Dice coefficient, smoothed by one cell (Milletari et al., V-Net).
+
+    Shapes as in `focal_loss`.
+    """
+    probabilities = logits.sigmoid() * valid
+    overlap = (probabilities * targets).sum(dim=(-2, -1))
+    total = probabilities.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
+    return 1 - (2 * overlap + 1) / (total + 1)
+
+
+def low_res_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """IoU of the thresholded masks with the targets' shares, without gradient.
+
+    Shares count as areas, so an object smaller than a cell does not divide by zero.
+
+    Returns:
+        P x C in 0..1.
+    """
+    with torch.no_grad():
+        predicted = (logits > 0).to(targets.dtype) * valid
+        overlap = torch.minimum(predicted, targets).sum(dim=(-2, -1))
+        union = torch.maximum(predicted, targets).sum(dim=(-2, -1))
+        return overlap / union.clamp_min(1e-6)
+
+
+def sam_loss(
+    logits: Tensor,
+    iou_predictions: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    weights: tuple[float, float, float],
+) -> dict[str, Tensor]:
+    """Return the loss of a group of instances, summed over the instances.
+
+    Of several masks for one ambiguous prompt only the best one's loss counts (Segment Anything,
+    appendix A); the IoU head learns from all of them.
+
+    Args:
+        logits: P x C x h x w.
+        iou_predictions: P x C.
+        targets, valid: P x 1 x h x w.
+        weights: of focal, Dice and IoU loss.
+
+    Returns:
+        `loss` (weighted), `loss_focal`, `loss_dice`, `loss_iou`: sums, for the caller to divide by
+        the number of instances of the whole step.
+    """
+    focal_weight, dice_weight, iou_weight = weights
+    focal = focal_loss(logits, targets, valid)
+    dice = dice_loss(logits, targets, valid)
+    best = (focal_weight * focal + dice_weight * dice).argmin(dim=1, keepdim=True)  # P x 1
+    loss_focal = focal.gather(1, best).sum()
+    loss_dice = dice.gather(1, best).sum()
+    true_iou = low_res_iou(logits, targets, valid)
+    loss_iou = (iou_predictions - true_iou).square().mean(dim=1).sum()
+    return {
+        "loss": focal_weight * loss_focal + dice_weight * loss_dice + iou_weight * loss_iou,
+        "loss_focal": loss_focal,
+        "loss_dice": loss_dice,
+        "loss_iou": loss_iou,
+    }

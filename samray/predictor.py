@@ -1,0 +1,184 @@
+"""A checkpoint, an image and prompts to masks: no Ray, one image encoded once for many prompts."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from samray.annotations import labelme_document
+from samray.batches import group_prompts
+from samray.checkpoint import Checkpoint, load_checkpoint
+from samray.config import Config, required
+from samray.drawing import draw_masks, draw_prompt_marks, encode_picture
+from samray.embeddings import encode_image
+from samray.errors import AnnotationError, ConfigError
+from samray.images import decode_image
+from samray.model import decode_prompts
+from samray.prompts import Prompt
+from samray.rasterize import mask_to_shapes
+from samray.storage import make_folder, resolve, write_bytes, write_json
+from samray.transforms import masks_to_original
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Masks for one prompt, C of them.
+
+    Attributes:
+        masks: C x H x W bool, original resolution.
+        iou_predictions: C float32, the model's own estimate.
+        low_res_masks: C x h x w float32 logits.
+    """
+
+    masks: np.ndarray
+    iou_predictions: np.ndarray
+    low_res_masks: np.ndarray
+
+    @property
+    def best(self) -> np.ndarray:
+        """The mask of highest predicted IoU, H x W bool."""
+        return np.asarray(self.masks[int(self.iou_predictions.argmax())])
+
+
+class Predictor:
+    """Answers points and boxes on one image at a time.
+
+        predictor = Predictor.from_checkpoint("runs/nuts")
+        predictor.set_image(image)
+        mask = predictor.predict(Prompt(box=np.array([10, 20, 110, 90]))).best
+
+    Args:
+        sam: a `Sam`; its device is where the work is done.
+    """
+
+    def __init__(self, sam: Any) -> None:
+        self.sam = sam.eval()
+        self._embedding: torch.Tensor | None = None
+        self._original_size = (0, 0)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Predictor":
+        """Load the best checkpoint of a RUN, a checkpoint folder or a ViT weights file.
+
+        Args:
+            device: torch's name of it; unset takes a GPU where there is one.
+
+        Raises:
+            CheckpointError: it cannot be used.
+        """
+        checkpoint: Checkpoint = load_checkpoint(Path(path))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(checkpoint.model().to(device))
+
+    def set_image(self, image: np.ndarray) -> None:
+        """Encode an image, H x W x 3 uint8 RGB, for the prompts to come."""
+        self._embedding = encode_image(self.sam, image)
+        self._original_size = (image.shape[0], image.shape[1])
+
+    @torch.inference_mode()
+    def predict(self, prompt: Prompt, multimask_output: bool | None = None) -> Prediction:
+        """Return masks for one prompt.
+
+        Args:
+            prompt: points, a box or both, in pixels of the image.
+            multimask_output: three masks or one; unset gives three for one point alone, which
+                may mean part, object or group.
+
+        Raises:
+            ValueError: no image has been set, or the prompt is empty.
+        """
+        if self._embedding is None:
+            raise ValueError("call set_image first")
+        if prompt.layout == (0, False):
+            raise ValueError("the prompt has neither a point nor a box")
+        img_size = self.sam.image_encoder.img_size
+        ((group, _),) = group_prompts([prompt], [0], [self._original_size], img_size)
+        if multimask_output is None:
+            multimask_output = group.ambiguous
+        low_res, predicted = decode_prompts(
+            self.sam, self._embedding[None], group.to(self._embedding.device), multimask_output
+        )
+        masks = masks_to_original(low_res, self._original_size, img_size)[0] > 0
+        return Prediction(masks.cpu().numpy(), predicted[0].cpu().numpy(), low_res[0].cpu().numpy())
+
+
+def predict(config: Config) -> dict[str, Path]:
+    """Segment one object of one image and write mask, overlay and LabelMe JSON.
+
+    Args:
+        config: its `predict` section.
+
+    Returns:
+        {`mask`, `overlay`, `labelme`: path}.
+
+    Raises:
+        ConfigError: no prompt, or one outside the image.
+        AnnotationError: the image cannot be used.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    settings = config.predict
+    checkpoint, image_path, output_dir = required(
+        config, "predict.checkpoint", "predict.image_path", "predict.output_dir"
+    )
+    path = resolve(image_path, "--image-path")
+    output = resolve(output_dir, "--output-dir")
+    prompt = _prompt_of(config)
+    try:
+        image = decode_image(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"--image-path: {path} cannot be read ({exc.strerror})") from exc
+    except AnnotationError as exc:
+        raise ConfigError(f"--image-path: {path} {exc.reason}") from exc
+    _require_inside(prompt, image)
+    predictor = Predictor.from_checkpoint(resolve(checkpoint, "--checkpoint"))
+    predictor.set_image(image)
+    mask = predictor.predict(prompt).best
+    make_folder(output, "--output-dir")
+    outputs = {
+        "mask": output / f"{path.stem}_mask.png",
+        "overlay": output / f"{path.stem}_overlay.png",
+        "labelme": output / f"{path.stem}.json",
+    }
+    picture = draw_prompt_marks(draw_masks(image, [mask]), prompt)
+    write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
+    write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
+    size = (image.shape[0], image.shape[1])
+    seen_from_output = Path(os.path.relpath(path.resolve(), output.resolve()))
+    document = labelme_document(
+        seen_from_output.as_posix(), size, mask_to_shapes(mask, settings.label)
+    )
+    write_json(outputs["labelme"], document)
+    return outputs
+
+
+def _prompt_of(config: Config) -> Prompt:
+    settings = config.predict
+    points = [*settings.points, *settings.negative_points]
+    if not points and settings.box is None:
+        raise ConfigError("give the object by --point X Y, or --box X1 Y1 X2 Y2, or both")
+    labels = [1] * len(settings.points) + [0] * len(settings.negative_points)
+    return Prompt(
+        np.array(points, np.float32) if points else None,
+        np.array(labels, np.int64) if points else None,
+        np.array(settings.box, np.float32) if settings.box is not None else None,
+    )
+
+
+def _require_inside(prompt: Prompt, image: np.ndarray) -> None:
+    height, width = image.shape[:2]
+    if prompt.point_coords is not None:
+        for x, y in prompt.point_coords.tolist():
+            if not (0 <= x < width and 0 <= y < height):
+                raise ConfigError(
+                    f"--point {x:g} {y:g}: lies outside the image of {width} x {height} pixels"
+                )
+    if prompt.box is not None:
+        x1, y1, x2, y2 = prompt.box.tolist()
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise ConfigError(
+                f"--box {x1:g} {y1:g} {x2:g} {y2:g}: must be X1 Y1 X2 Y2 with X1 < X2 and "
+                f"Y1 < Y2, inside the image of {width} x {height} pixels"
+            )

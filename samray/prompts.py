@@ -1,0 +1,149 @@
+"""Masks to prompts: the points and boxes a person would give.
+
+Coordinates are (x, y) pixels of the original image. A box prompt is a box, never its corners
+as points: they lie outside the object.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from samray.errors import EmptyMaskError
+
+STRATEGIES = ("center", "random", "bbox")
+MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What points at one instance: points, or a box.
+
+    Attributes:
+        point_coords: N x 2 float32, (x, y) pixels; None for a box.
+        point_labels: N int64, 1 foreground, 0 background; None for a box.
+        box: 4 float32, XYXY; None for points.
+    """
+
+    point_coords: np.ndarray | None = None
+    point_labels: np.ndarray | None = None
+    box: np.ndarray | None = None
+
+    @property
+    def layout(self) -> tuple[int, bool]:
+        """(number of points, has a box): only prompts of one layout are decoded together.
+
+        Filling up a shorter prompt with padding points would move the logits.
+        """
+        return (0 if self.point_coords is None else len(self.point_coords), self.box is not None)
+
+
+def draw_prompt(
+    strategy: str,
+    mask: np.ndarray,
+    num_points: int,
+    rng: np.random.Generator,
+    box_noise: float = 0.0,
+) -> Prompt:
+    """Return the prompt that a strategy gives for one mask.
+
+    Args:
+        strategy: `center` (the innermost pixel, further points random), `random`, `bbox`, or
+            `mixed`, which draws one of the three.
+        mask: H x W bool with at least one True pixel.
+        num_points: points, for center and random.
+        rng: source of chance; `center` with one point takes nothing from it.
+        box_noise: see `tight_box`.
+
+    Raises:
+        EmptyMaskError: no pixel is True.
+    """
+    if strategy == "mixed":
+        strategy = STRATEGIES[rng.integers(len(STRATEGIES))]
+    if strategy == "bbox":
+        return Prompt(box=tight_box(mask, rng, box_noise))
+    if strategy == "center":
+        points = center_point(mask)
+        if num_points > 1:
+            points = np.concatenate([points, random_points(mask, num_points - 1, rng)])
+    elif strategy == "random":
+        points = random_points(mask, num_points, rng)
+    else:
+        raise ValueError(f"unknown strategy {strategy!r}; choose from {STRATEGIES} or mixed")
+    return Prompt(point_coords=points, point_labels=np.ones(len(points), dtype=np.int64))
+
+
+def center_point(mask: np.ndarray) -> np.ndarray:
+    """Return the pixel farthest from the mask's edge.
+
+    A centroid can fall outside a crescent or ring; this point cannot (the RITM clicker's rule,
+    also used in SAM's evaluation).
+
+    Args:
+        mask: H x W bool with at least one True pixel; the frame's border counts as an edge.
+
+    Returns:
+        1 x 2 float32, (x, y).
+
+    Raises:
+        EmptyMaskError: no pixel is True.
+    """
+    x1, y1, x2, y2 = _bounds(mask)
+    crop = np.pad(mask[y1:y2, x1:x2].astype(np.uint8), 1)
+    distance = cv2.distanceTransform(crop, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    y, x = np.unravel_index(int(distance.argmax()), distance.shape)
+    return np.array([[x1 + x - 1, y1 + y - 1]], dtype=np.float32)
+
+
+def random_points(mask: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
+    """Return pixels drawn uniformly from the mask, different ones where it has enough.
+
+    Args:
+        mask: H x W bool with at least one True pixel.
+
+    Returns:
+        num_points x 2 float32, (x, y).
+
+    Raises:
+        EmptyMaskError: no pixel is True.
+    """
+    x1, y1, x2, y2 = _bounds(mask)
+    rows, columns = np.nonzero(mask[y1:y2, x1:x2])
+    chosen = rng.choice(len(rows), size=num_points, replace=num_points > len(rows))
+    return np.stack([columns[chosen] + x1, rows[chosen] + y1], axis=1).astype(np.float32)
+
+
+def tight_box(
+    mask: np.ndarray, rng: np.random.Generator | None = None, noise: float = 0.0
+) -> np.ndarray:
+    """Return the box around the mask, its corners moved by chance if asked.
+
+    Args:
+        mask: H x W bool with at least one True pixel.
+        noise: standard deviation as a share of the box's side, at most 20 pixels (Segment
+            Anything, appendix A). The box stays in the image and at least one pixel wide.
+
+    Returns:
+        4 float32, XYXY.
+
+    Raises:
+        EmptyMaskError: no pixel is True.
+    """
+    box = np.array(_bounds(mask), dtype=np.float32)
+    if rng is None or noise == 0:
+        return box
+    height, width = mask.shape
+    sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
+    shift = np.clip(rng.normal(0, 1, 4) * noise * sides, -MAX_BOX_NOISE, MAX_BOX_NOISE)
+    x1, y1, x2, y2 = np.clip(box + shift, 0, [width, height, width, height])
+    if x2 - x1 < 1 or y2 - y1 < 1:
+        return box
+    return np.array([x1, y1, x2, y2], dtype=np.float32)
+
+
+def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """XYXY of the mask, x2 and y2 just outside."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        raise EmptyMaskError(f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels has none set")
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

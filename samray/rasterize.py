@@ -1,0 +1,184 @@
+"""Shapes to masks, masks to COCO RLE, boxes and back to polygons.
+
+Boundary rule: points are floored to pixels and every pixel that the outline touches belongs to
+the mask, as in labelme's own `shape_to_mask`.
+"""
+
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from samray.annotations import Shape, labelme_shape
+from samray.errors import AnnotationError
+
+
+@dataclass(frozen=True)
+class CroppedMask:
+    """A mask without the empty frame around it; large frames with small objects stay cheap.
+
+    Attributes:
+        pixels: h x w bool, the part inside the crop.
+        origin: (x, y) of its top left pixel in the frame.
+    """
+
+    pixels: np.ndarray
+    origin: tuple[int, int]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """XYXY; the pixel columns x1..x2-1 and rows y1..y2-1 hold the mask tightly."""
+        rows = np.flatnonzero(self.pixels.any(axis=1))
+        columns = np.flatnonzero(self.pixels.any(axis=0))
+        x, y = self.origin
+        return (
+            float(x + columns[0]),
+            float(y + rows[0]),
+            float(x + columns[-1] + 1),
+            float(y + rows[-1] + 1),
+        )
+
+
+def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMask:
+    """Return the union of the shapes of one instance, cut off at the image's border.
+
+    Args:
+        shapes: one or more shapes.
+        size: (H, W) of the image.
+
+    Raises:
+        AnnotationError: no pixel of the instance lies inside the image.
+    """
+    height, width = size
+    outlines = [_outline(shape) for shape in shapes]
+    low = np.floor(np.min([points.min(axis=0) for points in outlines], axis=0)).astype(int)
+    high = np.floor(np.max([points.max(axis=0) for points in outlines], axis=0)).astype(int)
+    x1, y1 = np.maximum(low, 0)
+    x2, y2 = np.minimum(high + 1, (width, height))
+    where = f"shapes[{shapes[0].index}].points"
+    if x1 >= x2 or y1 >= y2:
+        raise AnnotationError(
+            where, f"('{shapes[0].label}') lies outside the image of {width} x {height} pixels"
+        )
+    canvas = np.zeros((y2 - y1, x2 - x1), dtype=np.uint8)
+    for shape, points in zip(shapes, outlines, strict=True):
+        if shape.kind == "mask":
+            _paste_png(canvas, shape, origin=(x1, y1))
+        else:
+            corners = np.floor(points).astype(np.int32) - np.array([x1, y1], dtype=np.int32)
+            cv2.fillPoly(canvas, [corners], 1)
+    mask = CroppedMask(canvas.astype(bool), (int(x1), int(y1)))
+    if not mask.pixels.any():
+        raise AnnotationError(where, f"('{shapes[0].label}') covers no pixel of the image")
+    return mask
+
+
+def encode_rle(mask: CroppedMask, size: tuple[int, int]) -> bytes:
+    """Return the compressed COCO RLE counts of the mask in its whole frame of (H, W) pixels.
+
+    The runs are read off the crop, so a small object in a large frame costs its own size only.
+    Equal to `pycocotools.mask.encode` of the whole frame.
+    """
+    height, width = size
+    # COCO runs go down the columns: look at the transposed crop, one column after another.
+    columns = np.zeros((mask.pixels.shape[1], mask.pixels.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = mask.pixels.T
+    column, row = np.nonzero(np.diff(columns, axis=1))
+    x, y = mask.origin
+    edges = (column + x) * height + row + y
+    # A run that reaches the bottom goes on at the top of the next column: drop both edges.
+    joined = np.flatnonzero(np.diff(edges) == 0)
+    edges = np.delete(edges, np.concatenate([joined, joined + 1]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
+    if counts[-1] == 0:
+        counts = counts[:-1]
+    rle = coco.frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
+    return bytes(rle["counts"])
+
+
+def decode_rle(counts: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask in its frame: H x W bool."""
+    return np.asarray(coco.decode({"counts": counts, "size": list(size)}), dtype=bool)
+
+
+def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list[dict[str, object]]:
+    """Return LabelMe shapes that rasterise to the mask again.
+
+    Each part becomes a polygon; several parts share a group_id. LabelMe polygons have no holes,
+    so a mask with a hole becomes one shape of type `mask`.
+
+    Args:
+        mask: H x W bool.
+        label: for every shape.
+        tolerance: pixels by which a polygon may leave the outline.
+    """
+    if not mask.any():
+        return []
+    contours, hierarchy = cv2.findContours(
+        mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
+    if (hierarchy[0, :, 3] >= 0).any():
+        return [_mask_shape(mask, label)]
+    polygons = []
+    for contour in contours:
+        points = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0]
+        if len(points) < 3:  # a part of one or two pixels: LabelMe wants three points
+            points = np.concatenate([points] * 3)[:3]
+        polygons.append(points)
+    group_id = 1 if len(polygons) > 1 else None
+    return [labelme_shape(label, "polygon", points, group_id) for points in polygons]
+
+
+def _mask_shape(mask: np.ndarray, label: str) -> dict[str, object]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x1, y1, x2, y2 = columns[0], rows[0], columns[-1], rows[-1]
+    buffer = io.BytesIO()
+    Image.fromarray(mask[y1 : y2 + 1, x1 : x2 + 1]).save(buffer, format="PNG")
+    corners = np.array([[x1, y1], [x2, y2]])
+    return labelme_shape(label, "mask", corners, png=buffer.getvalue())
+
+
+def _outline(shape: Shape) -> np.ndarray:
+    """N x 2 points whose polygon is the shape; for a mask, its box."""
+    points = shape.points
+    if shape.kind == "rectangle":  # two opposite corners in any order, or all four
+        (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
+        return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    if shape.kind == "circle":  # centre, and a point on the rim
+        radius = float(np.hypot(*(points[1] - points[0])))
+        steps = max(16, min(720, int(radius * 4)))
+        angles = np.linspace(0, 2 * np.pi, steps, endpoint=False)
+        rim: np.ndarray = points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return rim
+    return points
+
+
+def _paste_png(canvas: np.ndarray, shape: Shape, origin: tuple[int, int]) -> None:
+    """Add a mask shape's PNG to the canvas, cut off at the canvas's border."""
+    assert shape.png is not None
+    where = f"shapes[{shape.index}].mask"
+    x1, y1 = np.floor(shape.points.min(axis=0)).astype(int)
+    x2, y2 = np.floor(shape.points.max(axis=0)).astype(int)
+    try:
+        with Image.open(io.BytesIO(shape.png), formats=("PNG",)) as picture:
+            if picture.size != (x2 - x1 + 1, y2 - y1 + 1):
+                raise AnnotationError(
+                    where,
+                    f"is a PNG of {picture.width} x {picture.height} pixels; its points span "
+                    f"{x2 - x1 + 1} x {y2 - y1 + 1}",
+                )
+            if picture.width * picture.height > 170e6:
+                raise AnnotationError(where, "is a PNG of more than 170 megapixels")
+            pixels = np.asarray(picture.convert("L")) > 0
+    except (OSError, SyntaxError, ValueError) as exc:
+        if isinstance(exc, AnnotationError):
+            raise
+        raise AnnotationError(where, "is not a whole PNG") from exc
+    left, top = x1 - origin[0], y1 - origin[1]
+    h, w = canvas.shape
+    inside = pixels[max(0, -top) : max(0, h - top), max(0, -left) : max(0, w - left)]
+    top, left = max(0, top), max(0, left)
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] |= inside

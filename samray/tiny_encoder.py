@@ -1,0 +1,79 @@
+"""The image encoder of `tiny`: a small convolutional pyramid behind SAM's interface.
+
+Like MobileSAM's TinyViT it replaces the ViT and keeps SAM's prompt encoder and mask decoder.
+Convolutions learn more than attention from few images, and cost less on a CPU.
+"""
+
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with a skip. GroupNorm, as batches are too small for BatchNorm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(8, channels)
+        nn.init.zeros_(self.norm2.weight)  # each block starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(y)))
+
+
+class TinyImageEncoder(nn.Module):
+    """Stages of stride 4, 8, 16 and 32, merged into one embedding at stride 16, as ViT's is.
+
+    Args:
+        img_size: side of the square input, in pixels.
+        embed_dim: channels of the embedding.
+        widths: channels of the four stages.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 256,
+        embed_dim: int = 128,
+        widths: tuple[int, int, int, int] = (32, 64, 128, 192),
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 4, stride=4), nn.GroupNorm(8, widths[0]), nn.ReLU()
+        )
+        self.stages = nn.ModuleList()
+        for stage, channels in enumerate(widths):
+            layers: list[nn.Module] = []
+            if stage > 0:
+                layers += [
+                    nn.Conv2d(widths[stage - 1], channels, 3, stride=2, padding=1, bias=False),
+                    nn.GroupNorm(8, channels),
+                    nn.ReLU(),
+                ]
+            layers += [ResidualBlock(channels), ResidualBlock(channels)]
+            self.stages.append(nn.Sequential(*layers))
+        # Edges come from the finer stages, what belongs together from the coarsest.
+        self.from_stride_4 = nn.Conv2d(widths[0], embed_dim, 4, stride=4)
+        self.from_stride_8 = nn.Conv2d(widths[1], embed_dim, 2, stride=2)
+        self.from_stride_16 = nn.Conv2d(widths[2], embed_dim, 1)
+        self.from_stride_32 = nn.Conv2d(widths[3], embed_dim, 1)
+        self.neck = nn.Sequential(
+            nn.Conv2d(embed_dim, embed_dim, 3, padding=1, bias=False), LayerNorm2d(embed_dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x 3 x S x S, normalised -> B x embed_dim x S/16 x S/16."""
+        x = self.stem(x)
+        levels = []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        merged = F.interpolate(self.from_stride_32(levels[3]), scale_factor=2, mode="nearest")
+        merged = merged + self.from_stride_16(levels[2])
+        merged = merged + self.from_stride_8(levels[1]) + self.from_stride_4(levels[0])
+        embedding: Tensor = self.neck(merged)
+        return embedding

@@ -1,0 +1,302 @@
+"""Fine-tune SAM on a Ray cluster: `fit` -> `train_loop_per_worker` -> `samray.loop.train_loop`.
+
+This file only wraps the loop in Ray; a run's state lives in its RUN folder and nowhere in Ray,
+which would go on unasked with a run of the same name and prefers the latest to the best.
+"""
+
+import shutil
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from tqdm import tqdm
+
+from samray import cluster
+from samray.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    load_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
+from samray.config import Config, required
+from samray.dataset import PreparedDataset
+from samray.embeddings import EmbeddingCache
+from samray.encode import encode_missing
+from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.loop import Worker, train_loop
+from samray.model import build_model, load_weights
+from samray.storage import require_folder, resolve
+from samray.weights import digest_of, fetch_official, load_state_dict
+
+# From random weights SAM's own 20 : 1 first learns, for thousands of images, to predict nothing.
+FOCAL_WEIGHT_TUNING, FOCAL_WEIGHT_SCRATCH = 20.0, 1.0
+
+
+def fit(config: Config) -> dict[str, Any]:
+    """Fine-tune a model and keep its best checkpoint.
+
+    Args:
+        config: its `model`, `prompts`, `loss`, `train`, `scaling` and `embeddings` sections.
+
+    Returns:
+        The run's report, as written to RUN/run.json.
+
+    Raises:
+        SamrayError: a setting, the data, the weights or the cluster do not allow the run, or
+            training failed for a reason that the user can mend.
+    """
+    data_dir, output_dir = required(config, "train.data_dir", "train.output_dir")
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    output = resolve(output_dir, "--output-dir")
+    resumed = _open_run(output, config)
+    num_images = len(dataset.split("train"))
+    dataset.split("val")
+    if config.scaling.num_workers > num_images:
+        raise ConfigError(
+            f"--num-workers {config.scaling.num_workers} are more than the {num_images} images of "
+            "the train split; some would have nothing to do; lower it"
+        )
+    if config.scaling.num_workers > config.train.batch_size:
+        print(
+            f"note: {config.scaling.num_workers} workers share batches of "
+            f"{config.train.batch_size} images; raise --batch-size to keep all of them busy"
+        )
+    base, config = _base_checkpoint(config)
+    if resumed is not None:
+        require_same_run(resumed, config, dataset.digest)
+    cluster.start()
+    resources = cluster.plan_resources(config.scaling)
+    cluster.require_shared(output, "--output-dir")
+    run = resumed or RunFolder.create(output, config, dataset.digest)
+    if not run.base.exists():
+        save_checkpoint(run.base, base.weights, config, base.progress)
+    cache_dir = None
+    if config.model.freeze_image_encoder:
+        cache_dir = embeddings_folder(config, dataset)
+        records = dataset.split("train") + dataset.split("val")
+        reserve = config.embeddings.reserve_gb
+        encoding = encode_missing(dataset, records, run.base, cache_dir, reserve)
+        run.update(embeddings=encoding.as_dict())
+    _train(config, run, dataset, cache_dir, resources)
+    run = RunFolder(output)  # the workers have written to it
+    run.update(status="finished")
+    return run.state
+
+
+def embeddings_folder(config: Config, dataset: PreparedDataset) -> Path:
+    """Return the cache's folder: the configured one, else inside the prepared dataset."""
+    if config.embeddings.cache_dir is not None:
+        return resolve(config.embeddings.cache_dir, "embeddings.cache_dir")
+    return dataset.folder / "embeddings"
+
+
+def resolve_model(config: Config, weights_given: bool) -> Config:
+    """Return the config with the settings that follow from whether weights are given.
+
+    Raises:
+        ConfigError: all three parts are frozen.
+    """
+    model = config.model
+    freeze = weights_given if model.freeze_image_encoder is None else model.freeze_image_encoder
+    if freeze and model.freeze_prompt_encoder and model.freeze_mask_decoder:
+        raise ConfigError("all three parts of the model are frozen; leave one to train")
+    focal = config.loss.focal_weight
+    if focal is None:
+        focal = FOCAL_WEIGHT_TUNING if weights_given else FOCAL_WEIGHT_SCRATCH
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update={"freeze_image_encoder": freeze}),
+            "loss": config.loss.model_copy(update={"focal_weight": focal}),
+        }
+    )
+
+
+def train_loop_per_worker(arguments: dict[str, Any]) -> None:
+    """Run the plain torch loop in one of Ray Train's workers."""
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(arguments["threads"])
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
+    cache = None
+    if arguments["cache_dir"] is not None:
+        cache = EmbeddingCache(arguments["cache_dir"], load_checkpoint(run.base).model())
+    board = arguments["board"]
+    train_loop(
+        arguments["config"],
+        run,
+        dataset,
+        worker,
+        cache,
+        report=lambda event: board.put.remote(event),
+    )
+    ray.train.report({"epochs": len(run.state["epochs"])})
+
+
+def _open_run(output: Path, config: Config) -> RunFolder | None:
+    """Return the run to go on with, or None for a new one in an unused folder."""
+    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if not config.train.resume:
+        if used:
+            raise ConfigError(
+                f"--output-dir: {output} is not empty; add --resume to go on with the run there, "
+                "or choose another folder"
+            )
+        return None
+    if not used:
+        return None
+    if not (output / "run.json").exists():
+        raise ConfigError(f"--resume: {output} holds no run of samray; choose another --output-dir")
+    return RunFolder(output)
+
+
+def _base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
+    """Return the weights to start from, and the config with what follows from them."""
+    model_type, source = config.model.type, config.model.checkpoint
+    if source == "none" or (source is None and model_type == "tiny"):
+        if source is None:
+            print(
+                "note: there are no published weights for `tiny` yet; training starts from "
+                "RANDOM weights, image encoder included",
+                flush=True,
+            )
+        name = f"random weights, seed {config.train.seed}"
+        sam = build_model(model_type, config.train.seed)
+        config = resolve_model(config, weights_given=False)
+    else:
+        if source is None:
+            name = str(fetch_official(model_type))
+            weights = load_state_dict(Path(name))
+        else:
+            path = resolve(source, "--checkpoint")
+            name = str(path)
+            if path.is_dir():
+                checkpoint = load_checkpoint(path)
+                weights = checkpoint.weights
+                if checkpoint.model_type != model_type:
+                    raise CheckpointError(
+                        f"{path}: is a {checkpoint.model_type} checkpoint, but the model type is "
+                        f"{model_type}; pass --model-type {checkpoint.model_type}"
+                    )
+            else:
+                weights = load_state_dict(path)
+        sam = build_model(model_type, config.train.seed)
+        load_weights(sam, weights, model_type, name)
+        config = resolve_model(config, weights_given=True)
+    weights = sam.state_dict()
+    base = {"source": name, "digest": digest_of(weights)}
+    return Checkpoint(Path(name), model_type, weights, {"base": base}), config
+
+
+def _train(
+    config: Config,
+    run: RunFolder,
+    dataset: PreparedDataset,
+    cache_dir: Path | None,
+    resources: cluster.Resources,
+) -> None:
+    """Start the workers, show their progress, and translate their failures."""
+    board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    ray_folder = run.path / "ray"
+    worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.use_gpu:
+        worker_resources["GPU"] = 1
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "config": config,
+            "run": run.path,
+            "dataset": dataset.folder,
+            "cache_dir": cache_dir,
+            "threads": resources.cpus_per_worker,
+            "board": board,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=worker_resources,
+        ),
+        # A name of its own every time: Ray silently goes on with a run whose name it knows.
+        run_config=ray.train.RunConfig(
+            name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(ray_folder)
+        ),
+    )
+    done = threading.Event()
+    viewer = threading.Thread(target=_show_progress, args=(board, config, run, done), daemon=True)
+    viewer.start()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as exc:
+        for failure in getattr(exc, "worker_failures", {}).values():
+            cause = _samray_cause(failure)
+            if cause is not None:
+                raise cause from exc
+        raise
+    finally:
+        done.set()
+        viewer.join()
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def _samray_cause(failure: BaseException | None) -> SamrayError | None:
+    while failure is not None:
+        if isinstance(failure, SamrayError):
+            return failure
+        failure = getattr(failure, "cause", None) or failure.__cause__
+    return None
+
+
+@ray.remote
+class Board:
+    """Where the workers pin their news for whoever started them."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Pin one event."""
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Take all events down."""
+        events, self.events = self.events, []
+        return events
+
+
+def _show_progress(board: Any, config: Config, run: RunFolder, done: threading.Event) -> None:
+    """A bar on a terminal, a line an epoch elsewhere."""
+    epochs = config.train.num_epochs
+    finished = len(run.state["epochs"])
+    with tqdm(
+        total=epochs, initial=finished, desc="train", unit="epoch", file=sys.stderr, disable=None
+    ) as bar:
+        last = False
+        while not last:
+            last = done.wait(0.5)
+            try:
+                events = ray.get(board.take.remote())
+            except ray.exceptions.RayError:
+                return
+            for event in events:
+                if event["event"] == "step":
+                    bar.n = event["epoch"] - 1 + event["step"] / event["steps"]
+                    bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
+                    continue
+                line = (
+                    f"epoch {event['epoch']}/{epochs}  loss {event['loss']:.3f}  "
+                    f"val_iou {event['val_iou']:.3f}  {event['seconds']:.1f} s"
+                )
+                if bar.disable:
+                    print(line, flush=True)
+                else:
+                    bar.set_description(f"train (val_iou {event['val_iou']:.3f})")
+            if not bar.disable:
+                bar.n = round(bar.n, 2)
+                bar.refresh()

@@ -1,0 +1,107 @@
+"""Original frame to model frame and back: SAM's geometry, the only copy.
+
+The longest side is scaled to `img_size`, the rest is padded at the bottom and on the right,
+pixels are normalised by SAM's mean and standard deviation. Resampling is
+`segment_anything.utils.transforms.ResizeLongestSide` itself, as in `SamPredictor`.
+"""
+
+import cv2
+import numpy as np
+import torch
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn import functional as F
+
+# Changing anything in this file that moves pixels must change this, for cached embeddings' sake.
+TRANSFORM_VERSION = "sam-resize-longest-side-1"
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+def input_size_of(original_size: tuple[int, int], img_size: int) -> tuple[int, int]:
+    """(H, W) of an image after resizing, before padding."""
+    height, width = ResizeLongestSide.get_preprocess_shape(*original_size, img_size)
+    return int(height), int(width)
+
+
+def image_to_input(image: np.ndarray, img_size: int) -> torch.Tensor:
+    """Return the model's input.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+
+    Returns:
+        3 x img_size x img_size float32.
+    """
+    resized = ResizeLongestSide(img_size).apply_image(image)
+    pixels = torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1).float()
+    mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD).view(3, 1, 1)
+    height, width = resized.shape[:2]
+    return F.pad((pixels - mean) / std, (0, img_size - width, 0, img_size - height))
+
+
+def points_to_input(
+    coords: np.ndarray, original_size: tuple[int, int], img_size: int
+) -> np.ndarray:
+    """Return ... x 2 points, (x, y) pixels, in the model's frame; float32."""
+    moved = ResizeLongestSide(img_size).apply_coords(coords, original_size)
+    return np.asarray(moved, dtype=np.float32)
+
+
+def box_to_input(box: np.ndarray, original_size: tuple[int, int], img_size: int) -> np.ndarray:
+    """Return a box of 4, XYXY, in the model's frame; float32."""
+    return points_to_input(box.reshape(2, 2), original_size, img_size).reshape(4)
+
+
+def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
+    """Return how much of each low-resolution cell the mask covers.
+
+    Shares instead of yes or no: an object thinner than a cell still leaves a trace to learn from.
+
+    Args:
+        mask: H x W bool.
+
+    Returns:
+        low_res_size x low_res_size float32 in 0..1; 0 in the padding.
+    """
+    height, width = input_size_of((mask.shape[0], mask.shape[1]), img_size)
+    resized = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return _pool(resized, img_size, low_res_size)
+
+
+def valid_region(original_size: tuple[int, int], img_size: int, low_res_size: int) -> np.ndarray:
+    """Return how much of each low-resolution cell is image and not padding.
+
+    Returns:
+        low_res_size x low_res_size float32 in 0..1.
+    """
+    return _pool(
+        np.ones(input_size_of(original_size, img_size), np.float32), img_size, low_res_size
+    )
+
+
+def masks_to_original(
+    low_res_masks: torch.Tensor, original_size: tuple[int, int], img_size: int
+) -> torch.Tensor:
+    """Return mask logits in the original frame, as `Sam.postprocess_masks` does.
+
+    Args:
+        low_res_masks: P x C x h x w logits.
+
+    Returns:
+        P x C x H x W logits; above 0 is foreground.
+    """
+    height, width = input_size_of(original_size, img_size)
+    masks = F.interpolate(
+        low_res_masks, (img_size, img_size), mode="bilinear", align_corners=False
+    )[..., :height, :width]
+    return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
+
+
+def _pool(content: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
+    """Pad at the bottom and right to the model's frame, then average each cell."""
+    frame = np.zeros((img_size, img_size), np.float32)
+    frame[: content.shape[0], : content.shape[1]] = content
+    cell = img_size // low_res_size
+    pooled: np.ndarray = frame.reshape(low_res_size, cell, low_res_size, cell).mean(axis=(1, 3))
+    return pooled
