@@ -7,7 +7,6 @@ becomes an entry of `Annotation.problems`, and its neighbours go through.
 import base64
 import binascii
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,13 +176,17 @@ def _read_shape(index: int, entry: Any) -> Shape:
         raise AnnotationError(
             f"{where}.label", f"must be a text that is not empty, not {label!r:.60}"
         )
+    try:
+        label.encode()
+    except UnicodeEncodeError as exc:  # half of a surrogate pair, which no file can hold
+        raise AnnotationError(f"{where}.label", f"is not Unicode text: {label!r:.60}") from exc
     label = label.strip()
     kind = entry.get("shape_type") or "polygon"  # files from before LabelMe 3.16 have polygons only
     if kind in OTHER_SHAPES:
         raise AnnotationError(
             f"{where}.shape_type", f"('{label}') is a {kind}, which covers no area; draw a polygon"
         )
-    if kind not in AREAL_SHAPES:
+    if not isinstance(kind, str) or kind not in AREAL_SHAPES:
         raise AnnotationError(
             f"{where}.shape_type",
             f"('{label}') is {kind!r:.60}; samray reads {', '.join(AREAL_SHAPES)}",
@@ -213,7 +216,7 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
             raise AnnotationError(
                 f"{where}[{number}]", f"must be [x, y] in pixels, not {point!r:.60}"
             )
-        if not all(math.isfinite(v) and abs(v) <= MAX_COORDINATE for v in point):
+        if not all(abs(v) <= MAX_COORDINATE for v in point):  # NaN is not, either
             raise AnnotationError(
                 f"{where}[{number}]",
                 f"must be finite and within {MAX_COORDINATE:.0f} pixels, not {point!r:.60}",
@@ -223,8 +226,9 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
 
 def _read_png(where: str, text: Any) -> bytes:
     try:
+        text = "".join(text.split())  # some encoders wrap their lines
         png = base64.b64decode(text, validate=True)
-    except (TypeError, ValueError, binascii.Error) as exc:
+    except (AttributeError, ValueError, binascii.Error) as exc:
         raise AnnotationError(where, "must be a PNG in base64") from exc
     if not png.startswith(b"\x89PNG"):
         raise AnnotationError(where, "must be a PNG in base64; its first bytes are not PNG's")

@@ -4,6 +4,7 @@ Each stage lists its options once, with the dotted path of the setting each one 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any
 
 from samray import __version__
 from samray.config import Config, load_config
-from samray.errors import SamrayError
+from samray.errors import ConfigError, SamrayError
 
 # What a person scripts against: 0 the stage did its work, 2 the user can mend it.
 EXIT_MISTAKE = 2
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Stage:
         example: for the end of its `--help`.
         add_options: adds options whose `dest` is the dotted path of a setting.
         run: does the work and prints where the results are.
+        positional: what stands without an option, for the usage line.
     """
 
     help: str
     example: str
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Config], None]
+    positional: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, stage in STAGES.items():
         _add_stage(commands, name, stage)
-    return _run(parser.parse_args(arguments))
+    # argparse gives up on positional words between options; here they may stand anywhere.
+    options, words = parser.parse_known_args(arguments)
+    unknown = [word for word in words if word.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {' '.join(unknown)}; see samray {options.stage} --help")
+    return _run(options, words)
 
 
 def job(stage: str) -> int:
@@ -65,20 +74,21 @@ def _add_stage(commands: Any, name: str, stage: Stage) -> None:
     )
     stage.add_options(parser)
     parser.add_argument("--config", metavar="YAML", default=None, help="one run's settings")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        default=[],
-        help="settings, over the YAML's",
-    )
+    own = parser.format_usage().split("[-h]", 1)[1].rstrip()
+    parser.usage = f"samray {name}{stage.positional} [-h]{own} [section.key=value ...]"
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     options = vars(arguments)
-    stage, path, overrides = (options.pop(k) for k in ("stage", "config", "overrides"))
+    stage, path = options.pop("stage"), options.pop("config")
+    if stage == "sample-data":  # the one stage with a positional argument
+        folders = [word for word in words if not _OVERRIDE.match(word)]
+        words = [word for word in words if _OVERRIDE.match(word)]
+        if folders:
+            options["sample_data.output_dir"] = folders[0]
+            words += folders[1:]
     try:
-        STAGES[stage].run(load_config(path, overrides, options))
+        STAGES[stage].run(load_config(path, words, options))
     except SamrayError as exc:
         print(f"samray {stage}: error: {exc}", file=sys.stderr)
         return EXIT_MISTAKE
@@ -89,7 +99,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _sample_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sample_data.output_dir", metavar="OUT", help="folder to draw into")
     parser.add_argument("--num-images", dest="sample_data.num_images", type=int, metavar="N")
     parser.add_argument("--seed", dest="sample_data.seed", type=int, metavar="N")
 
@@ -99,7 +108,9 @@ def _run_sample_data(config: Config) -> None:
     from samray.storage import resolve
 
     settings = config.sample_data
-    output = resolve(str(settings.output_dir), "OUT")
+    if not settings.output_dir:
+        raise ConfigError("missing OUT, the folder to draw into (or sample_data.output_dir=...)")
+    output = resolve(settings.output_dir, "OUT")
     write_sample_data(output, settings.num_images, settings.seed)
     print(f"{settings.num_images} images with LabelMe JSON in {output}")
 
@@ -300,6 +311,7 @@ STAGES: dict[str, Stage] = {
         "  samray sample-data photos --num-images 60 --seed 0",
         _sample_data_options,
         _run_sample_data,
+        positional=" OUT",
     ),
     "prepare": Stage(
         "check and rasterise LabelMe pairs into a prepared dataset",

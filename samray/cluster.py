@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from samray.config import ScalingConfig
 from samray.errors import ClusterError, ConfigError
-from samray.storage import write_bytes
+from samray.storage import make_folder, write_bytes
 
 # Tries for a local Ray, whose start now and then fails on a busy machine.
 START_TRIES = 3
@@ -94,18 +94,25 @@ def plan_resources(scaling: ScalingConfig) -> Resources:
     return Resources(workers, use_gpu, per_worker)
 
 
-def pool_size(num_items: int) -> int:
+def pool_size(device: str, num_items: int) -> int:
     """Actors for independent items: one a GPU, else one a CPU, no more than items."""
     totals = ray.cluster_resources()
-    return max(1, min(num_items, int(totals.get("GPU", 0)) or int(totals.get("CPU", 1))))
+    gpus = _num_gpus() if device != "cpu" else 0
+    return max(1, min(num_items, gpus or int(totals.get("CPU", 1))))
 
 
-def start_pool(actor_class: Any, num_items: int, *arguments: Any) -> ActorPool:
-    """Start actors for independent items and wait until all have loaded what they need."""
-    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -> ActorPool:
+    """Start actors for independent items and wait until all have loaded what they need.
+
+    Args:
+        device: auto, cpu or gpu; auto takes GPUs where the cluster has any.
+    """
+    num_gpus = 1 if device != "cpu" and _num_gpus() else 0
+    if device == "gpu" and not num_gpus:
+        raise ClusterError("scaling.device is gpu, but the cluster has no GPU; use auto or cpu")
     actors = [
         actor_class.options(num_cpus=1, num_gpus=num_gpus).remote(*arguments)
-        for _ in range(pool_size(num_items))
+        for _ in range(pool_size(device, num_items))
     ]
     ray.get([actor.__ray_ready__.remote() for actor in actors])
     return ActorPool(actors)
@@ -125,8 +132,27 @@ def actor_device() -> str:
     return "cpu"
 
 
+def _num_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def require_shared(folder: Path, what: str) -> None:
-    """Make sure that every node sees the same folder.
+    """Create an output folder and make sure that every node sees what is written there.
+
+    Raises:
+        ConfigError: naming the nodes that do not.
+    """
+    make_folder(folder, what)
+    token = folder / f".samray-{uuid.uuid4().hex}"
+    write_bytes(token, b"seen by every node?")
+    try:
+        require_visible(token, what)
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def require_visible(file: Path, what: str) -> None:
+    """Make sure that every node sees a file that this one sees.
 
     Raises:
         ConfigError: naming the nodes that do not.
@@ -134,22 +160,17 @@ def require_shared(folder: Path, what: str) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    token = folder / f".samray-{uuid.uuid4().hex}"
-    write_bytes(token, b"seen by every node?")
-    try:
-        checks = {
-            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": _exists.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(token))
-            for node in nodes
-        }
-        blind = [name for name, check in checks.items() if not ray.get(check)]
-    finally:
-        token.unlink(missing_ok=True)
+    checks = {
+        f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": _exists.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(file))
+        for node in nodes
+    }
+    blind = [name for name, check in checks.items() if not ray.get(check)]
     if blind:
         raise ConfigError(
-            f"{what}: {folder} is not shared: node {', '.join(blind)} cannot see what this one "
-            "writes there; use a folder on a file system that every node mounts"
+            f"{what}: {file.parent} is not shared: node {', '.join(blind)} cannot see what is "
+            "there; use a folder on a file system that every node mounts"
         )
 
 

@@ -23,7 +23,9 @@ Split = Literal["train", "val", "test"]
 class Section(BaseModel):
     """Frozen, and a misspelt key is an error instead of a setting that does nothing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class SampleDataConfig(Section):
@@ -256,9 +258,12 @@ def load_config(
         try:
             _set(values, dotted, yaml.safe_load(text))
         except (yaml.YAMLError, ValueError) as exc:
-            mistakes.append(f"{dotted}: {exc}")
+            mistakes.append(f"{dotted}: {' '.join(str(exc).split())}")
     for dotted, value in (options or {}).items():
-        _set(values, dotted, value)
+        try:
+            _set(values, dotted, value)
+        except ValueError as exc:
+            mistakes.append(f"{dotted}: {exc}")
     source = str(path) if path is not None else "config"
     try:
         config = Config.model_validate(values)
@@ -297,7 +302,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read ({exc.strerror}); check --config") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(exc).split())}") from exc
     if values is None:
         return {}
@@ -305,7 +310,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: must hold sections such as `train:`, not a {type(values).__name__}"
         )
-    return values
+    # A section with every line commented out reads as null.
+    return {section: {} if content is None else content for section, content in values.items()}
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -106,12 +106,14 @@ class PreparedDataset:
                 f"{folder}: holds no manifest.json, so it is no (finished) prepared dataset; "
                 "make one with `samray prepare --data-dir DATA --output-dir PREPARED`"
             )
-        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
-        if self.manifest.get("format") != FORMAT:
+        content = read_json(folder / "manifest.json")
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
             raise DatasetError(
-                f"{folder}/manifest.json: has format {self.manifest.get('format')!r}, this samray "
+                f"{folder}/manifest.json: has format {found!r}, this samray "
                 f"reads {FORMAT}; prepare the dataset again"
             )
+        self.manifest: dict[str, Any] = content
         self._files: dict[int, pq.ParquetFile] = {}
 
     @property

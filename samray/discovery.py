@@ -23,11 +23,13 @@ class RawFiles:
         root: the dataset's folder.
         annotations: JSON files, paths from the root with forward slashes, sorted.
         images: image files, likewise.
+        skipped: files that are no files, with the reason: dead links, links out of the root.
     """
 
     root: Path
     annotations: list[str]
     images: list[str]
+    skipped: list[tuple[str, AnnotationError]] = field(default_factory=list)
     image_set: frozenset[str] = field(init=False)
     by_stem: Mapping[str, list[str]] = field(init=False)
 
@@ -40,22 +42,37 @@ class RawFiles:
 
 
 def find_files(root: Path) -> RawFiles:
-    """List JSON and image files below a folder; hidden ones and links out of it stay unseen."""
-    annotations, images = [], []
+    """List JSON and image files below a folder; hidden ones stay unseen, links do not lead out."""
+    annotations, images, skipped = [], [], []
     real_root = os.path.realpath(root)
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for subfolder in subfolders:
+            path = Path(folder, subfolder)
+            if path.is_symlink():
+                relative = ascii(path.relative_to(root).as_posix())[1:-1]
+                reason = "is a linked folder, which is not followed; copy or mount the folder here"
+                skipped.append((relative, AnnotationError("folder", reason)))
         for file in files:
             path = os.path.join(folder, file)
-            if file.startswith(".") or not _is_inside(os.path.realpath(path), real_root):
-                continue
             relative = Path(path).relative_to(root).as_posix()
             extension = os.path.splitext(file)[1].lower()
-            if extension == ".json":
+            if file.startswith(".") or extension not in (".json", *EXTENSIONS):
+                continue
+            if not _is_text(relative):
+                reason = "has a name that is not UTF-8; rename it"
+                skipped.append((ascii(relative), AnnotationError("file", reason)))
+            elif not _is_inside(os.path.realpath(path), real_root):
+                reason = "is a link out of the dataset's folder and is not followed; copy the file"
+                skipped.append((relative, AnnotationError("file", reason)))
+            elif not os.path.isfile(path):
+                reason = "is a link to nowhere, or no regular file; remove it"
+                skipped.append((relative, AnnotationError("file", reason)))
+            elif extension == ".json":
                 annotations.append(relative)
-            elif extension in EXTENSIONS:
+            else:
                 images.append(relative)
-    return RawFiles(root, sorted(annotations), sorted(images))
+    return RawFiles(root, sorted(annotations), sorted(images), skipped)
 
 
 def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
@@ -132,3 +149,11 @@ def _distance(a: tuple[str, ...], b: tuple[str, ...]) -> int:
 
 def _is_inside(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of the name that are no UTF-8
+        return False
+    return True

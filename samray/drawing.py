@@ -13,6 +13,7 @@ COLORS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
     (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
+HIGHLIGHT = (0, 200, 255)  # for one mask alone: rare in photographs
 FOREGROUND, BACKGROUND, BOX = (0, 255, 0), (255, 0, 0), (0, 255, 255)
 
 

@@ -64,6 +64,7 @@ def encode_missing(
     checkpoint: Path,
     cache_dir: Path,
     reserve_gb: float,
+    device: str,
 ) -> EncodingReport:
     """Encode every image that the cache lacks, each exactly once.
 
@@ -71,6 +72,7 @@ def encode_missing(
         records: images; the same photo twice is encoded once.
         checkpoint: a checkpoint folder, whose image encoder counts.
         reserve_gb: disk space in GB to leave free.
+        device: auto, cpu or gpu.
 
     Raises:
         ConfigError: the missing embeddings do not fit the disk.
@@ -94,9 +96,13 @@ def encode_missing(
             f"embeddings: {statement}; they do not fit beside the {reserve_gb} GB of "
             "embeddings.reserve_gb; free some space or set embeddings.cache_dir to a larger disk"
         )
-    pool = cluster.start_pool(ImageEncoder, len(missing), dataset.folder, checkpoint, cache_dir)
+    pool = cluster.start_pool(
+        ImageEncoder, device, len(missing), dataset.folder, checkpoint, cache_dir
+    )
     started = time.perf_counter()
-    _encode_first(pool, missing[0], len(missing), statement)
+    _encode_first(
+        pool, missing[0], len(missing), statement, cluster.pool_size(device, len(missing))
+    )
     with tqdm(
         total=len(missing), initial=1, desc="encode", unit="img", file=sys.stderr, disable=None
     ) as bar:
@@ -110,13 +116,12 @@ def _encode(actor: Any, name: str) -> Any:
     return actor.encode.remote(name)
 
 
-def _encode_first(pool: ActorPool, name: str, num_images: int, statement: str) -> None:
+def _encode_first(pool: ActorPool, name: str, num_images: int, statement: str, actors: int) -> None:
     """Encode one image alone, to say how long the rest will take before starting on it."""
     started = time.perf_counter()
     pool.submit(_encode, name)
     pool.get_next()
     seconds = time.perf_counter() - started
-    actors = cluster.pool_size(num_images)
     minutes = seconds * (num_images - 1) / actors / 60
     print(
         f"embeddings: {statement}; {seconds:.2f} s an image, {actors} at a time: "

@@ -43,7 +43,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Score the weights a run started from and its best checkpoint; write JSON and HTML.
 
     Args:
-        config: its `evaluate` and `embeddings` sections.
+        config: its `evaluate`, `scaling` and `embeddings` sections.
 
     Returns:
         The content of OUTPUT_DIR/evaluation.json.
@@ -61,6 +61,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     records = dataset.split(settings.split)
     output = resolve(output_dir, "--output-dir")
     cluster.start()
+    cluster.require_visible(run.path / "run.json", "--checkpoint")
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     make_folder(output, "--output-dir")
     checkpoints = {"base": run.base, "tuned": best.path}
     cache_dir = embeddings_folder(config, dataset)
@@ -109,7 +111,15 @@ def _score_all(
 ) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
     """Score every image under both models; then draw the worst and best instances."""
     seed = config.evaluate.seed
-    pool = cluster.start_pool(Evaluator, len(records), dataset.folder, checkpoints, cache_dir, seed)
+    pool = cluster.start_pool(
+        Evaluator,
+        config.scaling.device,
+        len(records),
+        dataset.folder,
+        checkpoints,
+        cache_dir,
+        seed,
+    )
     names = [record.name for record in records]
     scores: dict[str, list[Score]] = {model: [] for model in MODELS}
     with tqdm(total=len(names), desc="evaluate", unit="img", file=sys.stderr, disable=None) as bar:

@@ -13,6 +13,7 @@ from samray.errors import AnnotationError
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # JPEG's reader opens phones' MPO, too
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 170.0  # no setting goes above it
+MAX_ASPECT = 256  # thinner ones would scale to less than a pixel
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
 STRETCH_PERCENTILES = (0.1, 99.9)
 
@@ -42,6 +43,11 @@ def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarr
                     "image",
                     f"has {megapixels:.0f} megapixels; the limit is {max_megapixels:.0f} "
                     "(prepare.max_megapixels)",
+                )
+            if max(picture.size) > MAX_ASPECT * min(picture.size):
+                raise AnnotationError(
+                    "image",
+                    f"is {picture.width} x {picture.height} pixels, too thin to be scaled; cut it",
                 )
             pages = getattr(picture, "n_frames", 1)
             if picture.format != "MPO" and pages > 1:

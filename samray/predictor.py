@@ -12,7 +12,7 @@ from samray.annotations import labelme_document
 from samray.batches import group_prompts
 from samray.checkpoint import Checkpoint, load_checkpoint
 from samray.config import Config, required
-from samray.drawing import draw_masks, draw_prompt_marks, encode_picture
+from samray.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, encode_picture
 from samray.embeddings import encode_image
 from samray.errors import AnnotationError, ConfigError
 from samray.images import decode_image
@@ -133,6 +133,11 @@ def predict(config: Config) -> dict[str, Path]:
     except AnnotationError as exc:
         raise ConfigError(f"--image-path: {path} {exc.reason}") from exc
     _require_inside(prompt, image)
+    if output.resolve() == path.parent.resolve() and (output / f"{path.stem}.json").exists():
+        raise ConfigError(
+            f"--output-dir: {output} holds {path.stem}.json, the annotation of this image, which "
+            "would be overwritten; choose another folder"
+        )
     predictor = Predictor.from_checkpoint(resolve(checkpoint, "--checkpoint"))
     predictor.set_image(image)
     mask = predictor.predict(prompt).best
@@ -142,7 +147,7 @@ def predict(config: Config) -> dict[str, Path]:
         "overlay": output / f"{path.stem}_overlay.png",
         "labelme": output / f"{path.stem}.json",
     }
-    picture = draw_prompt_marks(draw_masks(image, [mask]), prompt)
+    picture = draw_prompt_marks(draw_masks(image, [mask], [HIGHLIGHT]), prompt)
     write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
     write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
     size = (image.shape[0], image.shape[1])

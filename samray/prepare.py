@@ -91,15 +91,17 @@ def prepare(config: Config) -> dict[str, Any]:
         )
     if not files.images:
         raise DatasetError(f"{root}: {len(files.annotations)} JSON files, but no image")
-    inputs = _fingerprint(files, settings, label_map)
-    finished = _claim_output(output, inputs)
+    shards, inputs = _fingerprints(files, settings, label_map)
+    finished = _claim_output(output, shards, inputs)
     if finished is not None:
+        _require_clean(finished["rejected"], settings)
         print(f"{output} is already prepared from the same inputs; nothing to do")
         return finished
     cluster.start()
+    cluster.require_visible(root / files.annotations[0], "--data-dir")
     cluster.require_shared(output, "--output-dir")
     outcomes = list(_run(files, output, settings, label_map))
-    manifest = _manifest(outcomes, settings, inputs, root)
+    manifest = _manifest(outcomes, files, settings, inputs)
     dropped = set(manifest["dropped_annotations"])
     kept = [o for o in outcomes if o["image"] and o["annotation"] not in dropped]
     annotated = [outcome["image"] for outcome in kept if outcome["annotation"]]
@@ -107,12 +109,8 @@ def prepare(config: Config) -> dict[str, Any]:
     manifest["splits"], warnings = rule.assign(annotated)
     manifest["warnings"] += warnings
     manifest["digest"] = dataset_digest([o["image"] for o in kept], manifest["splits"])
-    if settings.strict and manifest["rejected"]:
-        lines = [f"  {r['file']}: {r['field']}: {r['reason']}" for r in manifest["rejected"]]
-        raise DatasetError(
-            f"{len(lines)} bad items and --strict was given, so nothing was published:\n"
-            + "\n".join(lines)
-        )
+    for leftover in (output / "data").glob(".*.tmp"):  # of an earlier, killed call
+        leftover.unlink(missing_ok=True)
     save_config(config, output / "config.yaml")
     write_json(output / "manifest.json", manifest)
     (output / IN_PROGRESS).unlink(missing_ok=True)
@@ -376,7 +374,7 @@ def _dropped(outcomes: list[dict[str, Any]]) -> set[str]:
 
 
 def _manifest(
-    outcomes: list[dict[str, Any]], settings: PrepareConfig, inputs: str, root: Path
+    outcomes: list[dict[str, Any]], files: RawFiles, settings: PrepareConfig, inputs: str
 ) -> dict[str, Any]:
     """Everything but splits and digest."""
     dropped = _dropped(outcomes)
@@ -387,18 +385,19 @@ def _manifest(
     }
     labels: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
-    rejected, warnings, unlabelled, empty = [], [], [], []
+    rejected = [_rejection(file, problem, 0) for file, problem in files.skipped]
+    warnings, unlabelled, empty = [], [], []
     num_images = num_instances = 0
     for outcome in outcomes:
-        rejected += outcome["rejected"]
-        warnings += outcome["warnings"]
-        if not outcome["image"]:
-            continue
-        name = outcome["image"]["name"]
-        if outcome["annotation"] in dropped:
+        name = outcome["image"]["name"] if outcome["image"] else None
+        if outcome["annotation"] in dropped:  # with all its shapes, good or bad
             reason = f"{name} is already annotated by {owners[name]}; remove one of the two"
             problem = AnnotationError("imagePath", reason)
             rejected.append(_rejection(outcome["annotation"], problem, outcome["num_shapes"]))
+            continue
+        rejected += outcome["rejected"]
+        warnings += outcome["warnings"]
+        if name is None:
             continue
         num_images += 1
         num_instances += outcome["image"]["num_instances"]
@@ -408,6 +407,7 @@ def _manifest(
             unlabelled.append(name)
         elif not outcome["image"]["num_instances"]:
             empty.append(name)
+    _require_clean(rejected, settings)
     if not num_instances:
         hint = ""
         if rejected:
@@ -416,7 +416,7 @@ def _manifest(
             hint += f"{first['file']}: {first['field']}: {first['reason']}"
         if filtered:
             hint += f"; filtered out: {dict(filtered)}"
-        raise DatasetError(f"{root}: no instance is usable{hint}")
+        raise DatasetError(f"{files.root}: no instance is usable{hint}")
     return {
         "format": FORMAT,
         "samray_version": __version__,
@@ -436,12 +436,25 @@ def _manifest(
     }
 
 
-def _claim_output(output: Path, inputs: str) -> dict[str, Any] | None:
+def _require_clean(rejected: list[dict[str, Any]], settings: PrepareConfig) -> None:
+    """Under `strict`, raise one DatasetError that lists everything bad."""
+    if settings.strict and rejected:
+        lines = [f"  {r['file']}: {r['field']}: {r['reason']}" for r in rejected]
+        raise DatasetError(
+            f"{len(lines)} bad items, and --strict allows none; mend or remove them:\n"
+            + "\n".join(lines)
+        )
+
+
+def _claim_output(output: Path, shards: str, inputs: str) -> dict[str, Any] | None:
     """Return the manifest if the work is done; else make the folder ours, or refuse it."""
-    for name in ("manifest.json", IN_PROGRESS):
+    for name, key, wanted in (
+        ("manifest.json", "inputs", inputs),
+        (IN_PROGRESS, "shards", shards),
+    ):
         if (output / name).exists():
             content = read_json(output / name)
-            if content.get("inputs") != inputs:
+            if not isinstance(content, dict) or content.get(key) != wanted:
                 raise ConfigError(
                     f"--output-dir: {output} holds a dataset prepared from other files or "
                     "settings; choose another folder or delete this one"
@@ -452,21 +465,29 @@ def _claim_output(output: Path, inputs: str) -> dict[str, Any] | None:
         raise ConfigError(
             f"--output-dir: {output} is not empty and holds no prepared dataset; choose another"
         )
-    write_json(output / IN_PROGRESS, {"inputs": inputs})
+    write_json(output / IN_PROGRESS, {"shards": shards})
     return None
 
 
-def _fingerprint(files: RawFiles, settings: PrepareConfig, label_map: dict[str, str | None]) -> str:
-    """sha256 of what decides the result: files by path, size and time; settings."""
-    digest = hashlib.sha256()
+def _fingerprints(
+    files: RawFiles, settings: PrepareConfig, label_map: dict[str, str | None]
+) -> tuple[str, str]:
+    """sha256 of what decides the shards (files by path, size and time; settings), and of that
+    together with what decides the splits: another split needs no shard made again."""
+    shards = hashlib.sha256()
     for name in files.annotations + files.images:
         status = (files.root / name).stat()
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    ignored = {"data_dir", "output_dir", "strict", "label_map", "split_file"}
-    content = settings.model_dump(mode="json", exclude=ignored)
-    split_text = Path(settings.split_file).read_text() if settings.split_file else ""
-    digest.update(json.dumps([content, label_map, split_text, FORMAT], sort_keys=True).encode())
-    return digest.hexdigest()
+        shards.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    keys = {"labels", "images_per_shard", "max_megapixels", "visualize", "num_samples"}
+    content = settings.model_dump(mode="json", include=keys)
+    shards.update(json.dumps([content, label_map, FORMAT], sort_keys=True).encode())
+    whole = shards.copy()
+    keys = {"group_by", "val_fraction", "test_fraction"}
+    content = settings.model_dump(mode="json", include=keys)
+    whole.update(json.dumps(content, sort_keys=True).encode())
+    if settings.split_file:
+        whole.update(resolve(settings.split_file, "--split-file").read_bytes())
+    return shards.hexdigest(), whole.hexdigest()
 
 
 def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
@@ -476,7 +497,8 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"--label-map: {path} cannot be read as JSON or YAML ({exc})") from exc
+        reason = " ".join(str(exc).split())  # YAML's own has several lines
+        raise ConfigError(f"--label-map: {path} cannot be read as JSON or YAML ({reason})") from exc
     if not isinstance(content, dict) or not all(
         isinstance(k, str) and (v is None or isinstance(v, str)) for k, v in content.items()
     ):

@@ -120,26 +120,32 @@ class SplitRule:
         if self.pattern is None:
             return str(PurePosixPath(name).parent)
         match = self.pattern.search(name)
-        if match is None:
+        group = match and match.group(1 if self.pattern.groups else 0)
+        if group is None:  # no match, or one without its optional group
             raise ConfigError(
                 f"--group-by: {self.settings.group_by!r} does not match {name}; each image needs "
                 "a group"
             )
-        return str(match.group(1) if self.pattern.groups else match.group(0))
+        return str(group)
 
 
 def _read_split_file(file: str) -> dict[str, str]:
     """{image path or file name: split}."""
     path = resolve(file, "--split-file")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
         if path.suffix.lower() == ".json":
-            pairs = [(name, split) for split, names in json.loads(text).items() for name in names]
+            listed = json.loads(text)
+            pairs = [(name, split) for split, names in listed.items() for name in names]
+            if not all(isinstance(names, list) for names in listed.values()) or not all(
+                isinstance(name, str) for name, _ in pairs
+            ):
+                raise TypeError("each split must have a list of image paths")
         else:
             rows = [row for row in csv.reader(text.splitlines()) if row]
             pairs = [(row[0].strip(), row[1].strip()) for row in rows]
             pairs = [pair for pair in pairs if pair != ("image", "split")]
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as exc:
+    except (OSError, ValueError, AttributeError, TypeError, IndexError, csv.Error) as exc:
         raise ConfigError(
             f'--split-file: {path} must be JSON {{"train": [image, ...], ...}} or CSV lines '
             f"`image,split`: {exc}"

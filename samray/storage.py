@@ -26,7 +26,10 @@ def resolve(path: str, what: str) -> Path:
     """
     if "://" in path:
         raise ConfigError(f"{what}: {path} is not a local path; samray reads and writes folders")
-    expanded = Path(path).expanduser()
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError as exc:  # `~name` where nobody has that name
+        raise ConfigError(f"{what}: {path} has no home folder to start at ({exc})") from exc
     if not expanded.is_absolute() and os.environ.get(JOB_VARIABLE):
         raise ConfigError(
             f"{what}: {path} is relative, and a Ray job runs in Ray's own copy of the folder, "

@@ -4,9 +4,11 @@ This file only wraps the loop in Ray; a run's state lives in its RUN folder and 
 which would go on unasked with a run of the same name and prefers the latest to the best.
 """
 
+import os
 import shutil
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ def fit(config: Config) -> dict[str, Any]:
         require_same_run(resumed, config, dataset.digest)
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     cluster.require_shared(output, "--output-dir")
     run = resumed or RunFolder.create(output, config, dataset.digest)
     if not run.base.exists():
@@ -82,7 +85,8 @@ def fit(config: Config) -> dict[str, Any]:
         cache_dir = embeddings_folder(config, dataset)
         records = dataset.split("train") + dataset.split("val")
         reserve = config.embeddings.reserve_gb
-        encoding = encode_missing(dataset, records, run.base, cache_dir, reserve)
+        device = config.scaling.device
+        encoding = encode_missing(dataset, records, run.base, cache_dir, reserve, device)
         run.update(embeddings=encoding.as_dict())
     _train(config, run, dataset, cache_dir, resources)
     run = RunFolder(output)  # the workers have written to it
@@ -122,7 +126,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     """Run the plain torch loop in one of Ray Train's workers."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    torch.set_num_threads(arguments["threads"])
+    torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
     cache = None
@@ -274,16 +278,28 @@ def _show_progress(board: Any, config: Config, run: RunFolder, done: threading.E
     """A bar on a terminal, a line an epoch elsewhere."""
     epochs = config.train.num_epochs
     finished = len(run.state["epochs"])
+    form = (
+        "{desc}: {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+    )
     with tqdm(
-        total=epochs, initial=finished, desc="train", unit="epoch", file=sys.stderr, disable=None
+        total=epochs,
+        initial=finished,
+        desc="starting workers",
+        bar_format=form,
+        file=sys.stderr,
+        disable=None,
     ) as bar:
-        last = False
+        last = started = False
         while not last:
             last = done.wait(0.5)
             try:
                 events = ray.get(board.take.remote())
             except ray.exceptions.RayError:
                 return
+            if events and not started and not bar.disable:
+                started = True
+                bar.start_t = time.time()  # time left follows from training, not from starting
+                bar.set_description("train")
             for event in events:
                 if event["event"] == "step":
                     bar.n = event["epoch"] - 1 + event["step"] / event["steps"]
@@ -298,5 +314,4 @@ def _show_progress(board: Any, config: Config, run: RunFolder, done: threading.E
                 else:
                     bar.set_description(f"train (val_iou {event['val_iou']:.3f})")
             if not bar.disable:
-                bar.n = round(bar.n, 2)
                 bar.refresh()

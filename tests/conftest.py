@@ -1,0 +1,68 @@
+"""What the integration tests share: one Ray, one drawn dataset, one prepared one, one CLI."""
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+START_TRIES = 4  # on a busy machine Ray's start now and then fails
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of 4 logical CPUs; `samray.cluster.start` finds it running and uses it."""
+    import ray
+
+    ray.shutdown()  # of a Ray that a test has started without this fixture
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(address="local", num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == START_TRIES:
+                raise
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 drawn images with LabelMe JSON. Never change it: copy it."""
+    from samray.sample_data import write_sample_data
+
+    return write_sample_data(tmp_path_factory.mktemp("data") / "photos", 24, 3)
+
+
+@pytest.fixture(scope="session")
+def prepared(ray_cluster: None, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`photos`, prepared with the default settings."""
+    from samray.config import load_config
+    from samray.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+    folders = {"prepare.data_dir": str(photos), "prepare.output_dir": str(folder)}
+    prepare(load_config(options=folders))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., tuple[int, str, str]]:
+    """`run_cli(*words) -> (status, stdout, stderr)`: the command line, in this process."""
+    from samray.cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = main([str(word) for word in words])
+            except SystemExit as exc:  # argparse's own exit
+                status = exc.code if isinstance(exc.code, int) else 1
+        return status, out.getvalue(), err.getvalue()
+
+    return run

@@ -1,0 +1,186 @@
+"""The whole way through the command line on a real Ray, and what a killed run does next."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from samray.checkpoint import load_checkpoint
+from samray.dataset import PreparedDataset
+
+SMALL = ["--batch-size", "3", "train.warmup_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def first_run(prepared, tmp_path_factory, run_cli):
+    """Two epochs from random weights on two workers, encoder and all."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    status, out, err = run_cli(
+        "train", "--data-dir", prepared, "--output-dir", run, "--model-type", "tiny",
+        "--checkpoint", "none", "--num-workers", 2, "--num-epochs", 2, "--lr", 1e-3, *SMALL,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "run.json" in out
+    return run
+
+
+@pytest.fixture(scope="module")
+def tuned_run(prepared, first_run, tmp_path_factory, run_cli):
+    """Two epochs from the first run's weights: the encoder is frozen and embeddings are cached."""
+    run = tmp_path_factory.mktemp("runs") / "tuned"
+    status, _, err = run_cli(
+        "train", "--data-dir", prepared, "--output-dir", run, "--model-type", "tiny",
+        "--checkpoint", first_run, "--num-epochs", 2, *SMALL,
+    )  # fmt: skip
+    assert status == 0, err
+    return run
+
+
+def state_of(run):
+    return json.loads((run / "run.json").read_text())
+
+
+def test_a_run_explains_itself(first_run, prepared):
+    state = state_of(first_run)
+    dataset = PreparedDataset(prepared)
+    steps = -(-len(dataset.split("train")) // 3)
+    assert state["status"] == "finished"
+    assert state["embeddings"] is None
+    assert [epoch["step"] for epoch in state["epochs"]] == [steps, 2 * steps]
+    for epoch in state["epochs"]:
+        three = [epoch[f"val_iou_{name}"] for name in ("center", "random", "bbox")]
+        assert epoch["val_iou"] == pytest.approx(sum(three) / 3)
+        assert 0 <= epoch["val_dice"] <= 1
+    best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
+    checkpoint = load_checkpoint(first_run)
+    assert checkpoint.progress["epoch"] == best["epoch"]
+    assert checkpoint.progress["dataset_digest"] == dataset.digest
+    assert checkpoint.progress["base"]["source"] == "random weights, seed 0"
+    assert not (first_run / "ray").exists()
+
+
+def test_training_moves_the_encoder_from_random_weights_and_not_when_frozen(first_run, tuned_run):
+    def encoder(folder):
+        weights = load_checkpoint(folder).weights
+        return {k: v for k, v in weights.items() if k.startswith("image_encoder.")}
+
+    base, trained, tuned = encoder(first_run / "base"), encoder(first_run), encoder(tuned_run)
+    assert not all(torch.equal(base[name], trained[name]) for name in base)
+    assert all(torch.equal(trained[name], tuned[name]) for name in base)
+    decoder = "mask_decoder.iou_token.weight"
+    assert not torch.equal(
+        load_checkpoint(first_run).weights[decoder], load_checkpoint(tuned_run).weights[decoder]
+    )
+
+
+def test_each_image_is_encoded_once_for_all_epochs_and_runs(
+    tuned_run, first_run, prepared, tmp_path, run_cli
+):
+    dataset = PreparedDataset(prepared)
+    images = len(dataset.split("train")) + len(dataset.split("val"))
+    assert state_of(tuned_run)["embeddings"]["encoded"] == images
+    assert state_of(tuned_run)["embeddings"]["found"] == 0
+    status, out, err = run_cli(
+        "train", "--data-dir", prepared, "--output-dir", tmp_path / "again", "--checkpoint",
+        first_run, "--num-epochs", 1, *SMALL,
+    )  # fmt: skip
+    assert status == 0, err
+    assert f"0 images encoded, {images} found" in out
+
+
+def test_evaluate_compares_base_with_tuned(tuned_run, prepared, tmp_path, run_cli):
+    status, out, err = run_cli(
+        "evaluate", "--data-dir", prepared, "--checkpoint", tuned_run, "--output-dir", tmp_path
+    )
+    assert status == 0, err
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    labels = set(PreparedDataset(prepared).manifest["labels"])
+    for model in ("base", "tuned"):
+        for value in ("iou", "dice"):
+            assert set(evaluation[model][value]["strategy"]) == {"center", "random", "bbox"}
+            assert set(evaluation[model][value]["label"]) <= labels
+            assert all(0 <= v <= 1 for v in evaluation[model][value]["strategy"].values())
+        for name, (low, high) in evaluation[model]["iou_ci95"]["strategy"].items():
+            assert low <= evaluation[model]["iou"]["strategy"][name] <= high
+    assert f"{evaluation['tuned']['iou']['strategy']['random']:.3f}" in out
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("data:image/jpeg;base64,") >= 8
+    assert "<svg" in html
+    outside = re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", html)
+    assert not outside, "the report must need no other file"
+
+
+def test_predict_writes_mask_overlay_and_labelme_that_prepare_reads(
+    tuned_run, photos, tmp_path, run_cli
+):
+    image = sorted((photos / "images").iterdir())[0]
+    status, _, err = run_cli(
+        "predict", "--checkpoint", tuned_run, "--image-path", image, "--point", 100, 80,
+        "--negative-point", 5, 5, "--box", 20, 20, 200, 200, "--label", "stone",
+        "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    document = json.loads((tmp_path / "out" / f"{image.stem}.json").read_text())
+    assert (tmp_path / "out" / document["imagePath"]).resolve() == image.resolve()
+    assert {shape["label"] for shape in document["shapes"]} <= {"stone"}
+    assert (tmp_path / "out" / f"{image.stem}_mask.png").stat().st_size > 0
+    assert (tmp_path / "out" / f"{image.stem}_overlay.png").stat().st_size > 0
+
+
+def test_a_used_folder_needs_resume_and_a_finished_run_trains_no_more(
+    tuned_run, first_run, prepared, run_cli
+):
+    again = ["train", "--data-dir", prepared, "--output-dir", tuned_run, "--checkpoint", first_run]
+    status, _, err = run_cli(*again, "--num-epochs", 2, *SMALL)
+    assert status == 2
+    assert "--resume" in err
+    before = state_of(tuned_run)
+    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", *SMALL)
+    assert status == 0, err
+    assert state_of(tuned_run)["epochs"] == before["epochs"]
+    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", "--lr", 0.5, *SMALL)
+    assert status == 2
+    assert "train.learning_rate (was 0.0001, now 0.5)" in err
+
+
+@pytest.mark.slow
+def test_killed_in_mid_training_and_resumed_it_ends_as_if_undisturbed(
+    prepared, first_run, tmp_path
+):
+    def command(run, *more):
+        return [
+            sys.executable, "-m", "jobs.train", "--data-dir", str(prepared), "--output-dir",
+            str(run), "--checkpoint", str(first_run), "--num-epochs", "5", *SMALL, *more,
+        ]  # fmt: skip
+
+    root = Path(__file__).parents[2]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, cwd=root, capture_output=True, timeout=300)
+    with subprocess.Popen(
+        command(killed), cwd=root, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if (killed / "run.json").exists() and len(state_of(killed)["epochs"]) >= 2:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = len(state_of(killed)["epochs"])
+    assert 2 <= done < 5, "the kill came too late to show anything"
+    subprocess.run(
+        command(killed, "--resume"), check=True, cwd=root, capture_output=True, timeout=300
+    )
+    one, two = state_of(whole), state_of(killed)
+    assert two["epochs"][-1]["step"] == one["epochs"][-1]["step"]
+    assert one["embeddings"]["encoded"] == 0, "an earlier run has encoded all images"
+    weights = [load_checkpoint(run / "latest").weights for run in (whole, killed)]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name

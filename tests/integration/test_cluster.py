@@ -1,0 +1,186 @@
+"""A real two-node cluster on one machine: Ray jobs, and folders that not every node sees."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START_SECONDS = 120
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Two nodes; the second has an empty folder of its own where the first has `unshared`.
+
+    Yields the environment in which `ray` and `samray` talk to it, and the unshared folder.
+    """
+    unshared = tmp_path_factory.mktemp("unshared")
+    own_folder = f"mount -t tmpfs none {unshared}"
+    probe = subprocess.run(["unshare", "-m", "sh", "-c", own_folder], capture_output=True)
+    if probe.returncode:
+        pytest.skip("giving a node a folder of its own needs the right to mount (root)")
+    gcs, dashboard, client, agent, second_agent = free_ports(5)
+    # Ray's sockets live here, and their paths may have no more than 107 characters.
+    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    starting = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
+    head = [
+        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={temporary}",
+    ]  # fmt: skip
+    second = (
+        f"{own_folder} && exec ray start --block --num-cpus=2 --address=127.0.0.1:{gcs} "
+        f"--dashboard-agent-listen-port={second_agent}"
+    )
+    log = tmp_path_factory.mktemp("ray") / "start.log"
+    processes = []
+    try:
+        for command in (head, ["unshare", "-m", "sh", "-c", second]):
+            with log.open("ab") as output:
+                processes.append(
+                    subprocess.Popen(
+                        command, env=starting, start_new_session=True, stdout=output, stderr=output
+                    )
+                )
+            wait_for_nodes(environment, len(processes), log)
+        yield environment, unshared
+    finally:
+        for process in reversed(processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def wait_for_nodes(environment, count, log):
+    """Wait until the cluster lists `count` nodes, and its job agent answers."""
+    count_nodes = (
+        "import ray, sys; ray.init(log_to_driver=False, logging_level='ERROR'); "
+        f"sys.exit(sum(n['Alive'] for n in ray.nodes()) < {count})"
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        for command in ([sys.executable, "-c", count_nodes], ["ray", "job", "list"]):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                break
+        else:
+            return
+        time.sleep(1)
+    pytest.fail(f"no Ray of {count} nodes: {log.read_text()[-2000:]} {done.stderr[-1000:]}")
+
+
+def submit(environment, *words):
+    """Submit a job as the README says; again while Ray has no agent for it yet."""
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", *words]
+    for _ in range(10):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        )
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(3)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def prepared_on_two_nodes(cluster, photos, tmp_path_factory):
+    environment, _ = cluster
+    output = tmp_path_factory.mktemp("shared") / "prepared"
+    status, log = submit(
+        environment, "jobs.prepare", "--data-dir", str(photos), "--output-dir", str(output)
+    )
+    assert status == 0, log
+    return output
+
+
+def test_a_training_job_runs_across_two_nodes(cluster, prepared_on_two_nodes, tmp_path):
+    environment, _ = cluster
+    status, log = submit(
+        environment, "jobs.train", "--config", "configs/demo.yaml",
+        f"train.data_dir={prepared_on_two_nodes}", f"train.output_dir={tmp_path / 'run'}",
+        "train.num_epochs=1", "scaling.num_workers=2", "scaling.cpus_per_worker=2",
+    )  # fmt: skip
+    assert status == 0, log
+    assert "epoch 1/1" in log
+    assert "best: epoch 1 of 1" in log
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert state["status"] == "finished"
+
+
+def test_a_job_with_mistakes_fails_with_all_of_them_in_its_log(cluster, tmp_path):
+    environment, _ = cluster
+    status, log = submit(
+        environment, "jobs.train", "--config", "configs/vit_b.yaml", "train.learning_rte=1",
+        "train.batch_size=0", "model.type=vit_x",
+    )  # fmt: skip
+    assert status != 0
+    assert "exit code 2" in log
+    for mistake in ("train.learning_rte", "train.batch_size", "model.type"):
+        assert mistake in log
+    assert "Traceback" not in log
+
+
+def test_a_job_refuses_relative_paths(cluster):
+    environment, _ = cluster
+    status, log = submit(environment, "jobs.prepare", "--data-dir", "a", "--output-dir", "b")
+    assert status != 0
+    assert "is relative, and a Ray job runs in Ray's own copy" in log
+
+
+def test_an_output_folder_that_a_node_does_not_see_is_refused_before_any_work(
+    cluster, photos, prepared_on_two_nodes
+):
+    environment, unshared = cluster
+    for stage, words in {
+        "prepare": ["--data-dir", str(photos), "--output-dir", str(unshared / "prepared")],
+        "train": [
+            "--data-dir", str(prepared_on_two_nodes), "--output-dir", str(unshared / "run"),
+            "--checkpoint", "none",
+        ],
+    }.items():  # fmt: skip
+        done = subprocess.run(
+            ["samray", stage, *words], env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 2, done.stderr
+        assert "is not shared" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (unshared / "run" / "run.json").exists()
+    assert not (unshared / "prepared" / "data").exists()
+
+
+def test_ray_is_the_pinned_one():
+    assert ray.__version__ in (ROOT / "constraints.txt").read_text()

@@ -1,0 +1,574 @@
+"""`samray prepare` as a whole: what goes in, what comes out, and what an interruption leaves."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import ray
+import yaml
+from PIL import Image
+
+from samray.config import load_config
+from samray.dataset import PreparedDataset
+from samray.errors import ConfigError, DatasetError
+from samray.prepare import prepare
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared" / "datasets"
+SPLITS = ("train", "val", "test")
+ALL_TRAIN = ("prepare.val_fraction=0", "prepare.test_fraction=0")
+SQUARE = [[4, 6], [20, 6], [20, 30], [4, 30]]
+
+
+def run(data: Path, output: Path, *overrides: str, **settings: object) -> dict:
+    options = {f"prepare.{key}": value for key, value in settings.items()}
+    options |= {"prepare.data_dir": str(data), "prepare.output_dir": str(output)}
+    return prepare(load_config(overrides=overrides, options=options))
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (48, 64)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def shape(label: str, points: list, kind: str = "polygon", group: int | None = None) -> dict:
+    return {"label": label, "points": points, "shape_type": kind, "group_id": group, "flags": {}}
+
+
+def annotate(
+    path: Path, image_path: str, shapes: list[dict], size: tuple[int, int] = (48, 64)
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": image_path}
+    document |= {"imageData": None, "imageHeight": size[0], "imageWidth": size[1]}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+def shapes_of(json_path: Path) -> list[dict]:
+    return json.loads(json_path.read_text(encoding="utf-8"))["shapes"]
+
+
+def instances_of(shapes: list[dict]) -> dict[tuple, list[dict]]:
+    """Shapes joined by label and group, as this test understands the rule."""
+    joined: dict[tuple, list[dict]] = {}
+    for number, entry in enumerate(shapes):
+        group = entry["group_id"]
+        key = (entry["label"], "alone", number) if group is None else (entry["label"], group)
+        joined.setdefault(key, []).append(entry)
+    return joined
+
+
+def filled(shapes: list[dict], size: tuple[int, int]) -> np.ndarray:
+    """The union of polygons, drawn on the whole frame."""
+    canvas = np.zeros(size, np.uint8)
+    for entry in shapes:
+        cv2.fillPoly(canvas, [np.floor(np.array(entry["points"])).astype(np.int32)], 1)
+    return canvas.astype(bool)
+
+
+def expected_split(digest: str, val: float = 0.2, test: float = 0.2) -> str:
+    u = int(digest[:8], 16) / 2**32
+    return "val" if u < val else "test" if u < val + test else "train"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """When each shard and its list of outcomes was written, and as which file."""
+    return {
+        path.name: (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in sorted((folder / "data").iterdir())
+    }
+
+
+def accounted(manifest: dict, joined_away: int = 0) -> int:
+    """Shapes that the manifest tells the fate of.
+
+    Args:
+        joined_away: shapes in groups beyond the first of each.
+    """
+    rejected = sum(entry["num_shapes"] for entry in manifest["rejected"])
+    filtered = sum(manifest["filtered"].values())
+    return manifest["num_instances"] + joined_away + rejected + filtered
+
+
+def test_the_manifest_counts_what_is_in_the_folder(photos, prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    jsons = sorted(photos.glob("annotations/*.json"))
+    instances = [key for path in jsons for key in instances_of(shapes_of(path))]
+    num_shapes = sum(len(shapes_of(path)) for path in jsons)
+    assert manifest["num_images"] == len(jsons) == 24
+    assert manifest["num_shapes"] == num_shapes
+    assert manifest["num_instances"] == len(instances) < num_shapes  # some were joined
+    assert manifest["labels"] == Counter(label for label, *_ in instances)
+    assert accounted(manifest, num_shapes - len(instances)) == num_shapes
+    assert manifest["rejected"] == manifest["warnings"] == manifest["unlabelled"] == []
+    assert manifest["empty"] == []
+    assert re.fullmatch("[0-9a-f]{64}", manifest["digest"])
+    assert PreparedDataset(prepared).digest == manifest["digest"]
+    assert all((prepared / shard).is_file() for shard in manifest["shards"])
+    assert not (prepared / "preparing.json").exists()
+    assert not list(prepared.rglob(".*")), "temporary files stayed"
+    assert load_config(prepared / "config.yaml").prepare.data_dir == str(photos)
+
+
+def test_splits_are_disjoint_complete_and_follow_the_hash(photos, prepared):
+    splits = PreparedDataset(prepared).manifest["splits"]
+    expected: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for path in sorted(photos.glob("images/*.jpg")):
+        expected[expected_split(sha256(path))].append(f"images/{path.name}")
+    assert splits == expected
+    assert all(expected.values())  # else the fixture's seed tests nothing
+    assert sum(map(len, splits.values())) == len(set().union(*splits.values())) == 24
+
+
+def test_image_bytes_come_through_as_they_are(photos, prepared):
+    dataset = PreparedDataset(prepared)
+    assert len(dataset.images) == 24
+    for name, record in dataset.images.items():
+        raw = (photos / name).read_bytes()
+        assert dataset.image_bytes(record) == raw
+        assert record.digest == hashlib.sha256(raw).hexdigest()
+        with Image.open(photos / name) as picture:
+            assert record.size == (picture.height, picture.width)
+
+
+def test_masks_are_those_of_the_json(photos, prepared):
+    dataset = PreparedDataset(prepared)
+    num_checked = 0
+    for name, record in dataset.images.items():
+        shapes = shapes_of(photos / "annotations" / f"{Path(name).stem}.json")
+        for key, instance in zip(instances_of(shapes), record.instances, strict=True):
+            expected = filled(instances_of(shapes)[key], record.size)
+            np.testing.assert_array_equal(record.decode(instance), expected)
+            rows, columns = np.nonzero(expected)
+            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert (instance.label, instance.area) == (key[0], expected.sum())
+            assert instance.box == box
+            num_checked += 1
+    assert num_checked == dataset.manifest["num_instances"]
+
+
+def test_every_known_layout_is_paired(tmp_path):
+    """Each pair gets a polygon of its own, so that a swap would show."""
+    data = tmp_path / "data"
+    pairs = {  # image: (JSON, what its imagePath says)
+        "images/split.png": ("annotations/split.json", "../images/split.png"),
+        "beside.png": ("beside.json", "beside.png"),
+        "größe 1/кольцо.png": ("größe 1/кольцо.json", "кольцо.png"),
+        "deep/er/images/nest.jpg": ("deep/er/labels/nest.json", "nest.jpg"),
+        "deep/windows.png": ("deep/windows.json", "C:\\Users\\me\\old\\windows.png"),
+        "cam1/images/0.png": ("cam1/annotations/0.json", "..\\stale\\0.png"),
+        "cam2/images/0.png": ("cam2/annotations/0.json", ""),
+        "other/name.png": ("other/note.json", "name.png"),
+    }
+    for number, (image, (annotation, image_path)) in enumerate(pairs.items()):
+        draw(data / image, number)
+        triangle = [[2, 2], [30 + number, 4], [10, 20 + number]]
+        annotate(data / annotation, image_path, [shape(f"кольцо {number}", triangle)])
+    manifest = run(data, tmp_path / "prepared", *ALL_TRAIN)
+    assert manifest["rejected"] == manifest["unlabelled"] == []
+    dataset = PreparedDataset(tmp_path / "prepared")
+    assert set(dataset.images) == set(pairs) == set(manifest["splits"]["train"])
+    for number, (image, (annotation, _)) in enumerate(pairs.items()):
+        record = dataset.images[image]
+        (instance,) = record.instances
+        assert instance.label == f"кольцо {number}"
+        expected = filled(shapes_of(data / annotation), (48, 64))
+        np.testing.assert_array_equal(record.decode(instance), expected)
+        assert dataset.image_bytes(record) == (data / image).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A folder with one of everything that is not simply a good pair."""
+    data = tmp_path_factory.mktemp("mixed") / "data"
+    for number, name in enumerate(("good", "joined", "bad_shapes", "empty", "alone", "twice")):
+        draw(data / f"{name}.png", number)
+    annotate(data / "good.json", "good.png", [shape("a", SQUARE), shape("b", SQUARE)])
+    far = [[50, 40], [60, 40], [60, 46]]
+    joined = [shape("a", SQUARE, group=7), shape("a", far, group=7), shape("b", far, group=7)]
+    annotate(data / "joined.json", "joined.png", joined)
+    bad = [
+        shape("a", SQUARE),
+        shape("a", SQUARE[:2]),  # a polygon of two points
+        shape("a", SQUARE[:2], "line"),
+        shape("a", [[900, 900], [910, 900], [910, 910]], group=1),  # outside, both of the group
+        shape("a", [[900, 900], [910, 900], [910, 920]], group=1),
+        shape("c", SQUARE),
+    ]
+    annotate(data / "bad_shapes.json", "bad_shapes.png", bad)
+    annotate(data / "empty.json", "empty.png", [])
+    annotate(data / "twice.json", "twice.png", [shape("a", SQUARE)])
+    second = [shape("b", SQUARE), shape("b", SQUARE[:2]), shape("b", far)]
+    annotate(data / "twice_too.json", "twice.png", second)
+    return data
+
+
+def test_what_is_not_a_good_pair_is_counted_once(mixed, tmp_path):
+    manifest = run(mixed, tmp_path / "prepared", *ALL_TRAIN)
+    rejected = {(r["file"], r["field"]): r for r in manifest["rejected"]}
+    assert set(rejected) == {
+        ("bad_shapes.json", "shapes[1].points"),
+        ("bad_shapes.json", "shapes[2].shape_type"),
+        ("bad_shapes.json", "shapes[3].points"),
+        ("twice_too.json", "imagePath"),
+    }
+    assert len(rejected) == len(manifest["rejected"])
+    assert rejected["bad_shapes.json", "shapes[3].points"]["num_shapes"] == 2
+    assert "twice.json" in rejected["twice_too.json", "imagePath"]["reason"]
+    assert "2 points" in rejected["bad_shapes.json", "shapes[1].points"]["reason"]
+    assert manifest["num_shapes"] == 2 + 3 + 6 + 0 + 1 + 3
+    assert accounted(manifest, joined_away=1) == manifest["num_shapes"]
+    assert manifest["labels"] == {"a": 4, "b": 2, "c": 1}
+    assert (manifest["num_images"], manifest["num_instances"]) == (6, 7)
+    assert manifest["unlabelled"] == ["alone.png"]
+    assert manifest["empty"] == ["empty.png"]
+    annotated = {f"{name}.png" for name in ("good", "joined", "bad_shapes", "empty", "twice")}
+    assert set(manifest["splits"]["train"]) == annotated
+    dataset = PreparedDataset(tmp_path / "prepared")
+    assert set(dataset.images) == annotated | {"alone.png"}
+    assert dataset.images["alone.png"].instances == dataset.images["empty.png"].instances == ()
+    assert [i.label for i in dataset.images["twice.png"].instances] == ["a"]  # the first JSON's
+    union, lone = dataset.images["joined.png"].instances
+    assert (union.label, lone.label) == ("a", "b")
+    assert union.area == filled(shapes_of(mixed / "joined.json")[:2], (48, 64)).sum()
+    assert len(dataset.split("train")) == 4  # the empty image teaches nothing
+
+
+def test_labels_are_renamed_and_filtered_and_accounted_for(mixed, tmp_path):
+    (tmp_path / "map.yaml").write_text(yaml.safe_dump({"a": "apple", "c": None}))
+    label_map = str(tmp_path / "map.yaml")
+    mapped = run(mixed, tmp_path / "mapped", *ALL_TRAIN, label_map=label_map)
+    assert mapped["labels"] == {"apple": 4, "b": 2}
+    assert mapped["filtered"] == {"c": 1}
+    assert accounted(mapped, joined_away=1) == mapped["num_shapes"] == 15
+    kept = run(mixed, tmp_path / "kept", *ALL_TRAIN, label_map=label_map, labels=["b"])
+    assert kept["labels"] == {"b": 2}
+    # By their names in the files; the two outside the image never get as far as being drawn.
+    assert kept["filtered"] == {"a": 7, "c": 1}
+    assert accounted(kept) == kept["num_shapes"] == 15
+    assert kept["empty"] == ["bad_shapes.png", "empty.png", "twice.png"]
+    with pytest.raises(DatasetError, match="no instance is usable"):
+        run(mixed, tmp_path / "none", *ALL_TRAIN, labels=["nobody"])
+    assert not (tmp_path / "none" / "manifest.json").exists()
+
+
+def test_as_many_overlays_as_asked_for(photos, tmp_path, run_cli):
+    output = tmp_path / "prepared"
+    status, _, err = run_cli(
+        "prepare", "--data-dir", photos, "--output-dir", output, "--visualize", "--num-samples", 3,
+        "prepare.images_per_shard=2",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    overlays = sorted((output / "overlays").rglob("*.*"))
+    assert len(overlays) == 3
+    for overlay in overlays:
+        original = photos / "images" / overlay.name.removesuffix(".overlay.jpg")
+        with Image.open(overlay) as drawn, Image.open(original) as plain:
+            assert drawn.size == plain.size
+            change = np.abs(np.asarray(drawn, int) - np.asarray(plain.convert("RGB"), int))
+        assert change.max() > 40
+
+
+def test_the_same_inputs_again_do_nothing_and_others_are_refused(mixed, tmp_path):
+    data, output = tmp_path / "data", tmp_path / "prepared"
+    shutil.copytree(mixed, data)  # keeps the times
+    first = run(data, output, *ALL_TRAIN)
+    before = stamps(output)
+    published = (output / "manifest.json").read_bytes()
+    assert run(data, output, *ALL_TRAIN) == first
+    with pytest.raises(ConfigError, match="other files or settings"):
+        run(data, output, *ALL_TRAIN, labels=["a"])
+    with pytest.raises(ConfigError, match="other files or settings"):
+        run(mixed, output, "prepare.val_fraction=0")
+    draw(data / "one_more.png", 99)
+    with pytest.raises(ConfigError, match="other files or settings"):
+        run(data, output, *ALL_TRAIN)
+    (data / "one_more.png").unlink()
+    annotate(data / "good.json", "good.png", [shape("a", SQUARE), shape("z", SQUARE)])
+    with pytest.raises(ConfigError, match="choose another folder"):
+        run(data, output, *ALL_TRAIN)
+    assert stamps(output) == before
+    assert (output / "manifest.json").read_bytes() == published
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(mixed, tmp_path):
+    (tmp_path / "letters.txt").write_text("dear diary")
+    with pytest.raises(ConfigError, match="not empty"):
+        run(mixed, tmp_path, *ALL_TRAIN)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+    with pytest.raises(ConfigError, match="inside --data-dir"):
+        run(mixed, mixed / "prepared", *ALL_TRAIN)
+    assert not (mixed / "prepared").exists()
+
+
+def test_only_the_missing_shard_is_made_again(photos, prepared, tmp_path):
+    """All shards are made, then the split fails; another split rule goes on from there."""
+    output = tmp_path / "prepared"
+    with pytest.raises(DatasetError, match="split would be empty"):
+        run(photos, output, "prepare.images_per_shard=6", "prepare.group_by=folder")
+    before = stamps(output)
+    assert len(before) == 8  # four shards, four lists
+    assert (output / "preparing.json").exists()
+    (output / "data" / "part-00002.json").unlink()
+    (output / "data" / ".part-00002.parquet.0a1b2c3d.tmp").write_bytes(b"half a shard")
+    again = run(photos, output, "prepare.images_per_shard=6")
+    after = stamps(output)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "part-00002.json", "part-00002.parquet",
+    }  # fmt: skip
+    assert set(after) == set(before)
+    assert again["digest"] == PreparedDataset(prepared).digest
+    assert not (output / "preparing.json").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was(photos, prepared, tmp_path):
+    """SIGKILL to a process in the middle of it; then the same command again."""
+    output = tmp_path / "prepared"
+    words = ["prepare", "--data-dir", str(photos), "--output-dir", str(output)]
+    words += ["prepare.images_per_shard=1"]
+    program = "import sys; from samray.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((output / "data").glob("part-*.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no shard within two minutes"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (output / "manifest.json").exists()
+    assert (output / "preparing.json").exists()
+    with pytest.raises(DatasetError, match="no \\(finished\\) prepared dataset"):
+        PreparedDataset(output)
+    while True:  # its Ray tasks end a moment later than the process that asked for them
+        finished = stamps(output)
+        time.sleep(1)
+        if stamps(output) == finished:
+            break
+    finished = {n: s for n, s in finished.items() if re.fullmatch(r"part-\d+\.json", n)}
+    assert 0 < len(finished) < 24, "killed too late to show anything"
+
+    manifest = run(photos, output, "prepare.images_per_shard=1")
+    after = stamps(output)
+    for name in finished:
+        shard = name.replace(".json", ".parquet")
+        assert after[name] == finished[name], f"{name} was made again"
+        assert shard in after
+    assert len(manifest["shards"]) == 24
+    assert not [name for name in after if name.endswith(".tmp")]
+    assert not (output / "preparing.json").exists()
+    assert manifest["digest"] == PreparedDataset(prepared).digest
+    assert len(PreparedDataset(output).images) == 24
+
+
+def test_the_digest_does_not_depend_on_the_shards(photos, prepared, tmp_path):
+    undisturbed = PreparedDataset(prepared)
+    for size in (1, 7):
+        output = tmp_path / str(size)
+        manifest = run(photos, output, f"prepare.images_per_shard={size}")
+        assert len(manifest["shards"]) == -(-24 // size)
+        assert manifest["digest"] == undisturbed.digest
+        images = PreparedDataset(output).images
+        assert list(images) == list(undisturbed.images)
+        for name, record in images.items():
+            assert record.instances == undisturbed.images[name].instances
+
+
+def test_the_same_photos_give_the_same_files(photos, prepared, tmp_path):
+    copy = tmp_path / "copy of the photos"
+    shutil.copytree(photos, copy, copy_function=shutil.copyfile)  # with other times
+    again = run(copy, tmp_path / "prepared")
+    first = PreparedDataset(prepared).manifest
+    assert {k: v for k, v in again.items() if k != "inputs"} == {
+        k: v for k, v in first.items() if k != "inputs"
+    }
+    for shard in first["shards"]:
+        assert sha256(tmp_path / "prepared" / shard) == sha256(prepared / shard)
+
+
+def test_the_digest_sees_labels_masks_pixels_and_splits(tmp_path):
+    data = tmp_path / "data"
+
+    def digest_of(number: int, *overrides: str) -> str:
+        return run(data, tmp_path / str(number), *(overrides or ALL_TRAIN))["digest"]
+
+    for number in range(12):
+        draw(data / f"{number}.png", number)
+        annotate(data / f"{number}.json", f"{number}.png", [shape("a", SQUARE)])
+    digests = [digest_of(0)]
+    annotate(data / "3.json", "3.png", [shape("b", SQUARE)])
+    digests.append(digest_of(1))
+    annotate(data / "3.json", "3.png", [shape("a", [*SQUARE[:3], [5, 30]])])
+    digests.append(digest_of(2))
+    annotate(data / "3.json", "3.png", [shape("a", SQUARE)])
+    digests.append(digest_of(3))
+    assert digests[3] == digests[0]
+    draw(data / "3.png", 1234)
+    digests.append(digest_of(4))
+    digests.append(digest_of(5, "prepare.val_fraction=0.4", "prepare.test_fraction=0"))
+    assert len(set(digests)) == 5  # all differ but the fourth, which is the first again
+
+
+def test_new_images_move_no_old_one(photos, prepared, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for number in range(5):
+        draw(data / "more" / f"{number}.png", number)
+        annotate(data / "more" / f"{number}.json", f"{number}.png", [shape("a", SQUARE)])
+    splits = run(data, tmp_path / "prepared")["splits"]
+    for split, names in PreparedDataset(prepared).manifest["splits"].items():
+        assert set(names) == {name for name in splits[split] if name.startswith("images/")}
+
+
+@pytest.mark.parametrize(
+    ("group_by", "group_of"),
+    [
+        ("folder", lambda name: str(Path(name).parent)),
+        ("clip_[0-9]+", lambda name: re.search("clip_[0-9]+", name)[0]),
+        ("_([0-9]+)/", lambda name: re.search("_([0-9]+)/", name)[1]),
+    ],
+)
+def test_a_group_stays_together(group_by, group_of, tmp_path):
+    data = tmp_path / "data"
+    for clip in range(12):
+        for frame in range(2):
+            number = 2 * clip + frame
+            draw(data / f"clip_{clip}/{frame}.png", number)
+            annotate(data / f"clip_{clip}/{frame}.json", f"{frame}.png", [shape("a", SQUARE)])
+    fractions = ("prepare.val_fraction=0.3", "prepare.test_fraction=0.3")
+    splits = run(data, tmp_path / "prepared", *fractions, group_by=group_by)["splits"]
+    assert sum(map(len, splits.values())) == 24
+    for split, names in splits.items():
+        assert names, "choose other names, so that each split has a group"
+        for name in names:
+            digest = hashlib.sha256(group_of(name).encode()).hexdigest()
+            assert expected_split(digest, 0.3, 0.3) == split
+
+
+def test_a_group_pattern_that_misses_an_image_is_refused(photos, tmp_path):
+    with pytest.raises(ConfigError, match="does not match images/sample_00000"):
+        run(photos, tmp_path / "prepared", group_by="clip_[0-9]+")
+    with pytest.raises(ConfigError, match="neither `folder` nor a regular expression"):
+        run(photos, tmp_path / "other", group_by="(")
+    assert not (tmp_path / "prepared" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_split_file_decides(kind, photos, tmp_path):
+    names = sorted(f"images/{path.name}" for path in photos.glob("images/*.jpg"))
+    wanted = {"train": names[:10], "val": names[10:18], "test": names[18:]}
+    file = tmp_path / f"splits.{kind}"
+    if kind == "json":
+        file.write_text(json.dumps(wanted))
+    else:
+        text = io.StringIO()
+        rows = [(Path(name).name, split) for split, names in wanted.items() for name in names]
+        csv.writer(text).writerows([("image", "split"), *rows])
+        file.write_text(text.getvalue())
+    assert run(photos, tmp_path / "prepared", split_file=str(file))["splits"] == wanted
+
+
+def test_side_files_may_lie_at_home(mixed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.json").write_text('{"val": ["twice.png"]}')
+    (tmp_path / "m.json").write_text('{"a": "apple"}')
+    files = {"split_file": "~/s.json", "label_map": "~/m.json"}
+    manifest = run(mixed, tmp_path / "prepared", *ALL_TRAIN, **files)
+    assert manifest["splits"]["val"] == ["twice.png"]
+    assert "apple" in manifest["labels"]
+    assert run(mixed, tmp_path / "prepared", *ALL_TRAIN, **files) == manifest
+    (tmp_path / "s.json").write_text('{"test": ["twice.png"]}')
+    with pytest.raises(ConfigError, match="other files or settings"):
+        run(mixed, tmp_path / "prepared", *ALL_TRAIN, **files)
+
+
+def test_a_split_without_an_image_is_refused(mixed, tmp_path):
+    with pytest.raises(DatasetError, match=r"val split would be empty.*--split-file"):
+        run(mixed, tmp_path / "p", "prepare.val_fraction=1e-6", "prepare.test_fraction=0")
+    assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_a_rotated_photo_is_annotated_as_it_is_shown(tmp_path):
+    """LabelMe applies EXIF; the JSON's size and points are those of the upright photo."""
+    data = tmp_path / "data"
+    data.mkdir()
+    left_half_white = np.zeros((60, 40, 3), np.uint8)  # as shown: 40 wide, 60 high
+    left_half_white[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    stored = np.rot90(left_half_white)
+    Image.fromarray(stored).save(data / "photo.jpg", exif=exif, quality=95)
+    half = [[0, 0], [19, 0], [19, 59], [0, 59]]
+    annotate(data / "photo.json", "photo.jpg", [shape("white", half)], (60, 40))
+    Image.fromarray(stored).save(data / "wrong.jpg", exif=exif)
+    annotate(data / "wrong.json", "wrong.jpg", [shape("white", half)], (40, 60))
+    manifest = run(data, tmp_path / "prepared", *ALL_TRAIN)
+    (rejected,) = manifest["rejected"]
+    assert rejected["file"] == "wrong.json"
+    assert "60 x 40" in rejected["reason"]
+    assert "40 x 60" in rejected["reason"]
+    dataset = PreparedDataset(tmp_path / "prepared")
+    record = dataset.images["photo.jpg"]
+    assert record.size == (60, 40)
+    assert dataset.image_bytes(record) == (data / "photo.jpg").read_bytes()
+    np.testing.assert_array_equal(
+        record.decode(record.instances[0]), left_half_white[:, :, 0] == 255
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "num_images", "num_shapes", "none_rejected"),
+    [
+        ("nuts_labelme", 18, 165, True),
+        ("zebrafish_microscopy", 54, 583, False),
+        ("steel_bars", 70, 4604, True),
+    ],
+)
+def test_real_annotations(folder, num_images, num_shapes, none_rejected, tmp_path):
+    data = REAL / folder
+    if not data.is_dir():
+        pytest.skip(f"{data} is not here")
+    manifest = run(data, tmp_path / "prepared")
+    assert manifest["num_images"] == num_images
+    assert manifest["num_shapes"] == accounted(manifest) == num_shapes
+    assert manifest["unlabelled"] == []
+    assert sum(map(len, manifest["splits"].values())) == num_images
+    if none_rejected:
+        assert manifest["rejected"] == []
+        assert manifest["num_instances"] == num_shapes
+    dataset = PreparedDataset(tmp_path / "prepared")
+    assert sum(len(r.instances) for r in dataset.images.values()) == manifest["num_instances"]
+    for record in list(dataset.images.values())[:: max(1, num_images // 5)]:
+        assert dataset.image_bytes(record) == (data / record.name).read_bytes()
+        for instance in record.instances:
+            mask = record.decode(instance)
+            assert mask.shape == record.size
+            assert mask.sum() == instance.area > 0

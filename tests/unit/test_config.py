@@ -1,0 +1,169 @@
+"""Settings: every mistake at once, by its dotted path; what wins over what; what is saved."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from samray.config import Config, load_config, required, save_config
+from samray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def message_of(*args: object, **kwargs: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_three_mistakes_are_reported_at_once_with_dotted_paths(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {batch_size: 0, seed: many}\nmodel: {type: vit_g}\n")
+    message = message_of(path)
+    assert message.startswith(f"{path}: ")
+    assert "train.batch_size: Input should be greater than or equal to 1 (got 0)" in message
+    assert "train.seed: " in message
+    assert "(got 'many')" in message
+    assert "model.type: " in message
+    assert "'vit_h'" in message  # what would have been right
+    assert message.count("; ") == 2
+
+
+def test_mistakes_in_words_options_and_values_are_reported_together() -> None:
+    message = message_of(
+        None, ["train.seed", "train.num_epochs=[1"], {"train.learning_rate": "quick"}
+    )
+    assert "'train.seed' is not of the form section.key=value" in message
+    assert "train.num_epochs: while parsing" in message
+    assert "train.learning_rate: " in message
+
+
+def test_unknown_key_names_the_valid_ones_and_the_closest() -> None:
+    message = message_of(None, ["scaling.num_worker=2"])
+    assert "scaling.num_worker is not a setting (did you mean num_workers?)" in message
+    assert "scaling has num_workers, device, cpus_per_worker" in message
+
+
+def test_unknown_section_names_the_valid_ones_and_the_closest() -> None:
+    message = message_of(None, ["trian.seed=2"])
+    assert "trian is not a setting (did you mean train?); a config has sample_data, " in message
+
+
+def test_options_win_over_words_and_words_over_file_and_file_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {seed: 1, batch_size: 3, num_epochs: 7}\n")
+    words = ["train.seed=2", "train.batch_size=4", "train.batch_size=5"]
+    train = load_config(path, words, {"train.seed": 6}).train
+    assert (train.seed, train.batch_size, train.num_epochs) == (6, 5, 7)
+    assert train.warmup_steps == Config().train.warmup_steps
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001"])
+def test_learning_rate_may_be_written_as_1e_5_which_yaml_reads_as_text(
+    text: str, tmp_path: Path
+) -> None:
+    assert load_config(None, [f"train.learning_rate={text}"]).train.learning_rate == 1e-5
+    path = write(tmp_path, f"train: {{learning_rate: {text}}}\n")
+    assert load_config(path).train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("text", [".inf", ".nan", "-1", "0"])
+def test_learning_rate_that_would_ruin_the_weights_is_refused(text: str) -> None:
+    assert "train.learning_rate" in message_of(None, [f"train.learning_rate={text}"])
+
+
+def test_config_cannot_be_changed_behind_the_saved_copy() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train = config.train  # type: ignore[misc]
+
+
+def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
+    words = [
+        "train.learning_rate=1e-5",
+        "prepare.labels=[Straße, cat]",
+        "prepare.group_by='(\\d+)_'",
+        "predict.points=[[1, 2], [3.5, 4]]",
+        "predict.box=[0, 1, 2, 3]",
+        "model.freeze_image_encoder=false",
+    ]
+    config = load_config(None, words)
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again.prepare.labels == ("Straße", "cat")
+    assert again.predict.points == ((1, 2), (3.5, 4))
+
+
+def test_required_names_each_missing_setting_as_option_and_as_setting() -> None:
+    config = load_config(None, ["train.output_dir=''"])
+    with pytest.raises(ConfigError) as caught:
+        required(config, "train.data_dir", "train.output_dir")
+    assert str(caught.value) == (
+        "missing --data-dir (or train.data_dir=...) and --output-dir (or train.output_dir=...)"
+    )
+
+
+def test_required_gives_the_values_in_order() -> None:
+    config = load_config(None, ["train.data_dir=a", "train.output_dir=b"])
+    assert required(config, "train.output_dir", "train.data_dir") == ["b", "a"]
+
+
+def test_there_are_configs_to_load() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_config_loads(path: Path) -> None:
+    assert load_config(path) != Config()
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.5, 0.5), (0.9, 0.2)])
+def test_fractions_that_leave_nothing_to_train_on_are_refused(val: float, test: float) -> None:
+    words = [f"prepare.val_fraction={val}", f"prepare.test_fraction={test}"]
+    assert "val_fraction + test_fraction must be below 1" in message_of(None, words)
+
+
+def test_fractions_just_below_one_are_taken() -> None:
+    config = load_config(None, ["prepare.val_fraction=0.5", "prepare.test_fraction=0.49"])
+    assert config.prepare.test_fraction == 0.49
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"- train\n- model\n", "must hold sections such as `train:`, not a list"),
+        (b"just words\n", "not a str"),
+        (b"train: [1\nmodel: {\n", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"[" * 20_000, "is not YAML"),
+        (b"train: 3\n", "train is not a section"),
+        (b"1: 2\n", "Keys should be strings"),
+    ],
+    ids=["list", "text", "broken", "binary", "deep", "number-as-section", "number-as-key"],
+)
+def test_file_that_is_no_config_gives_one_line(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    message = message_of(path, options={"train.seed": 1})
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ""])
+def test_missing_file_or_folder_gives_one_line(name: str, tmp_path: Path) -> None:
+    assert "cannot be read" in message_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "train:\n  # seed: 3\n"])
+def test_empty_file_or_section_means_the_defaults(text: str, tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, text)) == Config()

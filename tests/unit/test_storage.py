@@ -1,0 +1,187 @@
+"""Paths that cannot work are refused early; outputs appear whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from samray.errors import ConfigError, DatasetError
+from samray.storage import (
+    JOB_VARIABLE,
+    free_bytes,
+    make_folder,
+    read_json,
+    require_folder,
+    resolve,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
+
+
+class Killed(Exception):  # noqa: N818
+    """What ends a writer half way."""
+
+
+def write_half(path: Path) -> None:
+    path.write_bytes(b"half")
+    raise Killed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+
+
+def test_relative_path_starts_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert resolve("a/../b", "--data-dir") == tmp_path / "b"
+    assert resolve("~/b", "--data-dir") == Path("/home/ann/b")
+
+
+def test_relative_path_in_a_ray_job_is_refused_because_outputs_would_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert JOB_VARIABLE == "RAY_JOB_CONFIG_JSON_ENV_VAR"
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    with pytest.raises(ConfigError, match=r"--output-dir: runs/one is relative.*absolute path"):
+        resolve("runs/one", "--output-dir")
+    assert resolve(str(tmp_path), "--output-dir") == tmp_path
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/data", "gs://bucket", "file:///data", "https://x/y"])
+def test_remote_path_is_refused_and_makes_no_folder_of_its_name(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"--data-dir: {path} is not a local path"):
+        resolve(path, "--data-dir")
+
+
+def test_home_of_nobody_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="--data-dir: ~no-such-user/data"):
+        resolve("~no-such-user/data", "--data-dir")
+
+
+def test_folder_that_is_missing_or_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert require_folder(tmp_path, "--data-dir") == tmp_path
+    with pytest.raises(ConfigError, match=r"--data-dir: .*gone does not exist"):
+        require_folder(tmp_path / "gone", "--data-dir")
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        require_folder(tmp_path / "file", "--data-dir")
+    with pytest.raises(ConfigError, match=r"--output-dir: .* cannot be created"):
+        make_folder(tmp_path / "file" / "below", "--output-dir")
+    assert make_folder(tmp_path / "a" / "b", "--output-dir").is_dir()
+
+
+def test_whole_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert not path.exists()
+        assert temporary.parent == tmp_path  # so that the rename is one step
+        assert temporary.name.startswith(".")
+    assert contents(tmp_path) == {"model.bin": b"new"}
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_failed_whole_file_leaves_nothing_behind_and_keeps_the_old_one(
+    tmp_path: Path, old: bytes | None
+) -> None:
+    path = tmp_path / "model.bin"
+    before = {} if old is None else {"model.bin": old}
+    if old is not None:
+        path.write_bytes(old)
+    with pytest.raises(Killed), whole_file(path) as temporary:
+        write_half(temporary)
+    assert contents(tmp_path) == before
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with whole_file(path) as one, whole_file(path) as two:
+        one.write_bytes(b"one")
+        two.write_bytes(b"two")
+    assert contents(tmp_path) == {"a": b"one"}
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_failed_whole_folder_leaves_nothing_behind_and_keeps_the_old_one(
+    tmp_path: Path, old: bytes | None
+) -> None:
+    path = tmp_path / "checkpoint"
+    before = {} if old is None else {"checkpoint/weights": old}
+    if old is not None:
+        path.mkdir()
+        (path / "weights").write_bytes(old)
+    with pytest.raises(Killed), whole_folder(path) as temporary:
+        write_half(temporary / "weights")
+    assert contents(tmp_path) == before
+    assert list(tmp_path.iterdir()) == ([path] if old else [])
+
+
+def test_whole_folder_replaces_an_unfinished_one_entirely(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    (path / "leftover").write_bytes(b"old")
+    with whole_folder(path) as temporary:
+        (temporary / "weights").write_bytes(b"new")
+        assert contents(path) == {"leftover": b"old"}
+    assert contents(tmp_path) == {"checkpoint/weights": b"new"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_is_refused_by_json_and_the_old_file_stays(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "metrics.json"
+    write_json(path, {"loss": 1.5})
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"loss": [value]})
+    assert contents(tmp_path) == before
+
+
+def test_json_keeps_the_letters_of_labels_readable(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    write_json(path, {"labels": ["Straße", "кот"], "path": Path("a").name})
+    assert "Straße" in path.read_text(encoding="utf-8")
+    assert (
+        read_json(path)
+        == json.loads(path.read_bytes())
+        == {
+            "labels": ["Straße", "кот"],
+            "path": "a",
+        }
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}"])
+def test_damaged_json_is_a_dataset_error_that_names_the_file(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_bytes(path, content)
+    with pytest.raises(DatasetError, match=r"manifest\.json: is damaged"):
+        read_json(path)
+
+
+def test_missing_json_is_a_dataset_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"gone\.json: cannot be read"):
+        read_json(tmp_path / "gone.json")
+
+
+def test_free_space_is_known_before_the_folder_is(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "not" / "yet") > 0
