@@ -56,7 +56,8 @@ class PromptedSam(nn.Module):
     Args:
         sam: the model, already frozen where it shall be.
         loss_weights: of focal, Dice and IoU loss.
-        max_prompts: prompts decoded at once; more are recomputed in the backward pass.
+        max_prompts: prompts whose activations are kept; a batch of more is decoded in pieces that
+            are recomputed in the backward pass.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class PromptedSam(nn.Module):
                 group.chunks(self.max_prompts), target.split(self.max_prompts), strict=True
             )
         ]
+        too_many = sum(len(chunk) for chunk, _ in pieces) > self.max_prompts
         for chunk, target in pieces:
             valid = batch.valid[chunk.image_index]
-            if len(pieces) > 1:
+            if too_many:
                 losses = recompute(
                     self._group_loss, embeddings, chunk, target, valid, use_reentrant=False
                 )
