@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,9 +14,26 @@ from samray.errors import AnnotationError
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # JPEG's reader opens phones' MPO, too
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 170.0  # no setting goes above it
+MAX_FILE_BYTES = 2**30
 MAX_ASPECT = 256  # thinner ones would scale to less than a pixel
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
 STRETCH_PERCENTILES = (0.1, 99.9)
+
+
+def read_image_file(path: Path) -> bytes:
+    """Return an image file's bytes.
+
+    Raises:
+        AnnotationError: field `image`; the file is too large to be a photograph.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise AnnotationError(
+            "image",
+            f"is a file of {size / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20} are read",
+        )
+    return path.read_bytes()
 
 
 def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:

@@ -15,7 +15,7 @@ from samray.config import Config, required
 from samray.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, encode_picture
 from samray.embeddings import encode_image
 from samray.errors import AnnotationError, ConfigError
-from samray.images import decode_image
+from samray.images import decode_image, read_image_file
 from samray.model import decode_prompts
 from samray.prompts import Prompt
 from samray.rasterize import mask_to_shapes
@@ -127,7 +127,7 @@ def predict(config: Config) -> dict[str, Path]:
     output = resolve(output_dir, "--output-dir")
     prompt = _prompt_of(config)
     try:
-        image = decode_image(path.read_bytes())
+        image = decode_image(read_image_file(path))
     except OSError as exc:
         raise ConfigError(f"--image-path: {path} cannot be read ({exc.strerror})") from exc
     except AnnotationError as exc:

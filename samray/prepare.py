@@ -28,7 +28,7 @@ from samray.dataset import FORMAT, SCHEMA, dataset_digest
 from samray.discovery import RawFiles, find_by_stem, find_files, find_image
 from samray.drawing import draw_masks, encode_picture, shrink
 from samray.errors import AnnotationError, ConfigError, DatasetError
-from samray.images import decode_image
+from samray.images import decode_image, read_image_file
 from samray.rasterize import CroppedMask, encode_rle, rasterize_instance
 from samray.splits import SplitRule
 from samray.storage import (
@@ -232,8 +232,8 @@ def _read_pair(
             name = file
         outcome["num_shapes"] = annotation.num_shapes
         outcome["claims"] = name
-        raw = (files.root / name).read_bytes()
         try:
+            raw = read_image_file(files.root / name)
             height, width = decode_image(raw, context["max_megapixels"]).shape[:2]
         except AnnotationError as exc:
             raise AnnotationError("image", f"{name} {exc.reason}") from exc

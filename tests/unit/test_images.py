@@ -6,13 +6,14 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from samray.errors import AnnotationError
-from samray.images import decode_image
+from samray.images import MAX_FILE_BYTES, decode_image, read_image_file
 
 ORIENTATION = 0x0112
 # What a viewer does with the stored pixels, by the EXIF standard; axes are (row, column).
@@ -195,3 +196,11 @@ def test_image_too_thin_to_be_scaled_is_refused_and_a_ribbon_is_not(size: tuple[
         decode_image(encode(np.zeros((*size, 3), np.uint8), "PNG"))
     ribbon = np.zeros((*(min(side, 512) for side in size), 3), np.uint8)  # 256 : 1
     assert decode_image(encode(ribbon, "PNG")).shape == ribbon.shape
+
+
+def test_file_too_large_for_a_photograph_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no disk
+    with pytest.raises(AnnotationError, match=r"is a file of 1024 MiB"):
+        read_image_file(path)
