@@ -48,9 +48,9 @@ def find_files(root: Path) -> RawFiles:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for subfolder in subfolders:
-            path = Path(folder, subfolder)
-            if path.is_symlink():
-                relative = ascii(path.relative_to(root).as_posix())[1:-1]
+            link = Path(folder, subfolder)
+            if link.is_symlink():
+                relative = ascii(link.relative_to(root).as_posix())[1:-1]
                 reason = "is a linked folder, which is not followed; copy or mount the folder here"
                 skipped.append((relative, AnnotationError("folder", reason)))
         for file in files:
