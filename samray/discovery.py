@@ -50,7 +50,8 @@ def find_files(root: Path) -> RawFiles:
         for subfolder in subfolders:
             link = Path(folder, subfolder)
             if link.is_symlink():
-                relative = ascii(link.relative_to(root).as_posix())[1:-1]
+                relative = link.relative_to(root).as_posix()
+                relative = relative if _is_text(relative) else ascii(relative)
                 reason = "is a linked folder, which is not followed; copy or mount the folder here"
                 skipped.append((relative, AnnotationError("folder", reason)))
         for file in files:

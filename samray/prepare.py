@@ -29,7 +29,7 @@ from samray.discovery import RawFiles, find_by_stem, find_files, find_image
 from samray.drawing import draw_masks, encode_picture, shrink
 from samray.errors import AnnotationError, ConfigError, DatasetError
 from samray.images import decode_image, read_image_file
-from samray.rasterize import CroppedMask, encode_rle, rasterize_instance
+from samray.rasterize import CroppedMask, encode_rle, rasterize_instance, require_inside
 from samray.splits import SplitRule
 from samray.storage import (
     make_folder,
@@ -292,6 +292,11 @@ def _instances(
         label = context["label_map"].get(shape.label, shape.label)
         if label is None or (context["labels"] is not None and label not in context["labels"]):
             filtered[shape.label] += 1
+            continue
+        try:
+            require_inside(shape, size)
+        except AnnotationError as problem:  # also one part of a group, whose others stay
+            outcome["rejected"].append(_rejection(file, problem, 1))
             continue
         alone = shape.group_id is None
         groups[(label, shape.index) if alone else (label, "group", shape.group_id)].append(shape)

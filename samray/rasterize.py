@@ -42,6 +42,20 @@ class CroppedMask:
         )
 
 
+def require_inside(shape: Shape, size: tuple[int, int]) -> None:
+    """Refuse a shape that the image, (H, W), has no part of.
+
+    Raises:
+        AnnotationError: its box lies beside the image.
+    """
+    outline = np.floor(_outline(shape))
+    if (outline.max(axis=0) < 0).any() or (outline.min(axis=0) >= (size[1], size[0])).any():
+        raise AnnotationError(
+            f"shapes[{shape.index}].points",
+            f"('{shape.label}') lies outside the image of {size[1]} x {size[0]} pixels",
+        )
+
+
 def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMask:
     """Return the union of the shapes of one instance, cut off at the image's border.
 

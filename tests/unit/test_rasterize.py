@@ -22,6 +22,7 @@ from samray.rasterize import (
     encode_rle,
     mask_to_shapes,
     rasterize_instance,
+    require_inside,
 )
 
 
@@ -172,6 +173,15 @@ def test_group_with_one_part_outside_keeps_the_other() -> None:
     for part in (shape(outside, "rectangle"), shape(outside, "mask", ones)):
         mask = rasterize(shape(inside, "rectangle"), part, size=(4, 4))
         assert np.array_equal(mask, picture(".... .##. .##. ...."))
+
+
+@pytest.mark.parametrize("points", [[[-9, 1], [-1, 3]], [[1, 4], [3, 9]], [[4, 0], [9, 9]]])
+def test_a_shape_beside_the_image_is_named_even_inside_a_group(points: Any) -> None:
+    with pytest.raises(AnnotationError, match="lies outside the image of 4 x 4 pixels"):
+        require_inside(shape(points, "rectangle"), (4, 4))
+    touching = [[x if x < 0 else x - 1, y if y < 0 else y - 1] for x, y in points]
+    touching[1] = [max(touching[1][0], 0), max(touching[1][1], 0)]
+    require_inside(shape(touching, "rectangle"), (4, 4))
 
 
 def bomb(width: int, height: int) -> bytes:
