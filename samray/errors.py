@@ -36,6 +36,10 @@ class AnnotationError(SamrayError, ValueError):
         self.field = field
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["AnnotationError"], tuple[str, str]]:
+        """Let it cross processes; the default would call it with the whole message alone."""
+        return type(self), (self.field, self.reason)
+
 
 class DatasetError(SamrayError, ValueError):
     """A dataset is missing, has nothing usable, is damaged or is not the expected one."""

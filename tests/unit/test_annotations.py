@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -233,3 +234,10 @@ def test_what_samray_writes_it_reads_again() -> None:
         ("Straße", 2, None),
         ("cat", None, mask),
     ]
+
+
+def test_an_error_survives_the_way_between_processes() -> None:
+    """Ray pickles it; one that cannot be read back stops the whole pipeline."""
+    error = pickle.loads(pickle.dumps(AnnotationError("shapes[2].points", "too few")))
+    assert (error.field, error.reason) == ("shapes[2].points", "too few")
+    assert str(error) == "shapes[2].points: too few"
