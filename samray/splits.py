@@ -92,9 +92,12 @@ class SplitRule:
         shares["test"] = self.settings.test_fraction
         lacking = [split for split in SPLITS if shares[split] > 0 and split not in filled]
         if lacking:
-            counts = ", ".join(f"{split} {len(members)}" for split, members in splits.items())
+            objects = {image["name"] for image in images if image["num_instances"]}
+            counts = ", ".join(
+                f"{split} {len(objects & set(members))}" for split, members in splits.items()
+            )
             raise DatasetError(
-                f"the {' and '.join(lacking)} split would be empty ({counts} images); choose the "
+                f"the {' and '.join(lacking)} split would be empty ({counts} images with an object); choose the "
                 "members with --split-file, or other groups with --group-by, or add images "
                 "(prepare.val_fraction and prepare.test_fraction set the shares; 0 wants none)"
             )

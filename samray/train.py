@@ -165,7 +165,7 @@ def _base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
     """Return the weights to start from, and the config with what follows from them."""
     model_type, source = config.model.type, config.model.checkpoint
     if source == "none" or (source is None and model_type == "tiny"):
-        if source is None:
+        if source is None and not config.train.resume:
             print(
                 "note: there are no published weights for `tiny` yet; training starts from "
                 "RANDOM weights, image encoder included",

@@ -154,10 +154,17 @@ def test_a_used_folder_needs_resume_and_a_finished_run_trains_no_more(
 def test_killed_in_mid_training_and_resumed_it_ends_as_if_undisturbed(
     prepared, first_run, tmp_path
 ):
+    """The same steps, and the same weights but for the last digits of float32.
+
+    Two undisturbed runs differ by as much: the CPU's matrix library does not promise the same
+    last digit twice. A wrong order, prompt, learning rate or optimiser state shows at 1e-3.
+    """
+
     def command(run, *more):
         return [
             sys.executable, "-m", "jobs.train", "--data-dir", str(prepared), "--output-dir",
-            str(run), "--checkpoint", str(first_run), "--num-epochs", "5", *SMALL, *more,
+            str(run), "--checkpoint", str(first_run), "--num-epochs", "5", *SMALL,
+            "scaling.cpus_per_worker=1", *more,
         ]  # fmt: skip
 
     root = Path(__file__).parents[2]
@@ -181,6 +188,9 @@ def test_killed_in_mid_training_and_resumed_it_ends_as_if_undisturbed(
     one, two = state_of(whole), state_of(killed)
     assert two["epochs"][-1]["step"] == one["epochs"][-1]["step"]
     assert one["embeddings"]["encoded"] == 0, "an earlier run has encoded all images"
+    for before, after in zip(one["epochs"], two["epochs"], strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+        assert after["step"] == before["step"]
     weights = [load_checkpoint(run / "latest").weights for run in (whole, killed)]
     for name in weights[0]:
-        assert torch.equal(weights[0][name], weights[1][name]), name
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)

@@ -231,11 +231,13 @@ def test_what_is_not_a_good_pair_is_counted_once(mixed, tmp_path):
     assert set(rejected) == {
         ("bad_shapes.json", "shapes[1].points"),
         ("bad_shapes.json", "shapes[2].shape_type"),
-        ("bad_shapes.json", "shapes[3].points"),
+        ("bad_shapes.json", "shapes[3].points"),  # both parts of one group, each by itself
+        ("bad_shapes.json", "shapes[4].points"),
         ("twice_too.json", "imagePath"),
     }
     assert len(rejected) == len(manifest["rejected"])
-    assert rejected["bad_shapes.json", "shapes[3].points"]["num_shapes"] == 2
+    assert rejected["bad_shapes.json", "shapes[3].points"]["num_shapes"] == 1
+    assert rejected["bad_shapes.json", "shapes[4].points"]["num_shapes"] == 1
     assert "twice.json" in rejected["twice_too.json", "imagePath"]["reason"]
     assert "2 points" in rejected["bad_shapes.json", "shapes[1].points"]["reason"]
     assert manifest["num_shapes"] == 2 + 3 + 6 + 0 + 1 + 3

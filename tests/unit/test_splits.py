@@ -209,7 +209,10 @@ def test_empty_split_names_the_ways_out(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         given.assign(images("a.jpg", "b.jpg"))
     message = str(caught.value)
-    assert "the val and test split would be empty (train 2, val 0, test 0 images)" in message
+    assert (
+        "the val and test split would be empty (train 2, val 0, test 0 images with an object)"
+        in message
+    )
     assert "--split-file" in message
     assert "--group-by" in message
 
