@@ -98,7 +98,8 @@ class SplitRule:
             )
             raise DatasetError(
                 f"the {' and '.join(lacking)} split would be empty ({counts} images with an "
-                "object); choose the members with --split-file, or other groups with --group-by, or add images "
+                "object); choose the members with --split-file, or other groups with --group-by, "
+                "or add images "
                 "(prepare.val_fraction and prepare.test_fraction set the shares; 0 wants none)"
             )
         return {split: sorted(members) for split, members in splits.items()}, warnings
