@@ -163,10 +163,17 @@ class PromptGroup:
 
     def to(self, device: torch.device) -> "PromptGroup":
         """Copy to a device."""
-        moved = {
-            name: None if value is None else value.to(device) for name, value in vars(self).items()
-        }
-        return PromptGroup(**moved)  # type: ignore[arg-type]
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return PromptGroup(
+            self.image_index.to(device),
+            move(self.point_coords),
+            move(self.point_labels),
+            move(self.boxes),
+            move(self.mask_inputs),
+        )
 
 
 def decode_prompts(
