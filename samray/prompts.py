@@ -91,7 +91,10 @@ def center_point(mask: np.ndarray) -> np.ndarray:
     x1, y1, x2, y2 = _bounds(mask)
     crop = np.pad(mask[y1:y2, x1:x2].astype(np.uint8), 1)
     distance = cv2.distanceTransform(crop, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    y, x = np.unravel_index(int(distance.argmax()), distance.shape)
+    # Squared distances are whole numbers, and ties are common. OpenCV's roots differ in the last
+    # digit with where the array lies in memory, which would let the same run pick another pixel.
+    squared = np.rint(distance.astype(np.float64) ** 2)
+    y, x = np.unravel_index(int(squared.argmax()), squared.shape)
     return np.array([[x1 + x - 1, y1 + y - 1]], dtype=np.float32)
 
 
