@@ -4,8 +4,7 @@ The order of an epoch follows from (seed, epoch) alone. Every worker knows the w
 nothing is dropped, repeated or negotiated, and the number of workers changes no result.
 """
 
-from dataclasses import dataclass
-
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,14 +15,9 @@ from samray.embeddings import EmbeddingCache
 from samray.errors import DatasetError
 from samray.images import decode_image
 from samray.model import PromptGroup
+from samray.prompted_sam import Batch, draw_correction_plan
 from samray.prompts import Prompt, draw_prompt
-from samray.transforms import (
-    box_to_input,
-    image_to_input,
-    mask_to_target,
-    points_to_input,
-    valid_region,
-)
+from samray.transforms import box_to_input, image_to_input, input_size_of, points_to_input
 
 
 def epoch_steps(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -35,39 +29,6 @@ def epoch_steps(num_images: int, batch_size: int, seed: int, epoch: int) -> list
 def share_of(step: list[int], rank: int, world_size: int) -> list[int]:
     """Return one worker's images of a step; may be none."""
     return step[rank::world_size]
-
-
-@dataclass
-class Batch:
-    """One worker's part of a step.
-
-    Attributes:
-        images: B x 3 x S x S float32, normalised; None with a frozen encoder.
-        image_embeddings: B x C x h x w float32; None while the encoder learns.
-        groups: prompts by layout.
-        targets: per group, P x 1 x h x w float32, covered share of each low-resolution cell.
-        valid: B x 1 x h x w float32, share of each cell that is image.
-    """
-
-    images: Tensor | None
-    image_embeddings: Tensor | None
-    groups: list[PromptGroup]
-    targets: list[Tensor]
-    valid: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """Copy to a device."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return Batch(
-            move(self.images),
-            move(self.image_embeddings),
-            [group.to(device) for group in self.groups],
-            [target.to(device, non_blocking=True) for target in self.targets],
-            self.valid.to(device, non_blocking=True),
-        )
 
 
 class BatchLoader:
@@ -100,7 +61,13 @@ class BatchLoader:
         mine = share_of(step, rank, world_size)
         if not mine:
             return None
+        settings = self.prompts
+        plan: tuple[bool, ...] = ()
+        if settings.point_selection == "interactive":
+            rng = np.random.default_rng([self.seed, epoch, step[0], 1])  # of the whole step
+            plan = draw_correction_plan(settings.num_clicks, rng)
         prompts: list[Prompt] = []
+        draws: list[np.ndarray] = []
         image_index: list[int] = []
         targets: list[np.ndarray] = []
         for place, index in enumerate(mine):
@@ -109,13 +76,10 @@ class BatchLoader:
             for instance in record.instances:
                 mask = record.decode(instance)
                 prompt = draw_prompt(
-                    self.prompts.point_selection,
-                    mask,
-                    self.prompts.num_points,
-                    rng,
-                    self.prompts.box_noise,
+                    settings.point_selection, mask, settings.num_points, rng, settings.box_noise
                 )
                 prompts.append(prompt)
+                draws.append(rng.random(len(plan), dtype=np.float32))
                 image_index.append(place)
                 targets.append(mask_to_target(mask, self.img_size, self.low_res_size))
         records = [self.records[index] for index in mine]
@@ -133,6 +97,11 @@ class BatchLoader:
                 for _, places in grouped
             ],
             valid=torch.from_numpy(np.stack(valid))[:, None],
+            corrections=plan,
+            click_draws=[
+                torch.from_numpy(np.stack([draws[place] for place in places]))
+                for _, places in grouped
+            ],
         )
 
     def _image(self, record: ImageRecord) -> Tensor:
@@ -189,3 +158,39 @@ def group_prompts(
         )
         groups.append((group, places))
     return groups
+
+
+def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
+    """Return how much of each low-resolution cell the mask covers.
+
+    Shares instead of yes or no: an object thinner than a cell still leaves a trace to learn from.
+
+    Args:
+        mask: H x W bool.
+
+    Returns:
+        low_res_size x low_res_size float32 in 0..1; 0 in the padding.
+    """
+    height, width = input_size_of((mask.shape[0], mask.shape[1]), img_size)
+    resized = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return _pool(resized, img_size, low_res_size)
+
+
+def valid_region(original_size: tuple[int, int], img_size: int, low_res_size: int) -> np.ndarray:
+    """Return how much of each low-resolution cell is image and not padding.
+
+    Returns:
+        low_res_size x low_res_size float32 in 0..1.
+    """
+    return _pool(
+        np.ones(input_size_of(original_size, img_size), np.float32), img_size, low_res_size
+    )
+
+
+def _pool(content: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
+    """Pad at the bottom and right to the model's frame, then average each cell."""
+    frame = np.zeros((img_size, img_size), np.float32)
+    frame[: content.shape[0], : content.shape[1]] = content
+    cell = img_size // low_res_size
+    pooled: np.ndarray = frame.reshape(low_res_size, cell, low_res_size, cell).mean(axis=(1, 3))
+    return pooled

@@ -3,7 +3,7 @@
     RUN/run.json                    which checkpoints are best and latest, metrics of each epoch
     RUN/config.yaml                 the resolved config
     RUN/base/                       the weights that the run started from
-    RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer.pth
+    RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer_00.pth ...
     RUN/best, RUN/latest            links to the two that run.json names, for people
 
 A checkpoint counts when run.json names it; one that a killed run left half-registered does not.
@@ -26,6 +26,7 @@ from samray.storage import read_json, whole_folder, write_json
 from samray.weights import load_state_dict, model_type_of
 
 RUN_FORMAT = 1
+OPTIMIZER_PART_BYTES = 15 * 2**20  # files of moderate size travel anywhere
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,33 @@ def save_checkpoint(
         save_config(config, temporary / "config.yaml")
         write_json(temporary / "progress.json", progress)
         if optimizer is not None:
-            torch.save(optimizer, temporary / "optimizer.pth")
+            for number, part in enumerate(_parts(optimizer)):
+                torch.save(part, temporary / f"optimizer_{number:02d}.pth")
+
+
+def load_optimizer(folder: Path) -> dict[str, Any]:
+    """Return the optimiser's state that `save_checkpoint` wrote beside the weights."""
+    state: dict[str, Any] = {"state": {}}
+    for path in sorted(folder.glob("optimizer_*.pth")):
+        part = torch.load(path, map_location="cpu", weights_only=True)
+        state["param_groups"] = part["param_groups"]
+        state["state"].update(part["state"])
+    return state
+
+
+def _parts(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cut an optimiser's state so that no file of it grows beyond OPTIMIZER_PART_BYTES."""
+    groups = optimizer["param_groups"]
+    parts: list[dict[str, Any]] = [{"param_groups": groups, "state": {}}]
+    size = 0
+    for number, state in optimizer["state"].items():
+        more = sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
+        if size and size + more > OPTIMIZER_PART_BYTES:
+            parts.append({"param_groups": groups, "state": {}})
+            size = 0
+        parts[-1]["state"][number] = state
+        size += more
+    return parts
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -186,6 +213,27 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.state[name], target_is_directory=True)
             os.replace(temporary, self.path / name)
+
+
+def open_run(output: Path, resume: bool) -> RunFolder | None:
+    """Return the run to go on with, or None for a new one in an unused folder.
+
+    Raises:
+        ConfigError: the folder is in use and shall not, or cannot, be gone on with.
+    """
+    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if not resume:
+        if used:
+            raise ConfigError(
+                f"--output-dir: {output} is not empty; add --resume to go on with the run there, "
+                "or choose another folder"
+            )
+        return None
+    if not used:
+        return None
+    if not (output / "run.json").exists():
+        raise ConfigError(f"--resume: {output} holds no run of samray; choose another --output-dir")
+    return RunFolder(output)
 
 
 def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> None:

@@ -217,7 +217,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--point-selection",
         dest="prompts.point_selection",
-        choices=["center", "random", "bbox", "mixed"],
+        choices=["center", "random", "bbox", "mixed", "interactive"],
     )
     parser.add_argument("--num-points", dest="prompts.num_points", type=int, metavar="N")
     parser.add_argument("--num-workers", dest="scaling.num_workers", type=int, metavar="N")
@@ -237,6 +237,41 @@ def _run_train(config: Config) -> None:
     if state["embeddings"]:
         encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
         print(f"embeddings: {encoded} images encoded, {found} found")
+    print(f"run: {output}/run.json, best checkpoint: {output}/best")
+
+
+def _pretrain_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", dest="train.output_dir", metavar="RUN", help="RUN folder")
+    parser.add_argument("--num-epochs", dest="train.num_epochs", type=int, metavar="N")
+    parser.add_argument("--batch-size", dest="train.batch_size", type=int, metavar="N")
+    parser.add_argument("--lr", dest="train.learning_rate", type=float, metavar="RATE")
+    parser.add_argument("--device", dest="scaling.device", choices=["auto", "cpu", "gpu"])
+    parser.add_argument(
+        "--max-minutes",
+        dest="pretrain.max_minutes",
+        type=float,
+        metavar="N",
+        help="stop in time, at the end of an epoch",
+    )
+    parser.add_argument(
+        "--resume", dest="train.resume", action="store_true", help="go on with the run in RUN"
+    )
+    parser.add_argument(
+        "--export",
+        dest="pretrain.export_dir",
+        metavar="DIR",
+        help="write the best weights as the package ships them",
+    )
+
+
+def _run_pretrain(config: Config) -> None:
+    from samray.pretraining import pretrain
+
+    state = pretrain(config)
+    best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
+    output = config.train.output_dir
+    done = f"{len(state['epochs'])} of {config.train.num_epochs} epochs"
+    print(f"{done}; best: epoch {best['epoch']}, val_iou {best['val_iou']:.3f}")
     print(f"run: {output}/run.json, best checkpoint: {output}/best")
 
 
@@ -334,6 +369,14 @@ STAGES: dict[str, Stage] = {
         "  samray train --config configs/vit_b.yaml train.learning_rate=5e-5",
         _train_options,
         _run_train,
+    ),
+    "pretrain": Stage(
+        "train `tiny` from nothing, on drawn scenes; no Ray needed",
+        "  samray pretrain --config configs/pretrain_tiny.yaml --output-dir run\n"
+        "  samray pretrain --config configs/pretrain_tiny.yaml --output-dir run --resume "
+        "--max-minutes 10",
+        _pretrain_options,
+        _run_pretrain,
     ),
     "evaluate": Stage(
         "compare the weights a run started from with its best checkpoint",

@@ -16,8 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from samray.errors import ConfigError
 
 ModelType = Literal["tiny", "vit_b", "vit_l", "vit_h"]
-PointSelection = Literal["center", "random", "bbox", "mixed"]
+PointSelection = Literal["center", "random", "bbox", "mixed", "interactive"]
 Split = Literal["train", "val", "test"]
+
+MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
+
+# From random weights SAM's own 20 : 1 first learns, for thousands of images, to predict nothing.
+FOCAL_WEIGHT_TUNING, FOCAL_WEIGHT_SCRATCH = 20.0, 1.0
 
 
 class Section(BaseModel):
@@ -114,9 +119,12 @@ class PromptConfig(Section):
     """The prompts that training draws, afresh in every epoch."""
 
     point_selection: PointSelection = "mixed"
-    """center, random or bbox for every instance; mixed draws one of the three for each."""
+    """center, random or bbox for every instance; mixed draws one of the three for each;
+    interactive begins with a random point or a box and then clicks on the answers' errors."""
     num_points: int = Field(1, ge=1, le=64)
     """Points an instance, for center and random."""
+    num_clicks: int = Field(8, ge=0, le=32)
+    """Correction clicks at most, for interactive; each step draws how many."""
     box_noise: float = Field(0.1, ge=0, le=0.5)
     """Standard deviation of the box corners' noise, as a share of the box's side (max 20 px)."""
 
@@ -181,6 +189,21 @@ class EmbeddingsConfig(Section):
     """Disk space in GB that filling the cache must leave free."""
 
 
+class PretrainConfig(Section):
+    """`samray pretrain`: `tiny` from nothing, on drawn scenes. `train.*` holds the optimiser."""
+
+    scenes_per_epoch: int = Field(4000, ge=1)
+    """Scenes between two checkpoints; no scene is drawn twice."""
+    regions_per_scene: int = Field(4, ge=1, le=40)
+    """Regions of each scene to learn from."""
+    val_scenes: int = Field(64, ge=1)
+    """Scenes, never trained on, by which the best checkpoint is chosen."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Stop in time, at the end of an epoch; --resume goes on."""
+    export_dir: str | None = None
+    """Folder for the best weights, in the form that the package ships."""
+
+
 class EvaluateConfig(Section):
     """`samray evaluate`: base against tuned."""
 
@@ -229,6 +252,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     predict: PredictConfig = PredictConfig()
 
@@ -277,6 +301,27 @@ def load_config(
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that `load_config` reads back."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def resolve_model(config: Config, weights_given: bool) -> Config:
+    """Return the config with the settings that follow from whether weights are given.
+
+    Raises:
+        ConfigError: all three parts are frozen.
+    """
+    model = config.model
+    freeze = weights_given if model.freeze_image_encoder is None else model.freeze_image_encoder
+    if freeze and model.freeze_prompt_encoder and model.freeze_mask_decoder:
+        raise ConfigError("all three parts of the model are frozen; leave one to train")
+    focal = config.loss.focal_weight
+    if focal is None:
+        focal = FOCAL_WEIGHT_TUNING if weights_given else FOCAL_WEIGHT_SCRATCH
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update={"freeze_image_encoder": freeze}),
+            "loss": config.loss.model_copy(update={"focal_weight": focal}),
+        }
+    )
 
 
 def required(config: Config, *dotted_paths: str) -> list[str]:

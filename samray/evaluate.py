@@ -20,8 +20,8 @@ from samray.dataset import ImageRecord, PreparedDataset
 from samray.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.embeddings import EmbeddingCache
 from samray.errors import CheckpointError
+from samray.finetuning import embedding_of
 from samray.images import decode_image
-from samray.loop import embedding_of
 from samray.metrics import Score, interval_by, mean_by
 from samray.prompts import STRATEGIES
 from samray.scoring import evaluation_prompt, predict_masks, score_image

@@ -1,7 +1,7 @@
 """The training loop: plain torch, with or without torch.distributed, and no Ray.
 
-Reads down the page: `train_loop` -> `train_epoch` -> `train_step` -> `PromptedSam.forward`,
-`validate`. Every worker runs the same lines; what differs is its rank.
+Reads down the page: `train_loop` -> `train_epoch` -> `train_step` -> `PromptedSam.forward`. What it
+trains on is a `Source`. Every worker runs the same lines; what differs is its rank.
 """
 
 import math
@@ -9,27 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recompute
 
-from samray.batches import Batch, BatchLoader, epoch_steps
-from samray.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.checkpoint import RunFolder, load_checkpoint, load_optimizer, save_checkpoint
 from samray.config import Config, TrainConfig
-from samray.dataset import ImageRecord, PreparedDataset
-from samray.embeddings import EmbeddingCache, encode_image
 from samray.errors import TrainingError
-from samray.images import decode_image
-from samray.losses import sam_loss
-from samray.model import PromptGroup, decode_prompts, freeze, low_res_size
-from samray.prompts import STRATEGIES
-from samray.scoring import score_image
-
-LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou")
+from samray.model import freeze
+from samray.prompted_sam import LOSSES, Batch, PromptedSam
 
 # Called on rank 0 with {"event": "step" | "epoch", ...}.
 Report = Callable[[dict[str, Any]], None]
@@ -50,75 +42,42 @@ class Worker:
         return values
 
 
-class PromptedSam(nn.Module):
-    """One worker's part of a step in one forward, so that DDP sees all of it.
+class Source(Protocol):
+    """What to train on: a prepared dataset, or scenes drawn on the fly.
 
-    Args:
-        sam: the model, already frozen where it shall be.
-        loss_weights: of focal, Dice and IoU loss.
-        max_prompts: prompts whose activations are kept; a batch of more is decoded in pieces that
-            are recomputed in the backward pass.
+    Attributes:
+        digest: names the data; kept in each checkpoint.
     """
 
-    def __init__(
-        self, sam: Any, loss_weights: tuple[float, float, float], max_prompts: int
-    ) -> None:
-        super().__init__()
-        self.sam = sam
-        self.loss_weights = loss_weights
-        self.max_prompts = max_prompts
+    digest: str
 
-    def forward(self, batch: Batch | None) -> dict[str, Tensor]:
-        """Return the sums of the losses over the batch's instances; zeros for no batch."""
-        # Mixed prompts use other parameters in every step, and a worker may have nothing to do.
-        # Touching all of them keeps DDP's reduction complete.
-        zero = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
-        sums = dict.fromkeys(LOSSES, zero)
-        if batch is None:
-            return sums
-        embeddings = batch.image_embeddings
-        if embeddings is None:
-            embeddings = self.sam.image_encoder(batch.images)
-        pieces = [
-            (chunk, piece)
-            for group, target in zip(batch.groups, batch.targets, strict=True)
-            for chunk, piece in zip(
-                group.chunks(self.max_prompts), target.split(self.max_prompts), strict=True
-            )
-        ]
-        too_many = sum(len(chunk) for chunk, _ in pieces) > self.max_prompts
-        for chunk, target in pieces:
-            valid = batch.valid[chunk.image_index]
-            if too_many:
-                losses = recompute(
-                    self._group_loss, embeddings, chunk, target, valid, use_reentrant=False
-                )
-            else:
-                losses = self._group_loss(embeddings, chunk, target, valid)
-            sums = {name: sums[name] + losses[name] for name in LOSSES}
-        return sums
+    def steps(self, epoch: int) -> list[list[int]]:
+        """Return the items of each step of an epoch; of the epoch's number alone."""
 
-    def _group_loss(
-        self, embeddings: Tensor, group: PromptGroup, target: Tensor, valid: Tensor
-    ) -> dict[str, Tensor]:
-        masks, ious = decode_prompts(self.sam, embeddings, group, group.ambiguous)
-        return sam_loss(masks, ious, target, valid, self.loss_weights)
+    def load(
+        self, step: list[int], rank: int, world_size: int, epoch: int
+    ) -> tuple[Batch | None, int]:
+        """Return a worker's part of a step, if any, and the instances of the whole step."""
+
+    def validate(self, worker: Worker) -> dict[str, float]:
+        """Score the model as it is; with `val_iou`, by which the best checkpoint is chosen."""
 
 
 def train_loop(
     config: Config,
     run: RunFolder,
-    dataset: PreparedDataset,
+    open_source: Callable[[Sam], Source],
     worker: Worker,
-    cache: EmbeddingCache | None,
     report: Report = lambda event: None,
+    max_minutes: float | None = None,
 ) -> None:
     """Train from the run's latest checkpoint, or its base, to the last epoch.
 
     Args:
         config: resolved: `freeze_image_encoder` and `focal_weight` are set.
-        cache: embeddings of all train and val images, with a frozen encoder; else None.
+        open_source: is given the model, on the worker's device.
         report: hears of every step and epoch, on rank 0.
+        max_minutes: of one worker alone: stop before an epoch that would not end within them.
 
     Raises:
         TrainingError: the loss is not a number any more.
@@ -144,25 +103,18 @@ def train_loop(
     )
     epoch, step = 0, 0
     if run.latest is not None:
-        optimizer.load_state_dict(
-            torch.load(run.latest / "optimizer.pth", map_location="cpu", weights_only=True)
-        )
+        optimizer.load_state_dict(load_optimizer(run.latest))
         epoch, step = checkpoint.progress["epoch"], checkpoint.progress["step"]
-    records = dataset.split("train")
-    loader = BatchLoader(
-        dataset,
-        records,
-        config.prompts,
-        settings.seed,
-        cache,
-        sam.image_encoder.img_size,
-        low_res_size(sam),
-    )
+    source = open_source(sam)
+    began = started = time.perf_counter()
     while epoch < settings.num_epochs:
-        started = time.perf_counter()
-        losses, step = train_epoch(model, optimizer, loader, settings, worker, epoch, step, report)
+        now = time.perf_counter()
+        if max_minutes is not None and now - began + (now - started) > 60 * max_minutes:
+            break
+        started = now
+        losses, step = train_epoch(model, optimizer, source, settings, worker, epoch, step, report)
         epoch += 1
-        scores = validate(sam, dataset, cache, worker)
+        scores = source.validate(worker)
         metrics = {
             "epoch": epoch,
             "step": step,
@@ -173,7 +125,7 @@ def train_loop(
         if worker.rank == 0:
             progress = {
                 **metrics,
-                "dataset_digest": dataset.digest,
+                "dataset_digest": source.digest,
                 "base": checkpoint.progress.get("base"),
             }
             name = f"epoch_{epoch:04d}"
@@ -192,28 +144,29 @@ def train_loop(
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader: BatchLoader,
+    source: Source,
     settings: TrainConfig,
     worker: Worker,
     epoch: int,
     step: int,
     report: Report,
 ) -> tuple[dict[str, float], int]:
-    """Train on every image of the split once.
+    """Train on every item of the source's epoch once.
 
     Returns:
         Mean losses per instance over all workers, and the number of steps so far.
     """
-    steps = epoch_steps(len(loader.records), settings.batch_size, settings.seed, epoch)
+    steps = source.steps(epoch)
     total_steps = len(steps) * settings.num_epochs
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
-    for number, batch in enumerate(_load_ahead(loader, steps, worker, epoch), start=1):
+    for number, (batch, num_instances) in enumerate(
+        _load_ahead(source, steps, worker, epoch), start=1
+    ):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, settings)
-        num_instances = sum(len(loader.records[index].instances) for index in steps[number - 1])
         losses = train_step(model, optimizer, batch, num_instances, worker, settings)
         step += 1
-        mine = sum(len(group) for group in batch.groups) if batch else 0
+        mine = len(batch) if batch else 0
         sums += torch.tensor([*(losses[name] for name in LOSSES), mine], dtype=torch.float64)
         if worker.rank == 0 and mine:
             report(
@@ -268,55 +221,13 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> floa
     return settings.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def validate(
-    sam: Any, dataset: PreparedDataset, cache: EmbeddingCache | None, worker: Worker
-) -> dict[str, float]:
-    """Score the val split; the images are shared out over the workers.
-
-    Returns:
-        `val_iou` and `val_dice`, the means over center, random and bbox, and each one's own
-        IoU as `val_iou_center` and so on.
-    """
-    sums = torch.zeros(len(STRATEGIES), 3, dtype=torch.float64)  # IoU, Dice, count
-    for record in dataset.split("val")[worker.rank :: worker.world_size]:
-        embedding = embedding_of(sam, dataset, cache, record)
-        for score in score_image(sam, embedding, record, seed=0):
-            row = STRATEGIES.index(score.strategy)
-            sums[row] += torch.tensor([score.iou, score.dice, 1.0], dtype=torch.float64)
-    sums = worker.sum(sums.to(worker.device)).cpu()
-    means = sums[:, :2] / sums[:, 2:]
-    return {
-        "val_iou": float(means[:, 0].mean()),
-        "val_dice": float(means[:, 1].mean()),
-        **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(STRATEGIES)},
-    }
-
-
-def embedding_of(
-    sam: Any, dataset: PreparedDataset, cache: EmbeddingCache | None, record: ImageRecord
-) -> Tensor:
-    """Return an image's embedding, C x h x w float32 on the model's device.
-
-    With a cache it is read, or encoded and published; without, it is encoded.
-    """
-    if cache is not None:
-        cached = cache.load(record.digest)
-        if cached is not None:
-            return torch.from_numpy(cached.astype("float32")).to(sam.device)
-    embedding = encode_image(sam, decode_image(dataset.image_bytes(record)))
-    if cache is not None:
-        cache.save(record.digest, embedding.cpu().numpy())
-        embedding = embedding.half().float()  # what the next reader will see
-    return embedding
-
-
 def _load_ahead(
-    loader: BatchLoader, steps: list[list[int]], worker: Worker, epoch: int
-) -> Iterator[Batch | None]:
+    source: Source, steps: list[list[int]], worker: Worker, epoch: int
+) -> Iterator[tuple[Batch | None, int]]:
     """Load the next batch while the current one trains."""
 
-    def load(step: list[int]) -> Batch | None:
-        return loader.load(step, worker.rank, worker.world_size, epoch)
+    def load(step: list[int]) -> tuple[Batch | None, int]:
+        return source.load(step, worker.rank, worker.world_size, epoch)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = pool.submit(load, steps[0])

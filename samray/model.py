@@ -1,6 +1,6 @@
 """Build a SAM, put weights in, freeze parts, and decode prompts of many images at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,6 +143,17 @@ class PromptGroup:
         """One point alone may mean part, object or group: SAM answers it with three masks."""
         one_point = self.point_coords is not None and self.point_coords.shape[1] == 1
         return one_point and self.boxes is None and self.mask_inputs is None
+
+    def with_answer(self, logits: Tensor) -> "PromptGroup":
+        """Feed an answer back as the mask prompt: P x 1 x h x w."""
+        return replace(self, mask_inputs=logits)
+
+    def with_point(self, point_coords: Tensor, point_labels: Tensor) -> "PromptGroup":
+        """Add a point to each prompt: P x 1 x 2 and P x 1."""
+        if self.point_coords is not None and self.point_labels is not None:
+            point_coords = torch.cat([self.point_coords, point_coords], dim=1)
+            point_labels = torch.cat([self.point_labels, point_labels], dim=1)
+        return replace(self, point_coords=point_coords, point_labels=point_labels)
 
     def chunks(self, size: int) -> list["PromptGroup"]:
         """Cut into groups of at most `size` prompts."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from samray.config import MAX_BOX_NOISE
 from samray.errors import EmptyMaskError
 
 STRATEGIES = ("center", "random", "bbox")
-MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def draw_prompt(
     """Return the prompt that a strategy gives for one mask.
 
     Args:
-        strategy: `center` (the innermost pixel, further points random), `random`, `bbox`, or
-            `mixed`, which draws one of the three.
+        strategy: `center` (the innermost pixel, further points random), `random`, `bbox`,
+            `mixed`, which draws one of the three, or `interactive`, which begins with one random
+            point or a box, evenly.
         mask: H x W bool with at least one True pixel.
         num_points: points, for center and random.
         rng: source of chance; `center` with one point takes nothing from it.
@@ -60,6 +61,8 @@ def draw_prompt(
     """
     if strategy == "mixed":
         strategy = STRATEGIES[rng.integers(len(STRATEGIES))]
+    if strategy == "interactive":
+        strategy, num_points = ("random", "bbox")[rng.integers(2)], 1
     if strategy == "bbox":
         return Prompt(box=tight_box(mask, rng, box_noise))
     if strategy == "center":
@@ -69,7 +72,9 @@ def draw_prompt(
     elif strategy == "random":
         points = random_points(mask, num_points, rng)
     else:
-        raise ValueError(f"unknown strategy {strategy!r}; choose from {STRATEGIES} or mixed")
+        raise ValueError(
+            f"unknown strategy {strategy!r}; choose from {STRATEGIES}, mixed, interactive"
+        )
     return Prompt(point_coords=points, point_labels=np.ones(len(points), dtype=np.int64))
 
 

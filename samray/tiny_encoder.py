@@ -32,37 +32,36 @@ class TinyImageEncoder(nn.Module):
         img_size: side of the square input, in pixels.
         embed_dim: channels of the embedding.
         widths: channels of the four stages.
+        depths: residual blocks of the four stages.
     """
 
     def __init__(
         self,
         img_size: int = 256,
         embed_dim: int = 128,
-        widths: tuple[int, int, int, int] = (32, 64, 128, 192),
+        widths: tuple[int, int, int, int] = (48, 80, 136, 192),
+        depths: tuple[int, int, int, int] = (2, 2, 2, 2),
     ) -> None:
         super().__init__()
         self.img_size = img_size
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 4, stride=4), nn.GroupNorm(8, widths[0]), nn.ReLU()
-        )
+        self.stem = _halve(3, widths[0] // 2 // 8 * 8)
         self.stages = nn.ModuleList()
-        for stage, channels in enumerate(widths):
-            layers: list[nn.Module] = []
-            if stage > 0:
-                layers += [
-                    nn.Conv2d(widths[stage - 1], channels, 3, stride=2, padding=1, bias=False),
-                    nn.GroupNorm(8, channels),
-                    nn.ReLU(),
-                ]
-            layers += [ResidualBlock(channels), ResidualBlock(channels)]
-            self.stages.append(nn.Sequential(*layers))
+        channels_in = widths[0] // 2 // 8 * 8
+        for channels, depth in zip(widths, depths, strict=True):
+            blocks = [ResidualBlock(channels) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*_halve(channels_in, channels), *blocks))
+            channels_in = channels
         # Edges come from the finer stages, what belongs together from the coarsest.
         self.from_stride_4 = nn.Conv2d(widths[0], embed_dim, 4, stride=4)
         self.from_stride_8 = nn.Conv2d(widths[1], embed_dim, 2, stride=2)
         self.from_stride_16 = nn.Conv2d(widths[2], embed_dim, 1)
         self.from_stride_32 = nn.Conv2d(widths[3], embed_dim, 1)
         self.neck = nn.Sequential(
-            nn.Conv2d(embed_dim, embed_dim, 3, padding=1, bias=False), LayerNorm2d(embed_dim)
+            nn.GroupNorm(8, embed_dim),
+            nn.ReLU(),
+            ResidualBlock(embed_dim),
+            nn.Conv2d(embed_dim, embed_dim, 3, padding=1, bias=False),
+            LayerNorm2d(embed_dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,3 +76,12 @@ class TinyImageEncoder(nn.Module):
         merged = merged + self.from_stride_8(levels[1]) + self.from_stride_4(levels[0])
         embedding: Tensor = self.neck(merged)
         return embedding
+
+
+def _halve(channels_in: int, channels: int) -> nn.Sequential:
+    """A convolution that halves the picture's sides."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(8, channels),
+        nn.ReLU(),
+    )

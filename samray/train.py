@@ -24,21 +24,20 @@ from samray.checkpoint import (
     Checkpoint,
     RunFolder,
     load_checkpoint,
+    open_run,
     require_same_run,
     save_checkpoint,
 )
-from samray.config import Config, required
+from samray.config import Config, required, resolve_model
 from samray.dataset import PreparedDataset
 from samray.embeddings import EmbeddingCache
 from samray.encode import encode_missing
 from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.finetuning import FineTuning
 from samray.loop import Worker, train_loop
 from samray.model import build_model, load_weights
 from samray.storage import require_folder, resolve
 from samray.weights import digest_of, fetch_official, load_state_dict
-
-# From random weights SAM's own 20 : 1 first learns, for thousands of images, to predict nothing.
-FOCAL_WEIGHT_TUNING, FOCAL_WEIGHT_SCRATCH = 20.0, 1.0
 
 
 def fit(config: Config) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def fit(config: Config) -> dict[str, Any]:
     data_dir, output_dir = required(config, "train.data_dir", "train.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
-    resumed = _open_run(output, config)
+    resumed = open_run(output, config.train.resume)
     num_images = len(dataset.split("train"))
     dataset.split("val")
     if config.scaling.num_workers > num_images:
@@ -101,27 +100,6 @@ def embeddings_folder(config: Config, dataset: PreparedDataset) -> Path:
     return dataset.folder / "embeddings"
 
 
-def resolve_model(config: Config, weights_given: bool) -> Config:
-    """Return the config with the settings that follow from whether weights are given.
-
-    Raises:
-        ConfigError: all three parts are frozen.
-    """
-    model = config.model
-    freeze = weights_given if model.freeze_image_encoder is None else model.freeze_image_encoder
-    if freeze and model.freeze_prompt_encoder and model.freeze_mask_decoder:
-        raise ConfigError("all three parts of the model are frozen; leave one to train")
-    focal = config.loss.focal_weight
-    if focal is None:
-        focal = FOCAL_WEIGHT_TUNING if weights_given else FOCAL_WEIGHT_SCRATCH
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update={"freeze_image_encoder": freeze}),
-            "loss": config.loss.model_copy(update={"focal_weight": focal}),
-        }
-    )
-
-
 def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     """Run the plain torch loop in one of Ray Train's workers."""
     context = ray.train.get_context()
@@ -133,32 +111,15 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     if arguments["cache_dir"] is not None:
         cache = EmbeddingCache(arguments["cache_dir"], load_checkpoint(run.base).model())
     board = arguments["board"]
+    config = arguments["config"]
     train_loop(
-        arguments["config"],
+        config,
         run,
-        dataset,
+        lambda sam: FineTuning(config, dataset, cache, sam),
         worker,
-        cache,
         report=lambda event: board.put.remote(event),
     )
     ray.train.report({"epochs": len(run.state["epochs"])})
-
-
-def _open_run(output: Path, config: Config) -> RunFolder | None:
-    """Return the run to go on with, or None for a new one in an unused folder."""
-    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if not config.train.resume:
-        if used:
-            raise ConfigError(
-                f"--output-dir: {output} is not empty; add --resume to go on with the run there, "
-                "or choose another folder"
-            )
-        return None
-    if not used:
-        return None
-    if not (output / "run.json").exists():
-        raise ConfigError(f"--resume: {output} holds no run of samray; choose another --output-dir")
-    return RunFolder(output)
 
 
 def _base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:

@@ -5,7 +5,6 @@ pixels are normalised by SAM's mean and standard deviation. Resampling is
 `segment_anything.utils.transforms.ResizeLongestSide` itself, as in `SamPredictor`.
 """
 
-import cv2
 import numpy as np
 import torch
 from segment_anything.utils.transforms import ResizeLongestSide
@@ -53,33 +52,6 @@ def box_to_input(box: np.ndarray, original_size: tuple[int, int], img_size: int)
     return points_to_input(box.reshape(2, 2), original_size, img_size).reshape(4)
 
 
-def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
-    """Return how much of each low-resolution cell the mask covers.
-
-    Shares instead of yes or no: an object thinner than a cell still leaves a trace to learn from.
-
-    Args:
-        mask: H x W bool.
-
-    Returns:
-        low_res_size x low_res_size float32 in 0..1; 0 in the padding.
-    """
-    height, width = input_size_of((mask.shape[0], mask.shape[1]), img_size)
-    resized = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    return _pool(resized, img_size, low_res_size)
-
-
-def valid_region(original_size: tuple[int, int], img_size: int, low_res_size: int) -> np.ndarray:
-    """Return how much of each low-resolution cell is image and not padding.
-
-    Returns:
-        low_res_size x low_res_size float32 in 0..1.
-    """
-    return _pool(
-        np.ones(input_size_of(original_size, img_size), np.float32), img_size, low_res_size
-    )
-
-
 def masks_to_original(
     low_res_masks: torch.Tensor, original_size: tuple[int, int], img_size: int
 ) -> torch.Tensor:
@@ -96,12 +68,3 @@ def masks_to_original(
         low_res_masks, (img_size, img_size), mode="bilinear", align_corners=False
     )[..., :height, :width]
     return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
-
-
-def _pool(content: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
-    """Pad at the bottom and right to the model's frame, then average each cell."""
-    frame = np.zeros((img_size, img_size), np.float32)
-    frame[: content.shape[0], : content.shape[1]] = content
-    cell = img_size // low_res_size
-    pooled: np.ndarray = frame.reshape(low_res_size, cell, low_res_size, cell).mean(axis=(1, 3))
-    return pooled

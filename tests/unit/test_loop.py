@@ -15,9 +15,10 @@ from samray.batches import BatchLoader
 from samray.config import ModelConfig, PromptConfig, TrainConfig
 from samray.embeddings import EmbeddingCache
 from samray.errors import TrainingError
-from samray.loop import PromptedSam, Worker, learning_rate_at, train_step
+from samray.loop import Worker, learning_rate_at, train_step
 from samray.losses import sam_loss
 from samray.model import decode_prompts, freeze
+from samray.prompted_sam import PromptedSam
 
 WEIGHTS = (20.0, 1.0, 1.0)
 INSTANCES = (1, 4, 7)

@@ -6,15 +6,14 @@ import torch
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from samray.batches import mask_to_target, valid_region
 from samray.model import build_tiny
 from samray.transforms import (
     box_to_input,
     image_to_input,
     input_size_of,
-    mask_to_target,
     masks_to_original,
     points_to_input,
-    valid_region,
 )
 
 IMG_SIZE, LOW_RES_SIZE = 64, 16
