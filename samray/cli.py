@@ -273,6 +273,8 @@ def _run_pretrain(config: Config) -> None:
     done = f"{len(state['epochs'])} of {config.train.num_epochs} epochs"
     print(f"{done}; best: epoch {best['epoch']}, val_iou {best['val_iou']:.3f}")
     print(f"run: {output}/run.json, best checkpoint: {output}/best")
+    if config.pretrain.export_dir is not None:
+        print(f"exported: {config.pretrain.export_dir}/tiny.safetensors and tiny.json")
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -295,7 +297,12 @@ def _run_evaluate(config: Config) -> None:
 
 
 def _predict_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", dest="predict.checkpoint", metavar="RUN")
+    parser.add_argument(
+        "--checkpoint",
+        dest="predict.checkpoint",
+        metavar="RUN",
+        help="without it, `tiny` as it comes with samray",
+    )
     parser.add_argument("--image-path", dest="predict.image_path", metavar="IMAGE")
     for option, key in (("--point", "points"), ("--negative-point", "negative_points")):
         parser.add_argument(

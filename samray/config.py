@@ -134,6 +134,9 @@ class LossConfig(Section):
 
     focal_weight: float | None = Field(None, ge=0)
     """Unset: 20 from given weights; 1 from random ones, which at 20 first learn nothing."""
+    balanced_weight: float | None = Field(None, ge=0)
+    """Of a cross-entropy in which object and ground count the same; it fades over the first fifth
+    of the epochs. Unset: 0 from given weights; 1 from random ones, to get them started."""
     dice_weight: float = Field(1.0, ge=0)
     """Weight of the Dice loss."""
     iou_weight: float = Field(1.0, ge=0)
@@ -161,6 +164,8 @@ class TrainConfig(Section):
     """Learning rate at the end, as a share of the peak."""
     clip_grad_norm: float = Field(1.0, gt=0)
     """Gradients longer than this are shortened to it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of convolutions and matrix products; weights and sums stay float32."""
     max_prompts: int = Field(64, ge=1)
     """Instances decoded at once; a step with more recomputes in chunks, to save memory."""
     seed: int = Field(0, ge=0)
@@ -225,7 +230,7 @@ class PredictConfig(Section):
     """`samray predict`: one image and its prompts to a mask."""
 
     checkpoint: str | None = None
-    """A RUN folder, a checkpoint folder or a ViT weights file."""
+    """A RUN folder, a checkpoint folder or a ViT weights file; unset: `tiny` as it ships."""
     image_path: str | None = None
     """The image."""
     points: tuple[tuple[float, float], ...] = ()
@@ -316,10 +321,15 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
     focal = config.loss.focal_weight
     if focal is None:
         focal = FOCAL_WEIGHT_TUNING if weights_given else FOCAL_WEIGHT_SCRATCH
+    balanced = config.loss.balanced_weight
+    if balanced is None:
+        balanced = 0.0 if weights_given else 1.0
     return config.model_copy(
         update={
             "model": model.model_copy(update={"freeze_image_encoder": freeze}),
-            "loss": config.loss.model_copy(update={"focal_weight": focal}),
+            "loss": config.loss.model_copy(
+                update={"focal_weight": focal, "balanced_weight": balanced}
+            ),
         }
     )
 

@@ -74,7 +74,7 @@ def train_loop(
     """Train from the run's latest checkpoint, or its base, to the last epoch.
 
     Args:
-        config: resolved: `freeze_image_encoder` and `focal_weight` are set.
+        config: resolved: `freeze_image_encoder` and the loss's weights are set.
         open_source: is given the model, on the worker's device.
         report: hears of every step and epoch, on rank 0.
         max_minutes: of one worker alone: stop before an epoch that would not end within them.
@@ -86,8 +86,9 @@ def train_loop(
     checkpoint = load_checkpoint(run.latest or run.base)
     sam = checkpoint.model().to(worker.device)
     freeze(sam, config.model)
-    focal_weight = config.loss.focal_weight
+    focal_weight, balanced_weight = config.loss.focal_weight, config.loss.balanced_weight
     assert focal_weight is not None
+    assert balanced_weight is not None
     module = PromptedSam(
         sam,
         (focal_weight, config.loss.dice_weight, config.loss.iou_weight),
@@ -112,6 +113,7 @@ def train_loop(
         if max_minutes is not None and now - began + (now - started) > 60 * max_minutes:
             break
         started = now
+        module.balanced_weight = balanced_weight * balance_at(epoch, settings.num_epochs)
         losses, step = train_epoch(model, optimizer, source, settings, worker, epoch, step, report)
         epoch += 1
         scores = source.validate(worker)
@@ -198,7 +200,10 @@ def train_step(
     Returns:
         This worker's sums of the losses.
     """
-    sums: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
+    with torch.autocast(
+        worker.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
+    ):
+        sums: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
     optimizer.zero_grad(set_to_none=True)
     (sums["loss"] * (worker.world_size / num_instances)).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -219,6 +224,11 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> floa
     done = (step - warmup) / max(1, total_steps - warmup)
     final = settings.final_lr_fraction
     return settings.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def balance_at(epoch: int, num_epochs: int) -> float:
+    """Share of the balanced loss in an epoch: 1 at first, none after a fifth of the epochs."""
+    return max(0.0, 1 - 5 * epoch / num_epochs)
 
 
 def _load_ahead(

@@ -5,6 +5,7 @@ Letters: P instances, C masks each, h x w low-resolution cells.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
 
 
@@ -22,6 +23,19 @@ def focal_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     loss = sigmoid_focal_loss(logits, targets.expand_as(logits), alpha=0.25, gamma=2.0)
     mean: Tensor = (loss * valid).sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1))
     return mean
+
+
+def balanced_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Cross-entropy in which object and ground count half each, however small the object.
+
+    Shapes as in `focal_loss`.
+    """
+    targets = targets.expand_as(logits)
+    loss = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    ground = (1 - targets) * valid
+    on_object = (loss * targets).sum(dim=(-2, -1)) / targets.sum(dim=(-2, -1)).clamp_min(1e-6)
+    on_ground = (loss * ground).sum(dim=(-2, -1)) / ground.sum(dim=(-2, -1)).clamp_min(1e-6)
+    return (on_object + on_ground) / 2
 
 
 def dice_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
@@ -56,6 +70,7 @@ def sam_loss(
     targets: Tensor,
     valid: Tensor,
     weights: tuple[float, float, float],
+    balanced_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """Return the loss of a group of instances, summed over the instances.
 
@@ -67,6 +82,7 @@ def sam_loss(
         iou_predictions: P x C.
         targets, valid: P x 1 x h x w.
         weights: of focal, Dice and IoU loss.
+        balanced_weight: of the balanced cross-entropy, which helps random weights to start.
 
     Returns:
         `loss` (weighted), `loss_focal`, `loss_dice`, `loss_iou`: sums, for the caller to divide by
@@ -75,13 +91,16 @@ def sam_loss(
     focal_weight, dice_weight, iou_weight = weights
     focal = focal_loss(logits, targets, valid)
     dice = dice_loss(logits, targets, valid)
-    best = (focal_weight * focal + dice_weight * dice).argmin(dim=1, keepdim=True)  # P x 1
+    mask_loss = focal_weight * focal + dice_weight * dice
+    if balanced_weight > 0:
+        mask_loss = mask_loss + balanced_weight * balanced_loss(logits, targets, valid)
+    best = mask_loss.argmin(dim=1, keepdim=True)  # P x 1
     loss_focal = focal.gather(1, best).sum()
     loss_dice = dice.gather(1, best).sum()
     true_iou = low_res_iou(logits, targets, valid)
     loss_iou = (iou_predictions - true_iou).square().mean(dim=1).sum()
     return {
-        "loss": focal_weight * loss_focal + dice_weight * loss_dice + iou_weight * loss_iou,
+        "loss": mask_loss.gather(1, best).sum() + iou_weight * loss_iou,
         "loss_focal": loss_focal,
         "loss_dice": loss_dice,
         "loss_iou": loss_iou,

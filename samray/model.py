@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from segment_anything import sam_model_registry
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from samray.config import ModelConfig
 from samray.errors import CheckpointError
-from samray.tiny_encoder import TinyImageEncoder
+from samray.tiny_encoder import DEPTHS, WIDTHS, TinyImageEncoder
 from samray.transforms import PIXEL_MEAN, PIXEL_STD
 from samray.weights import digest_of, model_type_of
 
+TINY_SIZE, TINY_DIM = 256, 128
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
@@ -30,7 +32,17 @@ def build_model(model_type: str, seed: int = 0) -> Sam:
     return sam.eval()
 
 
-def build_tiny(img_size: int = 256, embed_dim: int = 128) -> Sam:
+def tiny_architecture() -> dict[str, Any]:
+    """Return what weights of `tiny` depend on, beside SAM's own code; JSON knows its types."""
+    return {
+        "img_size": TINY_SIZE,
+        "embed_dim": TINY_DIM,
+        "widths": list(WIDTHS),
+        "depths": list(DEPTHS),
+    }
+
+
+def build_tiny(img_size: int = TINY_SIZE, embed_dim: int = TINY_DIM) -> Sam:
     """Return samray's small SAM: own image encoder, SAM's prompt encoder and decoder made small.
 
     Args:
@@ -38,7 +50,7 @@ def build_tiny(img_size: int = 256, embed_dim: int = 128) -> Sam:
         embed_dim: width of embedding and decoder; a multiple of 16.
     """
     embedding_size = img_size // 16
-    return Sam(
+    sam = Sam(
         image_encoder=TinyImageEncoder(img_size, embed_dim),
         prompt_encoder=PromptEncoder(
             embed_dim=embed_dim,
@@ -58,6 +70,26 @@ def build_tiny(img_size: int = 256, embed_dim: int = 128) -> Sam:
         pixel_mean=list(PIXEL_MEAN),
         pixel_std=list(PIXEL_STD),
     )
+    _attend_to_same_place(sam.mask_decoder.transformer)
+    return sam
+
+
+def _attend_to_same_place(transformer: TwoWayTransformer) -> None:
+    """Let the attention between prompts and image begin where it must end up: at equal places.
+
+    Both sides carry the same positional encoding, so with one projection for queries and keys a
+    point looks at its own surroundings from the first step. From independent projections the
+    decoder answers with empty masks for thousands of steps before it finds that out.
+    """
+    attentions = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    with torch.no_grad():
+        for attention in attentions:
+            attention.q_proj.weight.mul_(2)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.q_proj.bias.zero_()
+            attention.k_proj.bias.zero_()
 
 
 def load_weights(

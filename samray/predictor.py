@@ -19,6 +19,7 @@ from samray.images import decode_image, read_image_file
 from samray.model import decode_prompts
 from samray.prompts import Prompt
 from samray.rasterize import mask_to_shapes
+from samray.shipped import load_shipped
 from samray.storage import make_folder, resolve, write_bytes, write_json
 from samray.transforms import masks_to_original
 
@@ -60,16 +61,19 @@ class Predictor:
         self._original_size = (0, 0)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Predictor":
+    def from_checkpoint(
+        cls, path: str | Path | None = None, device: str | None = None
+    ) -> "Predictor":
         """Load the best checkpoint of a RUN, a checkpoint folder or a ViT weights file.
 
         Args:
+            path: unset takes `tiny` as it comes with samray.
             device: torch's name of it; unset takes a GPU where there is one.
 
         Raises:
             CheckpointError: it cannot be used.
         """
-        checkpoint: Checkpoint = load_checkpoint(Path(path))
+        checkpoint: Checkpoint = load_shipped() if path is None else load_checkpoint(Path(path))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(checkpoint.model().to(device))
 
@@ -120,9 +124,7 @@ def predict(config: Config) -> dict[str, Path]:
         CheckpointError: the checkpoint cannot be used.
     """
     settings = config.predict
-    checkpoint, image_path, output_dir = required(
-        config, "predict.checkpoint", "predict.image_path", "predict.output_dir"
-    )
+    image_path, output_dir = required(config, "predict.image_path", "predict.output_dir")
     path = resolve(image_path, "--image-path")
     output = resolve(output_dir, "--output-dir")
     prompt = _prompt_of(config)
@@ -138,7 +140,8 @@ def predict(config: Config) -> dict[str, Path]:
             f"--output-dir: {output} holds {path.stem}.json, the annotation of this image, which "
             "would be overwritten; choose another folder"
         )
-    predictor = Predictor.from_checkpoint(resolve(checkpoint, "--checkpoint"))
+    checkpoint = settings.checkpoint
+    predictor = Predictor.from_checkpoint(checkpoint and resolve(checkpoint, "--checkpoint"))
     predictor.set_image(image)
     mask = predictor.predict(prompt).best
     make_folder(output, "--output-dir")

@@ -29,6 +29,7 @@ from samray.losses import low_res_iou
 from samray.model import PromptGroup, build_model, decode_prompts, low_res_size
 from samray.prompted_sam import Batch, draw_correction_plan, error_click
 from samray.scenes import VERSION, draw_scenes, region_masks
+from samray.shipped import export_weights
 from samray.storage import resolve
 from samray.transforms import PIXEL_MEAN, PIXEL_STD
 from samray.weights import digest_of
@@ -230,6 +231,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         )
     if len(run.state["epochs"]) >= config.train.num_epochs:
         run.update(status="finished")
+    if config.pretrain.export_dir is not None:
+        export_weights(run, resolve(config.pretrain.export_dir, "--export"))
     return run.state
 
 

@@ -81,6 +81,7 @@ class PromptedSam(nn.Module):
         self.sam = sam
         self.loss_weights = loss_weights
         self.max_prompts = max_prompts
+        self.balanced_weight = 0.0  # see `samray.losses.sam_loss`; the loop lets it fade
 
     def forward(self, batch: Batch | None) -> dict[str, Tensor]:
         """Return the sums of the losses over the batch's instances; zeros for no batch."""
@@ -117,6 +118,12 @@ class PromptedSam(nn.Module):
             sums = {name: sums[name] + losses[name] for name in LOSSES}
         return sums
 
+    def _decode(
+        self, embeddings: Tensor, group: PromptGroup, multimask_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        masks, ious = decode_prompts(self.sam, embeddings, group, multimask_output)
+        return masks.float(), ious.float()  # losses are float32 in any precision
+
     def _passes(
         self,
         embeddings: Tensor,
@@ -127,8 +134,8 @@ class PromptedSam(nn.Module):
         draws: Tensor,
     ) -> dict[str, Tensor]:
         """Answer the prompts, then again after each correction; the mean of the passes' losses."""
-        masks, ious = decode_prompts(self.sam, embeddings, group, group.ambiguous)
-        sums = sam_loss(masks, ious, target, valid, self.loss_weights)
+        masks, ious = self._decode(embeddings, group, group.ambiguous)
+        sums = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
         for number, click in enumerate(corrections):
             best = ious.argmax(dim=1)
             rows = torch.arange(len(group), device=best.device)
@@ -138,8 +145,8 @@ class PromptedSam(nn.Module):
                 img_size = self.sam.image_encoder.img_size
                 point, label = error_click(answer, target, valid, draws[:, number], img_size)
                 group = group.with_point(point, label)
-            masks, ious = decode_prompts(self.sam, embeddings, group, multimask_output=False)
-            losses = sam_loss(masks, ious, target, valid, self.loss_weights)
+            masks, ious = self._decode(embeddings, group, multimask_output=False)
+            losses = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
             sums = {name: sums[name] + losses[name] for name in LOSSES}
         return {name: value / (1 + len(corrections)) for name, value in sums.items()}
 

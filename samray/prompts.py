@@ -4,7 +4,7 @@ Coordinates are (x, y) pixels of the original image. A box prompt is a box, neve
 as points: they lie outside the object.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -36,6 +36,14 @@ class Prompt:
         Filling up a shorter prompt with padding points would move the logits.
         """
         return (0 if self.point_coords is None else len(self.point_coords), self.box is not None)
+
+    def with_point(self, point_coords: np.ndarray, label: int) -> "Prompt":
+        """Add one point, 1 x 2, of label 1 foreground or 0 background."""
+        labels = np.array([label], dtype=np.int64)
+        if self.point_coords is not None and self.point_labels is not None:
+            point_coords = np.concatenate([self.point_coords, point_coords])
+            labels = np.concatenate([self.point_labels, labels])
+        return replace(self, point_coords=point_coords, point_labels=labels)
 
 
 def draw_prompt(
@@ -93,6 +101,32 @@ def center_point(mask: np.ndarray) -> np.ndarray:
     Raises:
         EmptyMaskError: no pixel is True.
     """
+    return _innermost(mask)[0]
+
+
+def correction_point(mask: np.ndarray, gt_mask: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """Return where a person would click next: the innermost pixel of the deepest error.
+
+    The RITM clicker's rule (Sofiiuk et al., 2022): of what was missed and what was spilled, the
+    region that reaches deeper, and there the pixel farthest from its edge.
+
+    Args:
+        mask, gt_mask: H x W bool.
+
+    Returns:
+        (1 x 2 float32 (x, y), 1 for missed or 0 for spilled), or None if nothing is wrong.
+    """
+    missed, spilled = gt_mask & ~mask, mask & ~gt_mask
+    errors = [(region, label) for region, label in ((missed, 1), (spilled, 0)) if region.any()]
+    if not errors:
+        return None
+    found = [(*_innermost(region), label) for region, label in errors]
+    point, _, label = max(found, key=lambda candidate: candidate[1])
+    return point, label
+
+
+def _innermost(mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """The pixel farthest from the edge, 1 x 2 float32 (x, y), and its squared distance."""
     x1, y1, x2, y2 = _bounds(mask)
     crop = np.pad(mask[y1:y2, x1:x2].astype(np.uint8), 1)
     distance = cv2.distanceTransform(crop, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
@@ -100,7 +134,8 @@ def center_point(mask: np.ndarray) -> np.ndarray:
     # digit with where the array lies in memory, which would let the same run pick another pixel.
     squared = np.rint(distance.astype(np.float64) ** 2)
     y, x = np.unravel_index(int(squared.argmax()), squared.shape)
-    return np.array([[x1 + x - 1, y1 + y - 1]], dtype=np.float32)
+    point = np.array([[x1 + x - 1, y1 + y - 1]], dtype=np.float32)
+    return point, float(squared[y, x])
 
 
 def random_points(mask: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:

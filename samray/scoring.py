@@ -10,7 +10,7 @@ from samray.batches import group_prompts
 from samray.dataset import ImageRecord
 from samray.metrics import Score, iou_and_dice
 from samray.model import decode_prompts
-from samray.prompts import STRATEGIES, Prompt, draw_prompt
+from samray.prompts import STRATEGIES, Prompt, correction_point, draw_prompt
 from samray.transforms import masks_to_original
 
 # What is decoded, and upscaled, at once; bounds memory on large images with many instances.
@@ -57,6 +57,42 @@ def score_image(
             label = record.instances[number].label
             scores.append(Score(record.name, number, label, strategy, iou, dice, predicted_iou))
     return scores
+
+
+@torch.inference_mode()
+def click_through(
+    sam: Any, image_embedding: torch.Tensor, gt_mask: np.ndarray, first: Prompt, num_clicks: int
+) -> list[tuple[np.ndarray, float]]:
+    """Answer a first prompt, then click on each answer's error, as a person would.
+
+    Each answer's logits are fed back with the next click, which `correction_point` chooses.
+
+    Args:
+        gt_mask: H x W bool.
+        first: one point or a box.
+        num_clicks: prompts in all; the first counts as one.
+
+    Returns:
+        num_clicks times (H x W bool, predicted IoU); a right answer is repeated.
+    """
+    img_size = sam.image_encoder.img_size
+    prompt, logits = first, None
+    answers: list[tuple[np.ndarray, float]] = []
+    for _ in range(num_clicks):
+        ((group, _),) = group_prompts([prompt], [0], [gt_mask.shape], img_size)
+        group = group.to(image_embedding.device)
+        if logits is not None:
+            group = group.with_answer(logits)
+        low_res, predicted = decode_prompts(sam, image_embedding[None], group, group.ambiguous)
+        best = int(predicted[0].argmax())
+        logits = low_res[:, best : best + 1]
+        mask = (masks_to_original(logits, gt_mask.shape, img_size)[0, 0] > 0).cpu().numpy()
+        answers.append((mask, float(predicted[0, best])))
+        click = correction_point(mask, gt_mask)
+        if click is None:
+            break
+        prompt = prompt.with_point(*click)
+    return answers + answers[-1:] * (num_clicks - len(answers))
 
 
 @torch.inference_mode()

@@ -8,6 +8,9 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WIDTHS = (48, 80, 136, 192)  # channels of the stages of stride 4, 8, 16 and 32
+DEPTHS = (2, 2, 2, 2)  # residual blocks of each stage
+
 
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with a skip. GroupNorm, as batches are too small for BatchNorm."""
@@ -31,31 +34,23 @@ class TinyImageEncoder(nn.Module):
     Args:
         img_size: side of the square input, in pixels.
         embed_dim: channels of the embedding.
-        widths: channels of the four stages.
-        depths: residual blocks of the four stages.
     """
 
-    def __init__(
-        self,
-        img_size: int = 256,
-        embed_dim: int = 128,
-        widths: tuple[int, int, int, int] = (48, 80, 136, 192),
-        depths: tuple[int, int, int, int] = (2, 2, 2, 2),
-    ) -> None:
+    def __init__(self, img_size: int, embed_dim: int) -> None:
         super().__init__()
         self.img_size = img_size
-        self.stem = _halve(3, widths[0] // 2 // 8 * 8)
+        channels_in = WIDTHS[0] // 2
+        self.stem = _halve(3, channels_in)
         self.stages = nn.ModuleList()
-        channels_in = widths[0] // 2 // 8 * 8
-        for channels, depth in zip(widths, depths, strict=True):
+        for channels, depth in zip(WIDTHS, DEPTHS, strict=True):
             blocks = [ResidualBlock(channels) for _ in range(depth)]
             self.stages.append(nn.Sequential(*_halve(channels_in, channels), *blocks))
             channels_in = channels
         # Edges come from the finer stages, what belongs together from the coarsest.
-        self.from_stride_4 = nn.Conv2d(widths[0], embed_dim, 4, stride=4)
-        self.from_stride_8 = nn.Conv2d(widths[1], embed_dim, 2, stride=2)
-        self.from_stride_16 = nn.Conv2d(widths[2], embed_dim, 1)
-        self.from_stride_32 = nn.Conv2d(widths[3], embed_dim, 1)
+        self.from_stride_4 = nn.Conv2d(WIDTHS[0], embed_dim, 4, stride=4)
+        self.from_stride_8 = nn.Conv2d(WIDTHS[1], embed_dim, 2, stride=2)
+        self.from_stride_16 = nn.Conv2d(WIDTHS[2], embed_dim, 1)
+        self.from_stride_32 = nn.Conv2d(WIDTHS[3], embed_dim, 1)
         self.neck = nn.Sequential(
             nn.GroupNorm(8, embed_dim),
             nn.ReLU(),

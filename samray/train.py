@@ -36,6 +36,7 @@ from samray.errors import CheckpointError, ConfigError, SamrayError
 from samray.finetuning import FineTuning
 from samray.loop import Worker, train_loop
 from samray.model import build_model, load_weights
+from samray.shipped import load_shipped
 from samray.storage import require_folder, resolve
 from samray.weights import digest_of, fetch_official, load_state_dict
 
@@ -125,18 +126,15 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
 def _base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
     """Return the weights to start from, and the config with what follows from them."""
     model_type, source = config.model.type, config.model.checkpoint
-    if source == "none" or (source is None and model_type == "tiny"):
-        if source is None and not config.train.resume:
-            print(
-                "note: there are no published weights for `tiny` yet; training starts from "
-                "RANDOM weights, image encoder included",
-                flush=True,
-            )
+    if source == "none":
         name = f"random weights, seed {config.train.seed}"
         sam = build_model(model_type, config.train.seed)
         config = resolve_model(config, weights_given=False)
     else:
-        if source is None:
+        if source is None and model_type == "tiny":
+            shipped = load_shipped()
+            name, weights = "tiny, shipped with samray", shipped.weights
+        elif source is None:
             name = str(fetch_official(model_type))
             weights = load_state_dict(Path(name))
         else:
