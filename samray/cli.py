@@ -292,6 +292,11 @@ def _run_evaluate(config: Config) -> None:
     for name in base:
         gain = tuned[name] - base[name]
         print(f"  {name:<10} {base[name]:6.3f}   {tuned[name]:6.3f}   {gain:+6.3f}")
+    if not evaluation["same_dataset_as_trained_on"]:
+        print(
+            "note: the run was trained on another dataset; if that one held photos of this split, "
+            "these figures flatter"
+        )
     output = config.evaluate.output_dir
     print(f"report: {output}/report.html, figures: {output}/evaluation.json")
 

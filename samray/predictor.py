@@ -165,7 +165,7 @@ def predict(config: Config) -> dict[str, Path]:
 def _prompt_of(config: Config) -> Prompt:
     settings = config.predict
     points = [*settings.points, *settings.negative_points]
-    if not points and settings.box is None:
+    if not settings.points and settings.box is None:
         raise ConfigError("give the object by --point X Y, or --box X1 Y1 X2 Y2, or both")
     labels = [1] * len(settings.points) + [0] * len(settings.negative_points)
     return Prompt(

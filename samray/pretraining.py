@@ -200,6 +200,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     digest = scenes_digest(config)
     if resumed is not None:
         require_same_run(resumed, config, digest)
+        print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     run = resumed or RunFolder.create(output, config, digest)
     if not run.base.exists():
         source = config.model.checkpoint

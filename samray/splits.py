@@ -115,9 +115,9 @@ class SplitRule:
         unknown = [name for name in self.listed if name not in known]
         if unknown:
             raise ConfigError(
-                f"--split-file {self.settings.split_file}: {len(unknown)} names are no annotated "
-                f"image of the dataset (the first: {unknown[0]}); write paths as seen from "
-                "--data-dir"
+                f"--split-file {self.settings.split_file}: {len(unknown)} of its names stand "
+                f"for no annotated image of the dataset (the first: {unknown[0]}); write paths as "
+                "seen from --data-dir"
             )
 
     def _group_of(self, name: str) -> str:

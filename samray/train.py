@@ -73,6 +73,7 @@ def fit(config: Config) -> dict[str, Any]:
     base, config = _base_checkpoint(config)
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
+        print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")

@@ -25,13 +25,16 @@ INSTANCES = (1, 4, 7)
 CPU = torch.device("cpu")
 
 
-def make_loader(folder, instances=INSTANCES):
+MIXED, INTERACTIVE = PromptConfig(), PromptConfig(point_selection="interactive", num_clicks=3)
+
+
+def make_loader(folder, instances=INSTANCES, prompts=MIXED):
     records = [blob_record(f"{n}", (60, 80), n, seed=n) for n in instances]
     cache = EmbeddingCache(Path(folder), small_sam())
     for record in records:
         rng = np.random.default_rng(int(record.digest, 16))
         cache.save(record.digest, rng.normal(size=(32, 4, 4)))
-    return BatchLoader(None, records, PromptConfig(), 5, cache, img_size=64, low_res_size=16)
+    return BatchLoader(None, records, prompts, 5, cache, img_size=64, low_res_size=16)
 
 
 def frozen_module(max_prompts=64):
@@ -170,13 +173,13 @@ def test_learning_rate_warms_up_and_falls_to_its_final_share():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
-def ddp_worker(rank, world_size, folder, step):
+def ddp_worker(rank, world_size, folder, step, prompts):
     """One process: its share of the step through DDP; rank 0 saves the gradients."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
-    loader, module = make_loader(f"{folder}/cache"), frozen_module()
+    loader, module = make_loader(f"{folder}/cache", prompts=prompts), frozen_module()
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
     ddp = DistributedDataParallel(module)
     num_instances = sum(INSTANCES[index] for index in step)
@@ -188,17 +191,19 @@ def ddp_worker(rank, world_size, folder, step):
 
 
 @pytest.mark.parametrize(
-    "step", [[0, 1, 2], [2]], ids=["one_worker_has_fewer", "one_worker_has_none"]
+    ("step", "prompts"),
+    [([0, 1, 2], MIXED), ([2], MIXED), ([1, 0, 2], INTERACTIVE)],
+    ids=["one_worker_has_fewer", "one_worker_has_none", "with_correction_clicks"],
 )
-def test_two_workers_give_the_gradients_of_one(step):
+def test_two_workers_give_the_gradients_of_one(step, prompts):
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(ddp_worker, args=(2, folder, step), nprocs=2)
+        torch.multiprocessing.spawn(ddp_worker, args=(2, folder, step, prompts), nprocs=2)
         both = [torch.load(f"{folder}/gradients_{rank}.pth") for rank in range(2)]
-        loader, module = make_loader(f"{folder}/cache"), frozen_module()
+        module = frozen_module()
     assert_same_gradients(*both)
     with tempfile.TemporaryDirectory() as folder:
-        loader = make_loader(folder)
-        batch = loader.load(step, 0, 1, epoch=0)
+        batch = make_loader(folder, prompts=prompts).load(step, 0, 1, epoch=0)
+    assert bool(batch.corrections) == (prompts is INTERACTIVE)
     total = module(batch)["loss"] / sum(INSTANCES[index] for index in step)
     total.backward()
     assert_same_gradients(gradients(module), both[0])
