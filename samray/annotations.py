@@ -17,9 +17,17 @@ from samray.errors import AnnotationError
 MAX_JSON_BYTES = 256 * 2**20
 MAX_COORDINATE = 1e6  # pixels; farther than this from any image there is, and safe as an int
 
-# Least number of points of each shape type that covers an area.
-AREAL_SHAPES = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
+# Numbers of points of each shape type that covers an area; a polygon may have more.
+AREAL_SHAPES = {
+    "polygon": (3,),
+    "rectangle": (2, 4),  # four in X-AnyLabeling's files
+    "oriented_rectangle": (4,),
+    "circle": (2,),
+    "mask": (2,),
+}
+OTHER_NAMES = {"rotation": "oriented_rectangle"}  # X-AnyLabeling's name for the same
 OTHER_SHAPES = ("line", "linestrip", "point", "points")
+IGNORED_LABELS = ("__ignore__", "_background_")  # LabelMe's own words for: no object
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Shape:
     Attributes:
         index: its place in the file's `shapes`.
         label: without white space around it.
-        kind: polygon, rectangle, circle or mask.
+        kind: polygon, rectangle (2 or 4 points), oriented_rectangle, circle or mask.
         points: N x 2 float64, (x, y) pixels of the image as shown.
         group_id: shapes of one label and one group are one instance; None stands alone.
         png: for a mask, the PNG file that fills the box between its two points.
@@ -51,7 +59,9 @@ class Annotation:
         image_path: where the file says its image is, with forward slashes; "" if it does not.
         size: (H, W) that the annotator saw, or None.
         num_shapes: shapes in the file, good or bad.
+        image_data: the image's bytes in base64, where the file carries them; not yet checked.
         shapes: the good ones.
+        without_area: (field, kind) of each line, point or the like, which nobody can fill.
         problems: one error for each shape that cannot be used.
         warnings: (field, what was mended).
     """
@@ -59,7 +69,9 @@ class Annotation:
     image_path: str
     size: tuple[int, int] | None
     num_shapes: int
+    image_data: str | None = None
     shapes: list[Shape] = field(default_factory=list)
+    without_area: list[tuple[str, str]] = field(default_factory=list)
     problems: list[AnnotationError] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
@@ -77,12 +89,19 @@ def read_annotation(raw: bytes) -> Annotation:
             "shapes", "a LabelMe file has a list here; this is another kind of JSON, move it away"
         )
     image_path = document.get("imagePath")
+    image_data = document.get("imageData")
     annotation = Annotation(
         image_path=image_path.replace("\\", "/") if isinstance(image_path, str) else "",
         size=_read_size(document),
         num_shapes=len(shapes),
+        image_data=image_data if isinstance(image_data, str) and image_data else None,
     )
+    seen: dict[tuple[Any, ...], int] = {}
     for index, entry in enumerate(shapes):
+        kind = entry.get("shape_type") if isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind in OTHER_SHAPES:
+            annotation.without_area.append((f"shapes[{index}].shape_type", kind))
+            continue
         try:
             shape = _read_shape(index, entry)
         except AnnotationError as problem:
@@ -92,8 +111,28 @@ def read_annotation(raw: bytes) -> Annotation:
             annotation.warnings.append(
                 (f"shapes[{index}].label", f"white space around {entry['label']!r} was removed")
             )
+        content = (shape.label, shape.kind, shape.points.tobytes(), shape.png, shape.group_id)
+        first = seen.setdefault(content, index)
+        if first != index:
+            problem = AnnotationError(
+                f"shapes[{index}]", f"('{shape.label}') is shapes[{first}] once more; remove one"
+            )
+            annotation.problems.append(problem)
+            continue
         annotation.shapes.append(shape)
     return annotation
+
+
+def embedded_image(image_data: str) -> bytes:
+    """Return the bytes of the image that a LabelMe file carries.
+
+    Raises:
+        AnnotationError: field `imageData`; it is no base64.
+    """
+    try:
+        return base64.b64decode("".join(image_data.split()), validate=True)
+    except (ValueError, binascii.Error) as exc:
+        raise AnnotationError("imageData", "must be an image file in base64, or null") from exc
 
 
 def labelme_document(
@@ -182,10 +221,8 @@ def _read_shape(index: int, entry: Any) -> Shape:
         raise AnnotationError(f"{where}.label", f"is not Unicode text: {label!r:.60}") from exc
     label = label.strip()
     kind = entry.get("shape_type") or "polygon"  # files from before LabelMe 3.16 have polygons only
-    if kind in OTHER_SHAPES:
-        raise AnnotationError(
-            f"{where}.shape_type", f"('{label}') is a {kind}, which covers no area; draw a polygon"
-        )
+    if isinstance(kind, str):
+        kind = OTHER_NAMES.get(kind, kind)
     if not isinstance(kind, str) or kind not in AREAL_SHAPES:
         raise AnnotationError(
             f"{where}.shape_type",
@@ -202,12 +239,12 @@ def _read_shape(index: int, entry: Any) -> Shape:
 
 
 def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
-    least = AREAL_SHAPES[kind]
-    if not isinstance(points, list) or len(points) < least:
-        count = f"{len(points)} points" if isinstance(points, list) else f"{points!r:.60}"
-        raise AnnotationError(
-            where, f"('{label}') is a {kind} of {count}; it needs at least {least}"
-        )
+    numbers = AREAL_SHAPES[kind]
+    known = isinstance(points, list)
+    if not known or not (len(points) in numbers or (kind == "polygon" and len(points) > 3)):
+        count = f"{len(points)} points" if known else f"{points!r:.60}"
+        wanted = "3 or more" if kind == "polygon" else " or ".join(map(str, numbers))
+        raise AnnotationError(where, f"('{label}') is a {kind} of {count}; it needs {wanted}")
     for number, point in enumerate(points):
         pair = isinstance(point, list) and len(point) == 2
         if not pair or not all(

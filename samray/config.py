@@ -63,6 +63,8 @@ class PrepareConfig(Section):
     """Share of the images, by hash, for choosing the best checkpoint."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of the images, by hash, that only evaluation sees."""
+    join_groups: bool = True
+    """Shapes of one label and one group_id are one instance; false lets each stand alone."""
     images_per_shard: int = Field(32, ge=1)
     """Images in one Parquet shard, which is one parallel task."""
     max_megapixels: float = Field(100.0, gt=0, le=170)

@@ -31,6 +31,7 @@ class RawFiles:
     images: list[str]
     skipped: list[tuple[str, AnnotationError]] = field(default_factory=list)
     image_set: frozenset[str] = field(init=False)
+    by_folded: Mapping[str, list[str]] = field(init=False)
     by_stem: Mapping[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,6 +40,10 @@ class RawFiles:
         for image in self.images:
             by_stem[PurePosixPath(image).stem].append(image)
         self.by_stem = dict(by_stem)
+        by_folded = defaultdict(list)
+        for image in self.images:
+            by_folded[image.casefold()].append(image)
+        self.by_folded = dict(by_folded)
 
 
 def find_files(root: Path) -> RawFiles:
@@ -79,8 +84,9 @@ def find_files(root: Path) -> RawFiles:
 def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     """Return the image that an annotation speaks of, as a path from the root.
 
-    First `imagePath`, seen from the JSON's folder. Where that points nowhere, an image with the
-    JSON's own stem, the nearest one winning, then one with the stem of `imagePath`.
+    First `imagePath`, seen from the JSON's folder, letters of the wrong case forgiven. Where that
+    points nowhere, an image with the JSON's own stem, the nearest one winning, then one with the
+    stem of `imagePath`.
     A path out of the dataset is never followed; if the file it names has the JSON's stem, it is
     an annotator's old path, and the stem decides.
 
@@ -97,6 +103,9 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
         named = posixpath.normpath(posixpath.join(str(folder), image_path))
         if named in files.image_set:  # which holds nothing from outside the root
             return named
+        same_but_for_case = files.by_folded.get(named.casefold(), [])
+        if len(same_but_for_case) == 1:  # written where file names know no case
+            return same_but_for_case[0]
         leads_out = posixpath.isabs(named) or named.split("/")[0] == ".."
         if leads_out and PurePosixPath(image_path).stem != stem:
             raise AnnotationError(

@@ -22,7 +22,14 @@ import yaml
 from tqdm import tqdm
 
 from samray import __version__, cluster
-from samray.annotations import MAX_JSON_BYTES, Annotation, Shape, read_annotation
+from samray.annotations import (
+    IGNORED_LABELS,
+    MAX_JSON_BYTES,
+    Annotation,
+    Shape,
+    embedded_image,
+    read_annotation,
+)
 from samray.config import Config, PrepareConfig, required, save_config
 from samray.dataset import FORMAT, SCHEMA, dataset_digest
 from samray.discovery import RawFiles, find_by_stem, find_files, find_image
@@ -89,8 +96,6 @@ def prepare(config: Config) -> dict[str, Any]:
             f"{root}: no LabelMe JSON file in it or below ({len(files.images)} images); "
             "check --data-dir"
         )
-    if not files.images:
-        raise DatasetError(f"{root}: {len(files.annotations)} JSON files, but no image")
     shards, inputs = _fingerprints(files, settings, label_map)
     finished = _claim_output(output, shards, inputs)
     if finished is not None:
@@ -121,7 +126,7 @@ def write_shard(chunk: Chunk, files: RawFiles, output: Path, context: dict[str, 
     """Read, check and rasterise the files of a chunk into one shard and its list of outcomes.
 
     Args:
-        context: `label_map`, `labels`, `max_megapixels`.
+        context: `label_map`, `labels`, `max_megapixels`, `join_groups`.
     """
     outcomes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -155,6 +160,7 @@ def _run(
         "label_map": label_map,
         "labels": settings.labels,
         "max_megapixels": settings.max_megapixels,
+        "join_groups": settings.join_groups,
     }
     overlays = settings.num_samples if settings.visualize else 0
     annotated = _chunks("part", files.annotations, True, settings.images_per_shard, overlays)
@@ -217,25 +223,34 @@ def _read_pair(
         "num_shapes": 0,
         "labels": {},
         "filtered": {},
+        "without_area": {},
         "rejected": [],
         "warnings": [],
     }
+    embedded: str | None = None
     try:
         if labelled:
             path = files.root / file
             if path.stat().st_size > MAX_JSON_BYTES:
                 raise AnnotationError("file", f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
             annotation = read_annotation(path.read_bytes())
-            name = find_image(file, annotation.image_path, files)
+            outcome["num_shapes"] = annotation.num_shapes
+            try:
+                name = find_image(file, annotation.image_path, files)
+            except AnnotationError:
+                if annotation.image_data is None:
+                    raise
+                name, embedded = file, annotation.image_data
         else:
             annotation = Annotation(image_path="", size=None, num_shapes=0)
             name = file
-        outcome["num_shapes"] = annotation.num_shapes
         outcome["claims"] = name
         try:
-            raw = read_image_file(files.root / name)
+            raw = embedded_image(embedded) if embedded else read_image_file(files.root / name)
             height, width = decode_image(raw, context["max_megapixels"]).shape[:2]
         except AnnotationError as exc:
+            if embedded:
+                raise AnnotationError("imageData", exc.reason) from exc
             raise AnnotationError("image", f"{name} {exc.reason}") from exc
         if annotation.size not in (None, (height, width)):
             assert annotation.size is not None
@@ -256,6 +271,7 @@ def _read_pair(
     outcome["warnings"] += [
         {"file": file, "field": field, "reason": reason} for field, reason in annotation.warnings
     ]
+    outcome["without_area"] = dict(Counter(kind for _, kind in annotation.without_area))
     size = (height, width)
     instances, masks = _instances(file, annotation, size, context, outcome)
     digest = hashlib.sha256(raw).hexdigest()
@@ -290,7 +306,8 @@ def _instances(
     filtered: Counter[str] = Counter()
     for shape in annotation.shapes:
         label = context["label_map"].get(shape.label, shape.label)
-        if label is None or (context["labels"] is not None and label not in context["labels"]):
+        unwanted = context["labels"] is not None and label not in context["labels"]
+        if label is None or label in IGNORED_LABELS or unwanted:
             filtered[shape.label] += 1
             continue
         try:
@@ -298,9 +315,10 @@ def _instances(
         except AnnotationError as problem:  # also one part of a group, whose others stay
             outcome["rejected"].append(_rejection(file, problem, 1))
             continue
-        alone = shape.group_id is None
+        alone = shape.group_id is None or not context["join_groups"]
         groups[(label, shape.index) if alone else (label, "group", shape.group_id)].append(shape)
     outcome["filtered"] = dict(filtered)
+    _warn_of_a_group_of_nearly_all(file, groups, outcome)
     labels: Counter[str] = Counter()
     instances, masks = [], []
     for (label, *_), shapes in groups.items():
@@ -331,6 +349,23 @@ def _instances(
         )
     outcome["labels"] = dict(labels)
     return instances, masks
+
+
+def _warn_of_a_group_of_nearly_all(
+    file: str, groups: dict[Any, list[Shape]], outcome: dict[str, Any]
+) -> None:
+    """Annotators group by mistake, and then a whole image becomes one instance."""
+    total = sum(len(shapes) for shapes in groups.values())
+    for (label, *_), shapes in groups.items():
+        if len(shapes) >= 5 and len(shapes) > 0.8 * total:
+            outcome["warnings"].append(
+                {
+                    "file": file,
+                    "field": "group_id",
+                    "reason": f"joins {len(shapes)} of {total} shapes ('{label}') to one instance; "
+                    "if that is a slip, set prepare.join_groups=false",
+                }
+            )
 
 
 def _rejection(file: str, problem: AnnotationError, num_shapes: int) -> dict[str, Any]:
@@ -390,6 +425,7 @@ def _manifest(
     }
     labels: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
+    without_area: Counter[str] = Counter()
     rejected = [_rejection(file, problem, 0) for file, problem in files.skipped]
     warnings, unlabelled, empty = [], [], []
     num_images = num_instances = 0
@@ -408,6 +444,7 @@ def _manifest(
         num_instances += outcome["image"]["num_instances"]
         labels.update(outcome["labels"])
         filtered.update(outcome["filtered"])
+        without_area.update(outcome["without_area"])
         if outcome["annotation"] is None:
             unlabelled.append(name)
         elif not outcome["image"]["num_instances"]:
@@ -431,6 +468,7 @@ def _manifest(
         "num_shapes": sum(outcome["num_shapes"] for outcome in outcomes),
         "labels": dict(sorted(labels.items())),
         "filtered": dict(sorted(filtered.items())),
+        "without_area": dict(sorted(without_area.items())),
         "splits": {},
         "unlabelled": unlabelled,
         "empty": empty,
@@ -483,7 +521,8 @@ def _fingerprints(
     for name in files.annotations + files.images:
         status = (files.root / name).stat()
         shards.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    keys = {"labels", "images_per_shard", "max_megapixels", "visualize", "num_samples"}
+    keys = {"labels", "join_groups", "images_per_shard", "max_megapixels", "visualize"}
+    keys |= {"num_samples"}
     content = settings.model_dump(mode="json", include=keys)
     shards.update(json.dumps([content, label_map, FORMAT], sort_keys=True).encode())
     whole = shards.copy()

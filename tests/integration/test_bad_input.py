@@ -118,8 +118,8 @@ def lone_surrogate(data: Path) -> None:
     change_shape(data, label="\ud800")
 
 
-def a_line(data: Path) -> None:
-    change_shape(data, shape_type="line", points=[[10, 10], [50, 50]])
+def an_ellipse(data: Path) -> None:
+    change_shape(data, shape_type="ellipse", points=[[10, 10], [50, 50]])
 
 
 def out_of_the_folder(data: Path) -> None:
@@ -178,12 +178,12 @@ BAD_ITEMS: dict[Callable[[Path], None], tuple[str, str, str, bool]] = {
     truncated_jpeg: (JSON_FILE, "image", "sample_00001.jpg", True),
     empty_image: (JSON_FILE, "image", "sample_00001.jpg", True),
     text_named_jpg: (JSON_FILE, "image", "no known image format", True),
-    two_points: (JSON_FILE, "shapes[0].points", "2 points; it needs at least 3", False),
+    two_points: (JSON_FILE, "shapes[0].points", "2 points; it needs 3 or more", False),
     nan_point: (JSON_FILE, "shapes[0].points[1]", "finite", False),
     outside: (JSON_FILE, "shapes[0].points", "outside the image", False),
     no_label: (JSON_FILE, "shapes[0].label", "not empty", False),
     lone_surrogate: (JSON_FILE, "shapes[0].label", "ud800", False),
-    a_line: (JSON_FILE, "shapes[0].shape_type", "covers no area", False),
+    an_ellipse: (JSON_FILE, "shapes[0].shape_type", "samray reads polygon", False),
     out_of_the_folder: (JSON_FILE, "imagePath", "leads out of the dataset", True),
     absolute_path: (JSON_FILE, "imagePath", "leads out of the dataset", True),
     json_without_image: (JSON_FILE, "imagePath", "points nowhere", True),
@@ -345,8 +345,9 @@ def test_a_folder_without_pairs(few, tmp_path, run_cli):
     images, annotations = few / "images", few / "annotations"
     line = refused(run_cli("prepare", "--data-dir", images, *words), "no LabelMe JSON", "4 images")
     assert "check --data-dir" in line
-    refused(run_cli("prepare", "--data-dir", annotations, *words), "4 JSON files, but no image")
     assert not (tmp_path / "out").exists()
+    refused(run_cli("prepare", "--data-dir", annotations, *words), "no instance", "add the image")
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_file_name_that_is_not_unicode(few, tmp_path, run_cli):

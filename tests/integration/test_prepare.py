@@ -1,5 +1,6 @@
 """`samray prepare` as a whole: what goes in, what comes out, and what an interruption leaves."""
 
+import base64
 import csv
 import hashlib
 import io
@@ -109,7 +110,8 @@ def accounted(manifest: dict, joined_away: int = 0) -> int:
     """
     rejected = sum(entry["num_shapes"] for entry in manifest["rejected"])
     filtered = sum(manifest["filtered"].values())
-    return manifest["num_instances"] + joined_away + rejected + filtered
+    without_area = sum(manifest["without_area"].values())
+    return manifest["num_instances"] + joined_away + rejected + filtered + without_area
 
 
 def test_the_manifest_counts_what_is_in_the_folder(photos, prepared):
@@ -230,7 +232,6 @@ def test_what_is_not_a_good_pair_is_counted_once(mixed, tmp_path):
     rejected = {(r["file"], r["field"]): r for r in manifest["rejected"]}
     assert set(rejected) == {
         ("bad_shapes.json", "shapes[1].points"),
-        ("bad_shapes.json", "shapes[2].shape_type"),
         ("bad_shapes.json", "shapes[3].points"),  # both parts of one group, each by itself
         ("bad_shapes.json", "shapes[4].points"),
         ("twice_too.json", "imagePath"),
@@ -574,3 +575,55 @@ def test_real_annotations(folder, num_images, num_shapes, none_rejected, tmp_pat
             mask = record.decode(instance)
             assert mask.shape == record.size
             assert mask.sum() == instance.area > 0
+
+
+def as_base64(path):
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def test_what_labelme_files_hold_beside_polygons(tmp_path):
+    """Embedded images, shapes without area, LabelMe's own labels, wrong case, a slip in groups."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a.png", "B.PNG", "gone.png", "grouped.png"):
+        noise = np.random.default_rng(len(name)).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(data / name)
+    square = [[5, 5], [20, 5], [20, 20], [5, 20]]
+    others = [
+        shape("cat", square),
+        shape("cat", square),  # once more
+        {**shape("edge", square[:2]), "shape_type": "line"},
+        {**shape("eye", square[:1]), "shape_type": "point"},
+        {**shape("cat", [[30, 10], [40, 20], [30, 30], [20, 20]]), "shape_type": "rotation"},
+        {**shape("cat", [[42, 12], [50, 12], [50, 30], [42, 30]]), "shape_type": "rectangle"},
+        shape("__ignore__", square),
+        shape("_background_", square),
+    ]
+    annotate(data / "a.json", "a.json", others, (60, 80))  # imagePath names the JSON itself
+    annotate(data / "case.json", "b.png", [shape("cat", square)], (60, 80))
+    annotate(data / "inside.json", "gone.png", [shape("dog", square)], (60, 80))
+    document = json.loads((data / "inside.json").read_text())
+    document["imageData"] = as_base64(data / "gone.png")
+    document["imagePath"] = "elsewhere\\gone.png"
+    (data / "inside.json").write_text(json.dumps(document))
+    (data / "gone.png").unlink()
+    row = [
+        {**shape("bar", [[x, 5], [x + 4, 5], [x + 4, 40]]), "group_id": 1} for x in range(0, 60, 8)
+    ]
+    annotate(data / "grouped.json", "grouped.png", row, (60, 80))
+    manifest = run(data, tmp_path / "prepared", *ALL_TRAIN)
+    assert accounted(manifest, joined_away=len(row) - 1) == manifest["num_shapes"]
+    assert manifest["without_area"] == {"line": 1, "point": 1}
+    assert manifest["filtered"] == {"__ignore__": 1, "_background_": 1}
+    assert manifest["labels"] == {"bar": 1, "cat": 4, "dog": 1}
+    (rejected,) = manifest["rejected"]
+    assert (rejected["file"], rejected["field"]) == ("a.json", "shapes[1]")
+    (warning,) = manifest["warnings"]
+    assert "joins 8 of 8 shapes" in warning["reason"]
+    dataset = PreparedDataset(tmp_path / "prepared")
+    assert set(dataset.images) == {"a.png", "B.PNG", "inside.json", "grouped.png"}
+    record = dataset.images["inside.json"]
+    assert dataset.image_bytes(record).startswith(b"\x89PNG")
+    alone = run(data, tmp_path / "alone", *ALL_TRAIN, "prepare.join_groups=false")
+    assert alone["labels"]["bar"] == 8
+    assert alone["warnings"] == []

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samray.annotations import Annotation, labelme_document, labelme_shape, read_annotation
+from samray.annotations import (
+    Annotation,
+    embedded_image,
+    labelme_document,
+    labelme_shape,
+    read_annotation,
+)
 from samray.errors import AnnotationError
 
 TRIANGLE = [[1, 1], [5, 1], [5, 6]]
@@ -25,6 +31,7 @@ def shape(**changes: Any) -> dict[str, Any]:
 
 DROP = object()
 GOOD = shape(label="neighbour")
+OTHER = shape(label="neighbour", points=[[7, 1], [9, 1], [9, 6]])
 
 
 def document(*shapes: Any, **keys: Any) -> bytes:
@@ -34,7 +41,7 @@ def document(*shapes: Any, **keys: Any) -> bytes:
 
 def read_with_neighbour(entry: Any) -> AnnotationError:
     """The one problem of a file in which `entry` stands between two good shapes."""
-    annotation = read_annotation(document(GOOD, entry, GOOD))
+    annotation = read_annotation(document(GOOD, entry, OTHER))
     assert [s.label for s in annotation.shapes] == ["neighbour", "neighbour"]
     assert [s.index for s in annotation.shapes] == [0, 2]
     assert annotation.num_shapes == 3
@@ -113,8 +120,8 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
         (shape(points=TRIANGLE[:2]), ".points", "('cat') is a polygon of 2 points"),
         (shape(points=[]), ".points", "0 points"),
         (shape(points=DROP), ".points", "None"),
-        (shape(points={"0": [1, 1]}), ".points", "needs at least 3"),
-        (shape(points=TRIANGLE[:1], shape_type="circle"), ".points", "needs at least 2"),
+        (shape(points={"0": [1, 1]}), ".points", "needs 3 or more"),
+        (shape(points=TRIANGLE[:1], shape_type="circle"), ".points", "needs 2"),
         (shape(points=[*TRIANGLE, [float("nan"), 1]]), ".points[3]", "finite"),
         (shape(points=[*TRIANGLE, [1, float("inf")]]), ".points[3]", "finite"),
         (shape(points=[[1, -float("inf")], *TRIANGLE]), ".points[0]", "finite"),
@@ -132,11 +139,11 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
         (shape(label=5), ".label", "not 5"),
         (shape(label=["cat"]), ".label", "not ['cat']"),
         (shape(label="\ud800"), ".label", "not Unicode"),  # could not be written again
-        (shape(shape_type="line"), ".shape_type", "covers no area"),
-        (shape(shape_type="linestrip"), ".shape_type", "covers no area"),
-        (shape(shape_type="point", points=[[1, 1]]), ".shape_type", "covers no area"),
-        (shape(shape_type="points"), ".shape_type", "covers no area"),
-        (shape(shape_type="blob"), ".shape_type", "samray reads polygon, rectangle, circle, mask"),
+        (GOOD, "", "is shapes[0] once more"),
+        (shape(shape_type="rectangle"), ".points", "needs 2 or 4"),
+        (shape(shape_type="oriented_rectangle"), ".points", "needs 4"),
+        (shape(shape_type="circle"), ".points", "needs 2"),
+        (shape(shape_type="blob"), ".shape_type", "samray reads polygon, rectangle, "),
         (shape(shape_type=["polygon"]), ".shape_type", "samray reads"),
         (shape(shape_type={"a": 1}), ".shape_type", "samray reads"),
         (shape(group_id=1.5), ".group_id", "not 1.5"),
@@ -160,6 +167,31 @@ def test_bad_shape_is_one_problem_and_its_neighbours_go_through(
     assert said in problem.reason
 
 
+@pytest.mark.parametrize("kind", ["line", "linestrip", "point", "points"])
+def test_shapes_without_an_area_are_counted_and_no_problem(kind: str) -> None:
+    annotation = read_annotation(document(GOOD, shape(shape_type=kind, points=[[1, 1]])))
+    assert annotation.without_area == [("shapes[1].shape_type", kind)]
+    assert annotation.problems == []
+    assert len(annotation.shapes) == 1
+
+
+def test_x_anylabelings_rotation_is_an_oriented_rectangle() -> None:
+    corners = [[5, 1], [9, 5], [5, 9], [1, 5]]
+    entry = shape(shape_type="rotation", points=corners, direction=0.78, difficult=False)
+    (turned,) = read_annotation(document(entry)).shapes
+    assert (turned.kind, turned.points.tolist()) == ("oriented_rectangle", corners)
+
+
+def test_the_image_in_the_file_is_offered_and_read_when_asked() -> None:
+    text = base64.b64encode(b"picture").decode()
+    annotation = read_annotation(document(GOOD, imageData=f"{text[:4]}\n{text[4:]}"))
+    assert annotation.image_data is not None
+    assert embedded_image(annotation.image_data) == b"picture"
+    assert read_annotation(document(GOOD, imageData=None)).image_data is None
+    with pytest.raises(AnnotationError, match="imageData: must be an image file in base64"):
+        embedded_image("%%")
+
+
 @pytest.mark.parametrize("key", ["label", "points", "group_id", "shape_type"])
 def test_value_nested_almost_too_deeply_ends_in_an_annotation_error(key: str) -> None:
     fields = set()
@@ -175,7 +207,7 @@ def test_value_nested_almost_too_deeply_ends_in_an_annotation_error(key: str) ->
 
 
 def test_label_is_trimmed_with_a_warning_so_that_one_class_stays_one() -> None:
-    annotation = read_annotation(document(shape(label=" cat\n"), shape(label="cat")))
+    annotation = read_annotation(document(shape(label=" cat\n"), OTHER | {"label": "cat"}))
     assert [s.label for s in annotation.shapes] == ["cat", "cat"]
     ((field, reason),) = annotation.warnings
     assert field == "shapes[0].label"

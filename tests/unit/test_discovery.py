@@ -60,6 +60,8 @@ def test_every_image_extension_is_seen_in_any_case(tmp_path: Path, extension: st
         (["images/a.jpg"], "annotations/a.json", "/home/ann/a.jpg", "images/a.jpg"),
         (["images/a.jpg"], "annotations/a.json", "../../../ann/a.jpg", "images/a.jpg"),
         (["images/a.jpg"], "annotations/a.json", "C:/Users/ann/a.jpg", "images/a.jpg"),
+        # Written on a machine whose file names know no case.
+        (["Images/A.JPG"], "annotations/b.json", "../images/a.jpg", "Images/A.JPG"),
         # Spaces and letters of the world.
         (["фото/мой кот.jpg"], "разметка/мой кот.json", "", "фото/мой кот.jpg"),
         (["b/Straße 1.jpg"], "a/Straße 1.json", "../b/Straße 1.jpg", "b/Straße 1.jpg"),
