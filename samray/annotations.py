@@ -114,13 +114,20 @@ def read_annotation(raw: bytes) -> Annotation:
         content = (shape.label, shape.kind, shape.points.tobytes(), shape.png, shape.group_id)
         first = seen.setdefault(content, index)
         if first != index:
-            problem = AnnotationError(
-                f"shapes[{index}]", f"('{shape.label}') is shapes[{first}] once more; remove one"
-            )
-            annotation.problems.append(problem)
+            reason = f"('{shape.label}') is shapes[{first}] once more; remove one"
+            annotation.problems.append(AnnotationError(f"shapes[{index}]", reason))
             continue
         annotation.shapes.append(shape)
     return annotation
+
+
+def read_shapes(entries: list[dict[str, Any]]) -> list[Shape]:
+    """Read dicts of `labelme_shape` back.
+
+    Raises:
+        AnnotationError: one of them is no usable shape.
+    """
+    return [_read_shape(index, entry) for index, entry in enumerate(entries)]
 
 
 def embedded_image(image_data: str) -> bytes:

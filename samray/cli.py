@@ -166,6 +166,17 @@ def _run_prepare(config: Config) -> None:
     print(f"prepared dataset: {config.prepare.output_dir}/manifest.json")
 
 
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    _paths(parser, "export", "prepared dataset", "folder to write")
+    parser.add_argument("--format", dest="export.format", choices=["labelme", "coco"])
+
+
+def _run_export(config: Config) -> None:
+    from samray.export import export
+
+    print(f"{config.export.format} files: {export(config)}")
+
+
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     _paths(parser, "inspect", "prepared dataset", "folder for the pictures")
     parser.add_argument("--num-samples", dest="inspect.num_samples", type=int, metavar="N")
@@ -366,6 +377,12 @@ STAGES: dict[str, Stage] = {
         "  samray prepare --data-dir video --output-dir prepared --group-by 'clip_[0-9]+' --strict",
         _prepare_options,
         _run_prepare,
+    ),
+    "export": Stage(
+        "write a prepared dataset as LabelMe or COCO files",
+        "  samray export --data-dir prepared --output-dir coco --format coco",
+        _export_options,
+        _run_export,
     ),
     "inspect": Stage(
         "draw samples with their masks and the prompts a model will be given",

@@ -85,6 +85,17 @@ class PrepareConfig(Section):
         return self
 
 
+class ExportConfig(Section):
+    """`samray export`: a prepared dataset back to files for other tools."""
+
+    data_dir: str | None = None
+    """A prepared dataset."""
+    output_dir: str | None = None
+    """Folder to write."""
+    format: Literal["labelme", "coco"] = "labelme"
+    """LabelMe, one JSON an image; or COCO, one JSON a split."""
+
+
 class InspectConfig(Section):
     """`samray inspect`: see what a model will see."""
 
@@ -252,6 +263,7 @@ class Config(Section):
 
     sample_data: SampleDataConfig = SampleDataConfig()
     prepare: PrepareConfig = PrepareConfig()
+    export: ExportConfig = ExportConfig()
     inspect: InspectConfig = InspectConfig()
     model: ModelConfig = ModelConfig()
     prompts: PromptConfig = PromptConfig()

@@ -135,7 +135,7 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
         mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
     if (hierarchy[0, :, 3] >= 0).any():
-        return [_mask_shape(mask, label)]
+        return [mask_shape(mask, label)]
     polygons = []
     for contour in contours:
         points = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0]
@@ -146,7 +146,8 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
     return [labelme_shape(label, "polygon", points, group_id) for points in polygons]
 
 
-def _mask_shape(mask: np.ndarray, label: str) -> dict[str, object]:
+def mask_shape(mask: np.ndarray, label: str) -> dict[str, object]:
+    """Return the LabelMe shape of type `mask`, a PNG and its box: any mask, to the pixel."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x1, y1, x2, y2 = columns[0], rows[0], columns[-1], rows[-1]
     buffer = io.BytesIO()

@@ -1,0 +1,103 @@
+"""A prepared dataset as LabelMe and COCO files, and back."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from samray.config import load_config
+from samray.dataset import SPLITS, PreparedDataset
+from samray.export import export
+from samray.prepare import prepare
+
+
+def exported(prepared, output, form):
+    words = [f"export.data_dir={prepared}", f"export.output_dir={output}", f"export.format={form}"]
+    return export(load_config(None, words))
+
+
+def test_labelme_files_prepare_to_the_same_masks(prepared, tmp_path):
+    folder = exported(prepared, tmp_path / "out", "labelme")
+    words = [f"prepare.data_dir={folder}", f"prepare.output_dir={tmp_path / 'again'}"]
+    manifest = prepare(load_config(None, words))
+    assert manifest["rejected"] == manifest["warnings"] == []
+    before, after = PreparedDataset(prepared), PreparedDataset(tmp_path / "again")
+    assert len(before.images) == len(after.images)
+    for name, record in before.images.items():
+        other = after.images[f"images/{name}"]
+        assert after.image_bytes(other) == before.image_bytes(record)
+        assert other.size == record.size
+        assert sorted((i.label, i.rle) for i in other.instances) == sorted(
+            (i.label, i.rle) for i in record.instances
+        )
+
+
+def test_coco_files_are_what_pycocotools_reads(prepared, tmp_path):
+    folder = exported(prepared, tmp_path / "out", "coco")
+    dataset = PreparedDataset(prepared)
+    for split in SPLITS:
+        read = COCO(str(folder / "annotations" / f"instances_{split}.json"))
+        names = dataset.manifest["splits"][split]
+        assert len(read.getImgIds()) == len(names)
+        for image in read.loadImgs(read.getImgIds()):
+            record = dataset.images[image["file_name"]]
+            with Image.open(folder / "images" / image["file_name"]) as picture:
+                assert (picture.height, picture.width) == record.size
+            annotations = read.loadAnns(read.getAnnIds(imgIds=[image["id"]]))
+            assert len(annotations) == len(record.instances)
+            for annotation, instance in zip(annotations, record.instances, strict=True):
+                mask = record.decode(instance)
+                np.testing.assert_array_equal(read.annToMask(annotation), mask)
+                assert read.cats[annotation["category_id"]]["name"] == instance.label
+                assert annotation["area"] == mask.sum()
+                box = coco_mask.toBbox(annotation["segmentation"])
+                assert annotation["bbox"] == box.tolist()
+
+
+def test_holes_and_parts_come_back_to_the_pixel(ray_cluster, tmp_path):
+    """What polygons cannot say exactly goes as LabelMe's own mask shape."""
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(
+        data / "a.png"
+    )
+    square, other = [[2, 2], [12, 2], [12, 12], [2, 12]], [[30, 20], [50, 22], [33, 38]]
+    cut = [*square, [2, 2], [5, 5], [5, 9], [9, 9], [9, 5], [5, 5]]  # a hole, by a cut
+    shapes = [
+        {"label": "two", "points": points, "group_id": 4, "shape_type": "polygon"}
+        for points in (square, other)
+    ]
+    shapes.append({"label": "ring", "points": cut, "group_id": None, "shape_type": "polygon"})
+    document = {"shapes": shapes, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 60}
+    (data / "a.json").write_text(json.dumps(document))
+    fractions = ["prepare.val_fraction=0", "prepare.test_fraction=0"]
+    for source, target in (("data", "one"), ("out", "two")):
+        words = [f"prepare.data_dir={tmp_path / source}", f"prepare.output_dir={tmp_path / target}"]
+        prepare(load_config(None, [*words, *fractions]))
+        if target == "one":
+            exported(tmp_path / "one", tmp_path / "out", "labelme")
+    one, two = (PreparedDataset(tmp_path / name) for name in ("one", "two"))
+    assert [i.rle for i in one.images["a.png"].instances] == [
+        i.rle for i in two.images["images/a.png"].instances
+    ]
+
+
+def test_a_used_folder_is_refused(prepared, tmp_path, run_cli):
+    (tmp_path / "file").write_text("mine")
+    words = ["export", "--data-dir", prepared, "--output-dir", tmp_path, "--format", "coco"]
+    status, _, err = run_cli(*words)
+    assert status == 2
+    assert "not empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("form", ["labelme", "coco"])
+def test_the_command_line_writes_both(form, prepared, tmp_path, run_cli):
+    words = ["export", "--data-dir", prepared, "--output-dir", tmp_path / "out", "--format", form]
+    status, out, err = run_cli(*words)
+    assert status == 0, err
+    assert f"{form} files" in out
+    assert list((tmp_path / "out" / "annotations").rglob("*.json"))
