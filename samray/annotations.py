@@ -37,10 +37,12 @@ class Shape:
     Attributes:
         index: its place in the file's `shapes`.
         label: without white space around it.
-        kind: polygon, rectangle (2 or 4 points), oriented_rectangle, circle or mask.
+        kind: polygon, rectangle (2 or 4 points), oriented_rectangle, circle or mask; rle if it
+            comes from COCO.
         points: N x 2 float64, (x, y) pixels of the image as shown.
         group_id: shapes of one label and one group are one instance; None stands alone.
         png: for a mask, the PNG file that fills the box between its two points.
+        rle: compressed COCO counts of the whole frame, whose box the points are.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Shape:
     points: np.ndarray
     group_id: int | str | None
     png: bytes | None = None
+    rle: bytes | None = None
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Annotation:
         num_shapes: shapes in the file, good or bad.
         image_data: the image's bytes in base64, where the file carries them; not yet checked.
         shapes: the good ones.
-        without_area: (field, kind) of each line, point or the like, which nobody can fill.
+        not_instances: (field, kind) of each line, point or crowd: nothing that is one object.
         problems: one error for each shape that cannot be used.
         warnings: (field, what was mended).
     """
@@ -71,7 +74,7 @@ class Annotation:
     num_shapes: int
     image_data: str | None = None
     shapes: list[Shape] = field(default_factory=list)
-    without_area: list[tuple[str, str]] = field(default_factory=list)
+    not_instances: list[tuple[str, str]] = field(default_factory=list)
     problems: list[AnnotationError] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
@@ -82,7 +85,7 @@ def read_annotation(raw: bytes) -> Annotation:
     Raises:
         AnnotationError: the file as a whole is no LabelMe annotation.
     """
-    document = _read_json(raw)
+    document = read_json_object(raw)
     shapes = document.get("shapes")
     if not isinstance(shapes, list):
         raise AnnotationError(
@@ -100,7 +103,7 @@ def read_annotation(raw: bytes) -> Annotation:
     for index, entry in enumerate(shapes):
         kind = entry.get("shape_type") if isinstance(entry, dict) else None
         if isinstance(kind, str) and kind in OTHER_SHAPES:
-            annotation.without_area.append((f"shapes[{index}].shape_type", kind))
+            annotation.not_instances.append((f"shapes[{index}].shape_type", kind))
             continue
         try:
             shape = _read_shape(index, entry)
@@ -179,7 +182,12 @@ def labelme_shape(
     return shape
 
 
-def _read_json(raw: bytes) -> dict[str, Any]:
+def read_json_object(raw: bytes) -> dict[str, Any]:
+    """Parse an annotation file that must hold one JSON object, within limits.
+
+    Raises:
+        AnnotationError: field `file`.
+    """
     if len(raw) > MAX_JSON_BYTES:
         raise AnnotationError(
             "file", f"is {len(raw) / 2**20:.0f} MiB; at most {MAX_JSON_BYTES // 2**20} are read"

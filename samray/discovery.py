@@ -124,6 +124,33 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     return image
 
 
+def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
+    """Return the image that a file which lists many images means by a name.
+
+    Seen from that file's folder; else the one image whose path ends with the name; else, for a
+    path of another machine, the one image of that name.
+
+    Raises:
+        AnnotationError: field `file_name`; no such image, or several.
+    """
+    named = posixpath.normpath(posixpath.join(PurePosixPath(annotation).parent, file_name))
+    if named in files.image_set:
+        return named
+    stem = PurePosixPath(file_name).stem
+    candidates = files.by_stem.get(stem, [])
+    for tail in (posixpath.normpath(file_name), PurePosixPath(file_name).name):
+        found = [image for image in candidates if f"/{image}".endswith(f"/{tail}")]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise AnnotationError(
+                "file_name",
+                f"{file_name!r:.120} may be any of {len(found)} images ({', '.join(found[:3])}); "
+                "name it with its folder",
+            )
+    raise AnnotationError("file_name", f"there is no image {file_name!r:.120}; add it")
+
+
 def find_by_stem(folder: PurePosixPath, stem: str, files: RawFiles) -> str | None:
     """Return the image with a stem that is nearest to a JSON's folder, or None.
 

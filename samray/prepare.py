@@ -1,4 +1,4 @@
-"""LabelMe pairs to a prepared dataset, rasterised in parallel by Ray Data.
+"""LabelMe pairs or COCO files to a prepared dataset, rasterised in parallel by Ray Data.
 
 `prepare` reads down the page: list the files, let Ray Data turn each chunk of them into one
 Parquet shard (`write_shard`), add up what came of it, assign splits, publish the manifest last.
@@ -30,9 +30,16 @@ from samray.annotations import (
     embedded_image,
     read_annotation,
 )
+from samray.coco import CocoImage, coco_annotation, looks_like_coco, read_coco
 from samray.config import Config, PrepareConfig, required, save_config
 from samray.dataset import FORMAT, SCHEMA, dataset_digest
-from samray.discovery import RawFiles, find_by_stem, find_files, find_image
+from samray.discovery import (
+    RawFiles,
+    find_by_stem,
+    find_files,
+    find_image,
+    find_listed_image,
+)
 from samray.drawing import draw_masks, encode_picture, shrink
 from samray.errors import AnnotationError, ConfigError, DatasetError
 from samray.images import decode_image, read_image_file
@@ -58,19 +65,19 @@ class Chunk:
 
     Attributes:
         part: name of the shard without extension.
-        files: JSON paths from the root, or image paths for unlabelled images.
-        labelled: which of the two.
+        files: JSON paths from the root, images of a COCO file, or paths of unlabelled images.
+        labelled: not the last.
         overlays: how many of the first files to draw.
     """
 
     part: str
-    files: tuple[str, ...]
+    files: tuple[str | CocoImage, ...]
     labelled: bool
     overlays: int = 0
 
 
 def prepare(config: Config) -> dict[str, Any]:
-    """Make a prepared dataset from a folder of images and LabelMe JSON files.
+    """Make a prepared dataset from a folder of images and LabelMe JSON or COCO files.
 
     Args:
         config: its `prepare` section.
@@ -91,22 +98,23 @@ def prepare(config: Config) -> dict[str, Any]:
     label_map = _read_label_map(settings)
     rule = SplitRule(settings)
     files = find_files(root)
-    if not files.annotations:
+    coco, problems = _take_coco(files)
+    if not files.annotations and not coco and not problems:
         raise DatasetError(
-            f"{root}: no LabelMe JSON file in it or below ({len(files.images)} images); "
+            f"{root}: no LabelMe JSON or COCO file in it or below ({len(files.images)} images); "
             "check --data-dir"
         )
-    shards, inputs = _fingerprints(files, settings, label_map)
+    shards, inputs = _fingerprints(files, coco, settings, label_map)
     finished = _claim_output(output, shards, inputs)
     if finished is not None:
         _require_clean(finished["rejected"], settings)
         print(f"{output} is already prepared from the same inputs; nothing to do")
         return finished
     cluster.start()
-    cluster.require_visible(root / files.annotations[0], "--data-dir")
+    cluster.require_visible(root / (files.annotations or files.images)[0], "--data-dir")
     cluster.require_shared(output, "--output-dir")
-    outcomes = list(_run(files, output, settings, label_map))
-    manifest = _manifest(outcomes, files, settings, inputs)
+    outcomes = list(_run(files, coco, output, settings, label_map))
+    manifest = _manifest(outcomes, files, problems, settings, inputs)
     dropped = set(manifest["dropped_annotations"])
     kept = [o for o in outcomes if o["image"] and o["annotation"] not in dropped]
     annotated = [outcome["image"] for outcome in kept if outcome["annotation"]]
@@ -151,8 +159,40 @@ def write_shard(chunk: Chunk, files: RawFiles, output: Path, context: dict[str, 
     write_json(data / f"{chunk.part}.json", outcomes)  # last: it says that the shard is whole
 
 
+def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[dict[str, Any]]]:
+    """Take COCO files out of the list of LabelMe's; return their images, and what was unusable."""
+    images: list[CocoImage] = []
+    problems: list[dict[str, Any]] = []
+    for name in list(files.annotations):
+        with (files.root / name).open("rb") as file:
+            if not looks_like_coco(file.read(4096)):
+                continue
+        try:
+            size = (files.root / name).stat().st_size
+            if size > MAX_JSON_BYTES:
+                raise AnnotationError("file", f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
+            found, faults = read_coco((files.root / name).read_bytes(), name)
+        except AnnotationError as problem:
+            if problem.field in ("images", "annotations", "categories"):
+                continue  # some other JSON: told so as LabelMe's are
+            files.annotations.remove(name)
+            problems.append(_rejection(name, problem, 0))
+            continue
+        files.annotations.remove(name)
+        images += found
+        problems += [
+            _rejection(name, AnnotationError(field, reason), count)
+            for field, reason, count in faults
+        ]
+    return images, problems
+
+
 def _run(
-    files: RawFiles, output: Path, settings: PrepareConfig, label_map: dict[str, str | None]
+    files: RawFiles,
+    coco: list[CocoImage],
+    output: Path,
+    settings: PrepareConfig,
+    label_map: dict[str, str | None],
 ) -> Iterator[dict[str, Any]]:
     """Make every shard that is missing; yield what came of each file, in their order."""
     make_folder(output / "data", "--output-dir")
@@ -163,15 +203,18 @@ def _run(
         "join_groups": settings.join_groups,
     }
     overlays = settings.num_samples if settings.visualize else 0
-    annotated = _chunks("part", files.annotations, True, settings.images_per_shard, overlays)
+    entries: list[str | CocoImage] = [*files.annotations, *coco]
+    annotated = _chunks("part", entries, True, settings.images_per_shard, overlays)
     yield from _run_chunks(annotated, files, output, context, "prepare")
     claimed = {outcome["claims"] for chunk in annotated for outcome in _outcomes_of(output, chunk)}
-    rest = [image for image in files.images if image not in claimed]
+    rest: list[str | CocoImage] = [image for image in files.images if image not in claimed]
     unlabelled = _chunks("unlabelled", rest, False, settings.images_per_shard, 0)
     yield from _run_chunks(unlabelled, files, output, context, "unlabelled")
 
 
-def _chunks(prefix: str, paths: list[str], labelled: bool, size: int, overlays: int) -> list[Chunk]:
+def _chunks(
+    prefix: str, paths: list[str | CocoImage], labelled: bool, size: int, overlays: int
+) -> list[Chunk]:
     return [
         Chunk(
             f"{prefix}-{start // size:05d}",
@@ -192,9 +235,10 @@ def _run_chunks(
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         shared = ray.put((files, output, context))
+        work_of = [ray.put(chunk) for chunk in missing]  # a task fetches its own and no other
 
         def work(row: dict[str, Any]) -> dict[str, Any]:
-            chunk = missing[row["id"]]
+            chunk = ray.get(work_of[row["id"]])
             write_shard(chunk, *ray.get(shared))
             return {"num_files": len(chunk.files)}
 
@@ -213,9 +257,10 @@ def _outcomes_of(output: Path, chunk: Chunk) -> list[dict[str, Any]]:
 
 
 def _read_pair(
-    file: str, labelled: bool, files: RawFiles, context: dict[str, Any]
+    entry: str | CocoImage, labelled: bool, files: RawFiles, context: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any] | None, list[CroppedMask]]:
     """Return (outcome, row of the shard or None, masks of its instances)."""
+    file = entry if isinstance(entry, str) else entry.name
     outcome: dict[str, Any] = {
         "annotation": file if labelled else None,
         "claims": None,  # the image this file speaks of, good or bad
@@ -223,13 +268,17 @@ def _read_pair(
         "num_shapes": 0,
         "labels": {},
         "filtered": {},
-        "without_area": {},
+        "not_instances": {},
         "rejected": [],
         "warnings": [],
     }
     embedded: str | None = None
     try:
-        if labelled:
+        if isinstance(entry, CocoImage):
+            annotation = coco_annotation(entry)
+            outcome["num_shapes"] = annotation.num_shapes
+            name = find_listed_image(entry.source, annotation.image_path, files)
+        elif labelled:
             path = files.root / file
             if path.stat().st_size > MAX_JSON_BYTES:
                 raise AnnotationError("file", f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
@@ -263,7 +312,7 @@ def _read_pair(
         problem = (
             exc if isinstance(exc, AnnotationError) else AnnotationError("file", str(exc.strerror))
         )
-        if outcome["claims"] is None and labelled:
+        if outcome["claims"] is None and labelled and isinstance(entry, str):
             outcome["claims"] = _stem_claim(file, files)
         outcome["rejected"].append(_rejection(file, problem, outcome["num_shapes"]))
         return outcome, None, []
@@ -271,7 +320,7 @@ def _read_pair(
     outcome["warnings"] += [
         {"file": file, "field": field, "reason": reason} for field, reason in annotation.warnings
     ]
-    outcome["without_area"] = dict(Counter(kind for _, kind in annotation.without_area))
+    outcome["not_instances"] = dict(Counter(kind for _, kind in annotation.not_instances))
     size = (height, width)
     instances, masks = _instances(file, annotation, size, context, outcome)
     digest = hashlib.sha256(raw).hexdigest()
@@ -414,7 +463,11 @@ def _dropped(outcomes: list[dict[str, Any]]) -> set[str]:
 
 
 def _manifest(
-    outcomes: list[dict[str, Any]], files: RawFiles, settings: PrepareConfig, inputs: str
+    outcomes: list[dict[str, Any]],
+    files: RawFiles,
+    problems: list[dict[str, Any]],
+    settings: PrepareConfig,
+    inputs: str,
 ) -> dict[str, Any]:
     """Everything but splits and digest."""
     dropped = _dropped(outcomes)
@@ -425,8 +478,8 @@ def _manifest(
     }
     labels: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
-    without_area: Counter[str] = Counter()
-    rejected = [_rejection(file, problem, 0) for file, problem in files.skipped]
+    not_instances: Counter[str] = Counter()
+    rejected = [_rejection(file, problem, 0) for file, problem in files.skipped] + problems
     warnings, unlabelled, empty = [], [], []
     num_images = num_instances = 0
     for outcome in outcomes:
@@ -444,7 +497,7 @@ def _manifest(
         num_instances += outcome["image"]["num_instances"]
         labels.update(outcome["labels"])
         filtered.update(outcome["filtered"])
-        without_area.update(outcome["without_area"])
+        not_instances.update(outcome["not_instances"])
         if outcome["annotation"] is None:
             unlabelled.append(name)
         elif not outcome["image"]["num_instances"]:
@@ -465,10 +518,11 @@ def _manifest(
         "inputs": inputs,
         "num_images": num_images,
         "num_instances": num_instances,
-        "num_shapes": sum(outcome["num_shapes"] for outcome in outcomes),
+        "num_shapes": sum(outcome["num_shapes"] for outcome in outcomes)
+        + sum(problem["num_shapes"] for problem in problems),
         "labels": dict(sorted(labels.items())),
         "filtered": dict(sorted(filtered.items())),
-        "without_area": dict(sorted(without_area.items())),
+        "not_instances": dict(sorted(not_instances.items())),
         "splits": {},
         "unlabelled": unlabelled,
         "empty": empty,
@@ -513,12 +567,15 @@ def _claim_output(output: Path, shards: str, inputs: str) -> dict[str, Any] | No
 
 
 def _fingerprints(
-    files: RawFiles, settings: PrepareConfig, label_map: dict[str, str | None]
+    files: RawFiles,
+    coco: list[CocoImage],
+    settings: PrepareConfig,
+    label_map: dict[str, str | None],
 ) -> tuple[str, str]:
     """sha256 of what decides the shards (files by path, size and time; settings), and of that
     together with what decides the splits: another split needs no shard made again."""
     shards = hashlib.sha256()
-    for name in files.annotations + files.images:
+    for name in [*files.annotations, *dict.fromkeys(i.source for i in coco), *files.images]:
         status = (files.root / name).stat()
         shards.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     keys = {"labels", "join_groups", "images_per_shard", "max_megapixels", "visualize"}

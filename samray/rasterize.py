@@ -81,6 +81,9 @@ def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMas
     for shape, points in zip(shapes, outlines, strict=True):
         if shape.kind == "mask":
             _paste_png(canvas, shape, origin=(x1, y1))
+        elif shape.kind == "rle":
+            assert shape.rle is not None
+            canvas |= decode_rle(shape.rle, size)[y1:y2, x1:x2].astype(np.uint8)
         else:
             corners = np.floor(points).astype(np.int32) - np.array([x1, y1], dtype=np.int32)
             cv2.fillPoly(canvas, [corners], 1)

@@ -57,6 +57,59 @@ def test_coco_files_are_what_pycocotools_reads(prepared, tmp_path):
                 assert annotation["bbox"] == box.tolist()
 
 
+def test_coco_files_prepare_to_the_same_masks(prepared, tmp_path):
+    folder = exported(prepared, tmp_path / "out", "coco")
+    words = [f"prepare.data_dir={folder}", f"prepare.output_dir={tmp_path / 'again'}"]
+    manifest = prepare(load_config(None, words))
+    assert manifest["rejected"] == manifest["warnings"] == manifest["unlabelled"] == []
+    before, after = PreparedDataset(prepared), PreparedDataset(tmp_path / "again")
+    assert before.manifest["labels"] == manifest["labels"]
+    for name, record in before.images.items():
+        other = after.images[f"images/{name}"]
+        assert [(i.label, i.rle) for i in other.instances] == [
+            (i.label, i.rle) for i in record.instances
+        ]
+
+
+def test_coco_and_labelme_files_side_by_side(ray_cluster, tmp_path):
+    """Every annotation's fate is told, whichever file it stands in."""
+    for name in ("a.png", "sub/b.png", "c.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(len(name)).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / name)
+    square = [5, 5, 20, 5, 20, 20, 5, 20]
+    entry = {"category_id": 1, "segmentation": [square]}
+    content = {
+        "images": [
+            {"id": n, "file_name": name, "height": 40, "width": 60}
+            for n, name in enumerate(("a.png", "b.png", "gone.png"))
+        ],
+        "categories": [{"id": 1, "name": "box"}],
+        "annotations": [
+            entry | {"image_id": 0},
+            entry | {"image_id": 1, "iscrowd": 1},
+            entry | {"image_id": 1},
+            entry | {"image_id": 2},
+            entry | {"image_id": 99},
+        ],
+    }
+    (tmp_path / "data" / "coco.json").write_text(json.dumps(content))
+    shape = {"label": "tri", "points": [[1, 1], [9, 1], [9, 9]], "shape_type": "polygon"}
+    labelme = {"shapes": [shape], "imagePath": "c.png", "imageHeight": 40, "imageWidth": 60}
+    (tmp_path / "data" / "c.json").write_text(json.dumps(labelme))
+    words = [f"prepare.data_dir={tmp_path / 'data'}", f"prepare.output_dir={tmp_path / 'out'}"]
+    words += ["prepare.val_fraction=0", "prepare.test_fraction=0"]
+    manifest = prepare(load_config(None, words))
+    assert manifest["labels"] == {"box": 2, "tri": 1}
+    assert manifest["not_instances"] == {"crowd": 1}
+    assert {(r["file"], r["num_shapes"]) for r in manifest["rejected"]} == {
+        ("coco.json#2", 1),
+        ("coco.json", 1),
+    }
+    assert manifest["num_shapes"] == 6
+    assert set(PreparedDataset(tmp_path / "out").images) == {"a.png", "sub/b.png", "c.png"}
+
+
 def test_holes_and_parts_come_back_to_the_pixel(ray_cluster, tmp_path):
     """What polygons cannot say exactly goes as LabelMe's own mask shape."""
     data = tmp_path / "data"

@@ -110,8 +110,8 @@ def accounted(manifest: dict, joined_away: int = 0) -> int:
     """
     rejected = sum(entry["num_shapes"] for entry in manifest["rejected"])
     filtered = sum(manifest["filtered"].values())
-    without_area = sum(manifest["without_area"].values())
-    return manifest["num_instances"] + joined_away + rejected + filtered + without_area
+    not_instances = sum(manifest["not_instances"].values())
+    return manifest["num_instances"] + joined_away + rejected + filtered + not_instances
 
 
 def test_the_manifest_counts_what_is_in_the_folder(photos, prepared):
@@ -613,7 +613,7 @@ def test_what_labelme_files_hold_beside_polygons(tmp_path):
     annotate(data / "grouped.json", "grouped.png", row, (60, 80))
     manifest = run(data, tmp_path / "prepared", *ALL_TRAIN)
     assert accounted(manifest, joined_away=len(row) - 1) == manifest["num_shapes"]
-    assert manifest["without_area"] == {"line": 1, "point": 1}
+    assert manifest["not_instances"] == {"line": 1, "point": 1}
     assert manifest["filtered"] == {"__ignore__": 1, "_background_": 1}
     assert manifest["labels"] == {"bar": 1, "cat": 4, "dog": 1}
     (rejected,) = manifest["rejected"]

@@ -170,7 +170,7 @@ def test_bad_shape_is_one_problem_and_its_neighbours_go_through(
 @pytest.mark.parametrize("kind", ["line", "linestrip", "point", "points"])
 def test_shapes_without_an_area_are_counted_and_no_problem(kind: str) -> None:
     annotation = read_annotation(document(GOOD, shape(shape_type=kind, points=[[1, 1]])))
-    assert annotation.without_area == [("shapes[1].shape_type", kind)]
+    assert annotation.not_instances == [("shapes[1].shape_type", kind)]
     assert annotation.problems == []
     assert len(annotation.shapes) == 1
 
