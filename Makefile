@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/python -m jobs.predict $(RUN) --point 120 80
 	$(BIN)/python -m jobs.evaluate $(RUN)
 	@echo
-	@echo "base: untrained (random weights); tuned: the best epoch, chosen on the val split. Look at:"
+	@echo "base: tiny as it comes with samray; tuned: the best epoch, chosen on the val split. Look at:"
 	@echo "  demo/report/report.html                     base against tuned, in pictures"
 	@echo "  demo/prepared/overlays/                     the annotations"
 	@echo "  demo/look/                                  what the model was shown"
