@@ -99,9 +99,15 @@ def _history(run: RunFolder, best: Checkpoint) -> dict[str, Any]:
         "epochs": done,
         "hours": round(sum(epoch["seconds"] for epoch in epochs[:done]) / 3600, 2),
         "device": device,
-        "start": best.progress["base"]["source"],
+        "start": Path(best.progress["base"]["source"]).name,
         "scores": {k: round(v, 4) for k, v in best.progress.items() if k.startswith("val_iou")},
         "config": config.model_dump(
-            mode="json", include={"model", "prompts", "loss", "train", "pretrain"}
+            mode="json",
+            include={"model", "prompts", "loss", "train", "pretrain"},
+            exclude={  # paths of the machine it was made on
+                "model": {"checkpoint"},
+                "train": {"data_dir", "output_dir"},
+                "pretrain": {"export_dir"},
+            },
         ),
     }
