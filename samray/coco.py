@@ -112,16 +112,9 @@ def coco_annotation(image: CocoImage) -> Annotation:
             annotation.not_instances.append((f"{where}.iscrowd", "crowd"))
             continue
         try:
-            label = image.labels.get(entry.get("category_id", None))  # type: ignore[arg-type]
-            if label is None:
-                raise AnnotationError(
-                    f"{where}.category_id",
-                    f"{entry.get('category_id')!r:.60} is no id of the file's categories",
-                )
+            label = _read_label(f"{where}.category_id", entry.get("category_id"), image.labels)
             rle = _read_segmentation(f"{where}.segmentation", entry.get("segmentation"), image.size)
-        except (AnnotationError, TypeError) as problem:
-            if isinstance(problem, TypeError):  # a category_id that no dict can hold
-                problem = AnnotationError(f"{where}.category_id", "must be a whole number")
+        except AnnotationError as problem:
             annotation.problems.append(problem)
             continue
         x, y, w, h = coco.toBbox({"counts": rle, "size": list(image.size)}).tolist()
@@ -144,6 +137,14 @@ def _read_image(where: str, entry: Any) -> tuple[int, str, tuple[int, int]]:
             raise AnnotationError(f"{where}.{key}", reason)
         size.append(value)
     return entry["id"], file_name.replace("\\", "/"), (size[0], size[1])
+
+
+def _read_label(where: str, category_id: Any, labels: dict[int, str]) -> str:
+    if not _is_int(category_id):
+        raise AnnotationError(where, f"must be a whole number, not {category_id!r:.60}")
+    if category_id not in labels:
+        raise AnnotationError(where, f"{category_id} is no id of the file's categories")
+    return labels[category_id]
 
 
 def _read_segmentation(where: str, segmentation: Any, size: tuple[int, int]) -> bytes:

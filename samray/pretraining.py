@@ -26,8 +26,8 @@ from samray.config import MAX_BOX_NOISE, Config, required, resolve_model
 from samray.errors import ConfigError
 from samray.loop import Worker, train_loop
 from samray.losses import low_res_iou
-from samray.model import PromptGroup, build_model, decode_prompts, low_res_size
-from samray.prompted_sam import Batch, draw_correction_plan, error_click
+from samray.model import PromptGroup, best_masks, build_model, decode_prompts, low_res_size
+from samray.prompted_sam import Batch, draw_correction_plan, drawn_place, error_click
 from samray.scenes import VERSION, draw_scenes, region_masks
 from samray.shipped import export_weights
 from samray.storage import resolve
@@ -173,8 +173,7 @@ class DrawnScenes:
     def _answer(self, embeddings: Tensor, group: PromptGroup) -> tuple[Tensor, PromptGroup]:
         """Return the best logits, P x 1 x h x w, and the prompts with them fed back."""
         masks, ious = decode_prompts(self.sam, embeddings, group, group.ambiguous)
-        rows = torch.arange(len(group), device=masks.device)
-        answer = masks[rows, ious.argmax(dim=1)][:, None]
+        answer = best_masks(masks, ious)
         return answer, group.with_answer(answer)
 
 
@@ -274,11 +273,7 @@ def _show(bar: Any, config: Config, event: dict[str, Any]) -> None:
 def _random_points(masks: Tensor, draw: Tensor) -> Tensor:
     """Return one pixel of each mask, uniform over it: P x 2 float32, (x, y)."""
     side = masks.shape[-1]
-    flat = masks.flatten(1)
-    rank = (draw * flat.sum(dim=1)).floor()
-    # A row's running count says where pixel number `rank` lies.
-    place = (flat.cumsum(dim=1, dtype=torch.int32) <= rank[:, None]).sum(dim=1)
-    place = place.clamp_max(side * side - 1)
+    place = drawn_place(masks.flatten(1), draw)
     return torch.stack([place % side, place // side], dim=1).float()
 
 

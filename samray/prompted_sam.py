@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from samray.losses import sam_loss
-from samray.model import PromptGroup, decode_prompts
+from samray.model import PromptGroup, best_masks, decode_prompts
 
 LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou")
 
@@ -137,9 +137,7 @@ class PromptedSam(nn.Module):
         masks, ious = self._decode(embeddings, group, group.ambiguous)
         sums = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
         for number, click in enumerate(corrections):
-            best = ious.argmax(dim=1)
-            rows = torch.arange(len(group), device=best.device)
-            answer = masks[rows, best][:, None].detach()  # P x 1 x h x w
+            answer = best_masks(masks, ious).detach()
             group = group.with_answer(answer)
             if click:
                 img_size = self.sam.image_encoder.img_size
@@ -186,9 +184,24 @@ def error_click(
     answered = (logits > 0).flatten(1)
     wrong = (wanted != answered) & (valid > 0.5).flatten(1)
     wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, wanted)
-    rank = (draw * wrong.sum(dim=1)).floor()
-    place = (wrong.cumsum(dim=1) <= rank[:, None]).sum(dim=1).clamp_max(side * side - 1)
+    place = drawn_place(wrong, draw)
     cells = torch.stack([place % side, place // side], dim=1)
     points = (cells + 0.5) * (img_size / side) - 0.5  # SAM's points count from pixel centres
     labels = wanted.gather(1, place[:, None]).long()
     return points[:, None].to(torch.float32), labels
+
+
+def drawn_place(flat: Tensor, draw: Tensor) -> Tensor:
+    """Return one True place of each row, uniform over them.
+
+    Args:
+        flat: P x N bool.
+        draw: P in 0..1; equal draws give equal places.
+
+    Returns:
+        P int64, below N.
+    """
+    rank = (draw * flat.sum(dim=1)).floor()
+    # A row's running count says where True number `rank` lies.
+    place = (flat.cumsum(dim=1, dtype=torch.int32) <= rank[:, None]).sum(dim=1)
+    return place.clamp_max(flat.shape[1] - 1)

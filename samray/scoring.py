@@ -9,7 +9,7 @@ import torch
 from samray.batches import group_prompts
 from samray.dataset import ImageRecord
 from samray.metrics import Score, iou_and_dice
-from samray.model import decode_prompts
+from samray.model import best_masks, decode_prompts
 from samray.prompts import STRATEGIES, Prompt, correction_point, draw_prompt
 from samray.transforms import masks_to_original
 
@@ -84,10 +84,9 @@ def click_through(
         if logits is not None:
             group = group.with_answer(logits)
         low_res, predicted = decode_prompts(sam, image_embedding[None], group, group.ambiguous)
-        best = int(predicted[0].argmax())
-        logits = low_res[:, best : best + 1]
+        logits = best_masks(low_res, predicted)
         mask = (masks_to_original(logits, gt_mask.shape, img_size)[0, 0] > 0).cpu().numpy()
-        answers.append((mask, float(predicted[0, best])))
+        answers.append((mask, float(predicted.amax())))
         click = correction_point(mask, gt_mask)
         if click is None:
             break
@@ -115,8 +114,6 @@ def predict_masks(
     size = max(1, min(MAX_PROMPTS, MAX_PIXELS // (original_size[0] * original_size[1])))
     for chunk in group.to(image_embedding.device).chunks(size):
         low_res, predicted = decode_prompts(sam, image_embedding[None], chunk, chunk.ambiguous)
-        best = predicted.argmax(dim=1)
-        rows = torch.arange(len(chunk), device=best.device)
-        low_res = low_res[rows, best][:, None]  # P x C x h x w -> P x 1 x h x w
-        masks = (masks_to_original(low_res, original_size, img_size)[:, 0] > 0).cpu().numpy()
-        yield from zip(masks, predicted[rows, best].tolist(), strict=True)
+        answers = masks_to_original(best_masks(low_res, predicted), original_size, img_size)
+        masks = (answers[:, 0] > 0).cpu().numpy()
+        yield from zip(masks, predicted.amax(dim=1).tolist(), strict=True)

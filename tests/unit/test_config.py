@@ -82,9 +82,9 @@ def test_learning_rate_that_would_ruin_the_weights_is_refused(text: str) -> None
 def test_config_cannot_be_changed_behind_the_saved_copy() -> None:
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):
-        config.train.seed = 1  # type: ignore[misc]
+        config.train.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
-        config.train = config.train  # type: ignore[misc]
+        config.train = config.train
 
 
 def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
