@@ -29,7 +29,7 @@ from samray.losses import low_res_iou
 from samray.model import PromptGroup, best_masks, build_model, decode_prompts, low_res_size
 from samray.prompted_sam import Batch, draw_correction_plan, drawn_place, error_click
 from samray.scenes import VERSION, draw_scenes, region_masks
-from samray.shipped import export_weights
+from samray.shipped import export_weights, load_shipped
 from samray.storage import resolve
 from samray.transforms import PIXEL_MEAN, PIXEL_STD
 from samray.weights import digest_of
@@ -203,9 +203,12 @@ def pretrain(config: Config) -> dict[str, Any]:
     run = resumed or RunFolder.create(output, config, digest)
     if not run.base.exists():
         source = config.model.checkpoint
-        if source in (None, "none"):
+        if source == "none":
             name = f"random weights, seed {config.train.seed}"
             sam = build_model("tiny", config.train.seed)
+        elif source is None:
+            name = "tiny as it ships"
+            sam = load_shipped().model()
         else:
             name = str(resolve(str(source), "--checkpoint"))
             sam = load_checkpoint(resolve(str(source), "--checkpoint")).model()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-VERSION = 1  # of the drawing: raise it when the same seed draws other pixels
+VERSION = 2  # of the drawing: raise it when the same seed draws other pixels
 MAX_OBJECTS = 20
 NUM_TEXTURES = 6
 MIN_PIXELS = 24  # smaller regions are remnants that nobody would click
@@ -121,7 +121,7 @@ class _Painter:
         traits = self._traits()
         for number in range(1, MAX_OBJECTS + 1):
             here = {name: values[:, number - 1] for name, values in traits.items()}
-            body, piece, shade, outside = self._shape(here, warp, light)
+            body, piece, shade, outside, solid = self._shape(here, warp, light)
             shown = here["exists"][:, None, None]
             inside = (body < 0) & shown
             in_part = inside & (piece < 0) & here["has_part"][:, None, None]
@@ -133,7 +133,7 @@ class _Painter:
                 -outside.clamp_min(0) / here["shadow_width"][:, None, None]
             )
             canvas = canvas * (1 - (shadow * shown)[:, None])
-            alpha = (0.5 - body).clamp(0, 1) * shown * here["opacity"][:, None, None]
+            alpha = (0.5 - body).clamp(0, 1) * shown * solid
             canvas = torch.lerp(canvas, colour, alpha[:, None])
         return self._develop(canvas, objects, parts)
 
@@ -197,6 +197,8 @@ class _Painter:
             "norm": norm,
             "angle": angle,
             "bend": torch.where(chosen(0.3), alike(self.uniform(-0.8, 0.8, k)), 0.0),
+            "taper": torch.where(chosen(0.3), alike(self.uniform(0.2, 0.85, k)), 0.0),
+            "fade": torch.where(chosen(0.15), alike(self.uniform(0.3, 0.8, k)), 0.0),
             "wave": torch.where(chosen(0.1), alike(self.uniform(0.3, 1.2, k)), 0.0),
             "lobes": torch.where(
                 chosen(0.45)[..., None], alike(0.16 * self.normal(k, 4)), torch.tensor(0.0)
@@ -232,7 +234,7 @@ class _Painter:
 
     def _shape(
         self, here: dict[str, Tensor], warp: Tensor, light: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One object of each scene.
 
         Returns:
@@ -240,6 +242,7 @@ class _Painter:
                 edge; negative inside.
             shade: B x S x S, how much lighter (above 0) or darker relief and rim make it.
             outside: as body, of the object without holes; what casts the shadow.
+            solid: B x S x S, 0..1, how little shines through; things may fade towards one end.
         """
 
         def of(name: str) -> Tensor:
@@ -254,6 +257,8 @@ class _Painter:
         u = (cos * dx + sin * dy) / (radius * of("stretch").sqrt())
         v = (cos * dy - sin * dx) / narrow
         v = v + of("bend") * of("stretch") * (u * u - 0.3) + of("wave") * torch.sin(5 * u)
+        v = v / (1 - of("taper") * u).clamp_min(0.12)
+        solid = of("opacity") * (1 - of("fade") * (0.5 + 0.5 * u).clamp(0, 1))
         distance = self._norm(u, v, here)
         # The part: a smaller shape of the same kind, inside or sticking out.
         place, share = here["part_place"], of("part_size")
@@ -279,9 +284,10 @@ class _Painter:
         depth = (-fields[0]).clamp_min(0)
         shade = of("relief") * slope * torch.exp(-depth / of("bevel"))
         shade = shade + of("rim") * torch.exp(-((depth / of("rim_width")) ** 2))
-        full = F.interpolate(torch.stack([*fields, shade], dim=1), scale_factor=2, mode="bilinear")
-        body, piece, outside, shade = full.unbind(dim=1)
-        return body, piece, shade, outside
+        halves = torch.stack([*fields, shade, solid], dim=1)
+        full = F.interpolate(halves, scale_factor=2, mode="bilinear")
+        body, piece, outside, shade, solid = full.unbind(dim=1)
+        return body, piece, shade, outside, solid
 
     @staticmethod
     def _norm(u: Tensor, v: Tensor, here: dict[str, Tensor]) -> Tensor:
