@@ -11,7 +11,6 @@ A checkpoint counts when run.json names it; one that a killed run left half-regi
 
 import contextlib
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,15 @@ from torch import Tensor
 from samray.config import Config, load_config, save_config
 from samray.errors import CheckpointError, ConfigError, SamrayError
 from samray.model import build_model, load_weights
-from samray.storage import read_json, whole_folder, write_json
+from samray.storage import (
+    Place,
+    is_used,
+    local_copy,
+    read_json,
+    remove_folder,
+    whole_folder,
+    write_json,
+)
 from samray.weights import load_state_dict, model_type_of
 
 RUN_FORMAT = 1
@@ -40,7 +47,7 @@ class Checkpoint:
         progress: epoch, step, metrics and digests; empty for a bare weights file.
     """
 
-    path: Path
+    path: Place
     model_type: str
     weights: dict[str, Tensor]
     progress: dict[str, Any]
@@ -53,7 +60,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: Place,
     weights: dict[str, Tensor],
     config: Config,
     progress: dict[str, Any],
@@ -72,11 +79,14 @@ def save_checkpoint(
                 torch.save(part, temporary / f"optimizer_{number:02d}.pth")
 
 
-def load_optimizer(folder: Path) -> dict[str, Any]:
+def load_optimizer(folder: Place) -> dict[str, Any]:
     """Return the optimiser's state that `save_checkpoint` wrote beside the weights."""
     state: dict[str, Any] = {"state": {}}
-    for path in sorted(folder.glob("optimizer_*.pth")):
-        part = torch.load(path, map_location="cpu", weights_only=True)
+    parts: list[Place] = sorted(folder.iterdir(), key=str)
+    for path in parts:
+        if not path.name.startswith("optimizer_"):
+            continue
+        part = torch.load(local_copy(path), map_location="cpu", weights_only=True)
         state["param_groups"] = part["param_groups"]
         state["state"].update(part["state"])
     return state
@@ -97,7 +107,7 @@ def _parts(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Place) -> Checkpoint:
     """Load a checkpoint folder, the best one of a RUN folder, or a bare ViT weights file.
 
     Raises:
@@ -123,7 +133,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, config.model.type, weights, read_json(folder / "progress.json"))
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Place) -> Place:
     """Return the best checkpoint's folder of a RUN, or the path itself if it is no RUN.
 
     Raises:
@@ -149,7 +159,7 @@ class RunFolder:
         state: the content of run.json.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         try:
             self.state: dict[str, Any] = read_json(path / "run.json")
@@ -159,7 +169,7 @@ class RunFolder:
             raise CheckpointError(f"{path}: run.json has format {self.state.get('format')!r}")
 
     @classmethod
-    def create(cls, path: Path, config: Config, dataset_digest: str) -> "RunFolder":
+    def create(cls, path: Place, config: Config, dataset_digest: str) -> "RunFolder":
         """Start a run in an empty folder."""
         path.mkdir(parents=True, exist_ok=True)
         save_config(config, path / "config.yaml")
@@ -177,12 +187,12 @@ class RunFolder:
         return cls(path)
 
     @property
-    def base(self) -> Path:
+    def base(self) -> Place:
         """Folder of the checkpoint that the run started from."""
         return self.path / "base"
 
     @property
-    def latest(self) -> Path | None:
+    def latest(self) -> Place | None:
         """Folder of the last finished epoch's checkpoint."""
         return self.path / self.state["latest"] if self.state["latest"] else None
 
@@ -205,9 +215,11 @@ class RunFolder:
         kept = {Path(self.state[link]).name for link in ("best", "latest")}
         for folder in (self.path / "checkpoints").iterdir():
             if folder.name not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
     def _link(self, name: str) -> None:
+        if not isinstance(self.path, Path):
+            return
         temporary = self.path / f".{name}.tmp"
         with contextlib.suppress(OSError):  # some file systems have no links; run.json tells
             temporary.unlink(missing_ok=True)
@@ -215,13 +227,13 @@ class RunFolder:
             os.replace(temporary, self.path / name)
 
 
-def open_run(output: Path, resume: bool) -> RunFolder | None:
+def open_run(output: Place, resume: bool) -> RunFolder | None:
     """Return the run to go on with, or None for a new one in an unused folder.
 
     Raises:
         ConfigError: the folder is in use and shall not, or cannot, be gone on with.
     """
-    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    used = is_used(output)
     if not resume:
         if used:
             raise ConfigError(

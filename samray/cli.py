@@ -13,6 +13,7 @@ from typing import Any
 from samray import __version__
 from samray.config import Config, load_config
 from samray.errors import ConfigError, SamrayError
+from samray.storage import plain_errors
 
 # What a person scripts against: 0 the stage did its work, 2 the user can mend it.
 EXIT_MISTAKE = 2
@@ -88,7 +89,8 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
             options["sample_data.output_dir"] = folders[0]
             words += folders[1:]
     try:
-        STAGES[stage].run(load_config(path, words, options))
+        with plain_errors("S3"):
+            STAGES[stage].run(load_config(path, words, options))
     except SamrayError as exc:
         print(f"samray {stage}: error: {exc}", file=sys.stderr)
         return EXIT_MISTAKE
@@ -105,12 +107,12 @@ def _sample_data_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_sample_data(config: Config) -> None:
     from samray.sample_data import write_sample_data
-    from samray.storage import resolve
+    from samray.storage import resolve_local
 
     settings = config.sample_data
     if not settings.output_dir:
         raise ConfigError("missing OUT, the folder to draw into (or sample_data.output_dir=...)")
-    output = resolve(settings.output_dir, "OUT")
+    output = resolve_local(settings.output_dir, "OUT")
     write_sample_data(output, settings.num_images, settings.seed)
     print(f"{settings.num_images} images with LabelMe JSON in {output}")
 
@@ -140,6 +142,20 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         help="keep a folder, or images whose path gives the same match, in one split",
     )
     parser.add_argument(
+        "--tile",
+        dest="prepare.tile",
+        type=int,
+        metavar="SIZE",
+        help="cut images with more pixels a side into tiles of SIZE",
+    )
+    parser.add_argument(
+        "--overlap",
+        dest="prepare.overlap",
+        type=int,
+        metavar="N",
+        help="pixels that neighbouring tiles share; as wide as the objects (a quarter of SIZE)",
+    )
+    parser.add_argument(
         "--visualize", dest="prepare.visualize", action="store_true", help="write overlays"
     )
     parser.add_argument("--num-samples", dest="prepare.num_samples", type=int, metavar="N")
@@ -156,6 +172,11 @@ def _run_prepare(config: Config) -> None:
     labels = ", ".join(f"{label} {count}" for label, count in manifest["labels"].items())
     counts = f"{manifest['num_images']} images, {manifest['num_instances']} instances"
     print(f"{counts} ({labels}); {splits}")
+    if tiles := manifest["tiles"]:
+        print(
+            f"{tiles['num_tiles']} tiles with an instance; {tiles['num_instances_cut']} instances "
+            "do not lie whole in theirs"
+        )
     kinds = ("unlabelled", "empty", "warnings", "rejected")
     print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
     shown = 10

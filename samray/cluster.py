@@ -4,7 +4,6 @@ import logging
 import os
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from samray.config import ScalingConfig
 from samray.errors import ClusterError, ConfigError
-from samray.storage import make_folder, write_bytes
+from samray.storage import Place, make_folder, plain_errors, write_bytes
 
 # Tries for a local Ray, whose start now and then fails on a busy machine.
 START_TRIES = 3
@@ -136,7 +135,7 @@ def _num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def require_shared(folder: Path, what: str) -> None:
+def require_shared(folder: Place, what: str) -> None:
     """Create an output folder and make sure that every node sees what is written there.
 
     Raises:
@@ -151,7 +150,7 @@ def require_shared(folder: Path, what: str) -> None:
         token.unlink(missing_ok=True)
 
 
-def require_visible(file: Path, what: str) -> None:
+def require_visible(file: Place, what: str) -> None:
     """Make sure that every node sees a file that this one sees.
 
     Raises:
@@ -163,7 +162,7 @@ def require_visible(file: Path, what: str) -> None:
     checks = {
         f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": _exists.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(file))
+        ).remote(file)
         for node in nodes
     }
     blind = [name for name, check in checks.items() if not ray.get(check)]
@@ -175,5 +174,6 @@ def require_visible(file: Path, what: str) -> None:
 
 
 @ray.remote(num_cpus=0)
-def _exists(path: str) -> bool:
-    return os.path.exists(path)
+def _exists(path: Place) -> bool:
+    with plain_errors(str(path)):
+        return path.exists()

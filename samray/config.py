@@ -7,13 +7,13 @@ resolved config is saved beside every output, so any result tells how to repeat 
 
 import difflib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samray.errors import ConfigError
+from samray.storage import Place, read_bytes, resolve, write_bytes
 
 ModelType = Literal["tiny", "vit_b", "vit_l", "vit_h"]
 PointSelection = Literal["center", "random", "bbox", "mixed", "interactive"]
@@ -67,6 +67,10 @@ class PrepareConfig(Section):
     """Shapes of one label and one group_id are one instance; false lets each stand alone."""
     images_per_shard: int = Field(32, ge=1)
     """Images in one Parquet shard, which is one parallel task."""
+    tile: int | None = Field(None, ge=64)
+    """Cut images that are larger than this many pixels, in width or height, into tiles."""
+    overlap: int | None = Field(None, ge=0)
+    """Pixels that neighbouring tiles share; unset: a quarter of `tile`. As wide as the objects."""
     max_megapixels: float = Field(100.0, gt=0, le=170)
     """Larger images are refused by their header, before they are decoded."""
     visualize: bool = False
@@ -75,6 +79,19 @@ class PrepareConfig(Section):
     """How many of those pictures."""
     strict: bool = False
     """Anything bad in the input makes the stage fail and publish nothing."""
+
+    @property
+    def overlap_pixels(self) -> int:
+        """`overlap`, or what it is unset."""
+        return (self.tile or 0) // 4 if self.overlap is None else self.overlap
+
+    @model_validator(mode="after")
+    def _overlap_less_than_a_tile(self) -> Self:
+        if self.overlap is not None and self.tile is None:
+            raise ValueError("overlap is for tiles; give prepare.tile (--tile), too")
+        if self.tile is not None and self.overlap_pixels >= self.tile:
+            raise ValueError(f"overlap {self.overlap} must be smaller than tile {self.tile}")
+        return self
 
     @model_validator(mode="after")
     def _leave_some_for_training(self) -> Self:
@@ -277,7 +294,7 @@ class Config(Section):
 
 
 def load_config(
-    path: str | Path | None = None,
+    path: str | Place | None = None,
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -291,7 +308,9 @@ def load_config(
     Raises:
         ConfigError: one error that lists every mistake with its dotted path.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(resolve(path, "--config") if isinstance(path, str) else path)
     mistakes: list[str] = []
     for word in overrides:
         dotted, equals, text = word.partition("=")
@@ -317,9 +336,10 @@ def load_config(
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: Place) -> None:
     """Write the resolved config as YAML that `load_config` reads back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_bytes(path, content.encode())
 
 
 def resolve_model(config: Config, weights_given: bool) -> Config:
@@ -366,9 +386,9 @@ def required(config: Config, *dotted_paths: str) -> list[str]:
     return values
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Place) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(read_bytes(path))
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read ({exc.strerror}); check --config") from exc
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:

@@ -9,25 +9,26 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from samray.errors import DatasetError
+from samray.errors import DatasetError, StorageError
 from samray.rasterize import decode_rle
-from samray.storage import read_json
+from samray.storage import Place, local_copy, read_json
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "val", "test")
 
 SCHEMA = pa.schema(
     [
-        ("name", pa.string()),  # the image's path in the raw dataset
+        ("name", pa.string()),  # the image's path in the raw dataset; of a tile, path@x,y.png
+        ("source", pa.string()),  # that path, of the tile's image
+        ("tile", pa.list_(pa.int32(), 4)),  # x, y, width, height in that image; null: all of it
         ("annotation", pa.string()),  # the JSON's path, null for an unlabelled image
-        ("image", pa.binary()),  # the file as it came
+        ("image", pa.binary()),  # the file as it came; a tile as PNG
         ("image_digest", pa.string()),  # sha256 of it
         ("height", pa.int32()),  # of the image as shown, EXIF applied
         ("width", pa.int32()),
@@ -40,6 +41,7 @@ SCHEMA = pa.schema(
                         ("box", pa.list_(pa.float32(), 4)),  # XYXY
                         ("area", pa.int64()),  # pixels
                         ("rle", pa.binary()),  # compressed COCO counts
+                        ("area_outside", pa.int64()),  # pixels beyond the tile
                     ]
                 )
             ),
@@ -57,12 +59,14 @@ class Instance:
         box: XYXY, pixels.
         area: pixels.
         rle: compressed COCO counts of the mask.
+        area_outside: pixels of the object beyond the tile, which the mask has not.
     """
 
     label: str
     box: tuple[float, float, float, float]
     area: int
     rle: bytes
+    area_outside: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class ImageRecord:
     """One image of a prepared dataset, without its bytes.
 
     Attributes:
-        name: its path in the raw dataset.
+        name: its path in the raw dataset; of a tile, with @x,y.png.
+        source: that path, also of a tile's image.
         digest: sha256 of the file.
         size: (H, W) as shown.
         instances: its objects; masks by `decode`.
@@ -78,6 +83,7 @@ class ImageRecord:
     """
 
     name: str
+    source: str
     digest: str
     size: tuple[int, int]
     instances: tuple[Instance, ...]
@@ -99,7 +105,7 @@ class PreparedDataset:
         DatasetError: no prepared dataset, an unfinished one, or one of another format.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         if not (folder / "manifest.json").is_file():
             raise DatasetError(
@@ -124,12 +130,14 @@ class PreparedDataset:
     @cached_property
     def images(self) -> dict[str, ImageRecord]:
         """Every image by name, in the order of the names. Bytes stay on disk."""
-        columns = ["name", "annotation", "image_digest", "height", "width", "instances"]
+        columns = ["name", "source", "annotation", "image_digest", "height", "width", "instances"]
         dropped = set(self.manifest["dropped_annotations"])
         records = {}
         for shard, file in enumerate(self.manifest["shards"]):
             try:
-                table = pq.read_table(self.folder / file, columns=columns)
+                table = pq.read_table(local_copy(self.folder / file), columns=columns)
+            except StorageError:
+                raise
             except (OSError, pa.ArrowException) as exc:
                 raise DatasetError(
                     f"{self.folder / file}: cannot be read ({exc}); prepare the dataset again"
@@ -139,10 +147,13 @@ class PreparedDataset:
                     continue
                 records[entry["name"]] = ImageRecord(
                     name=entry["name"],
+                    source=entry["source"],
                     digest=entry["image_digest"],
                     size=(entry["height"], entry["width"]),
                     instances=tuple(
-                        Instance(i["label"], tuple(i["box"]), i["area"], i["rle"])
+                        Instance(
+                            i["label"], tuple(i["box"]), i["area"], i["rle"], i["area_outside"]
+                        )
                         for i in entry["instances"]
                     ),
                     shard=shard,
@@ -165,7 +176,7 @@ class PreparedDataset:
     def image_bytes(self, record: ImageRecord) -> bytes:
         """The image file as it came."""
         if record.shard not in self._files:
-            path = self.folder / self.manifest["shards"][record.shard]
+            path = local_copy(self.folder / self.manifest["shards"][record.shard])
             self._files[record.shard] = pq.ParquetFile(path, memory_map=True)
         file = self._files[record.shard]
         row = record.row

@@ -7,12 +7,15 @@ nested folders, equal stems in different folders.
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from cloudpathlib import S3Path
+
 from samray.errors import AnnotationError
 from samray.images import EXTENSIONS
+from samray.storage import Place, list_objects
 
 
 @dataclass
@@ -24,12 +27,14 @@ class RawFiles:
         annotations: JSON files, paths from the root with forward slashes, sorted.
         images: image files, likewise.
         skipped: files that are no files, with the reason: dead links, links out of the root.
+        stamps: of each annotation and image, a text that changes when the file does.
     """
 
-    root: Path
+    root: Place
     annotations: list[str]
     images: list[str]
     skipped: list[tuple[str, AnnotationError]] = field(default_factory=list)
+    stamps: dict[str, str] = field(default_factory=dict)
     image_set: frozenset[str] = field(init=False)
     by_folded: Mapping[str, list[str]] = field(init=False)
     by_stem: Mapping[str, list[str]] = field(init=False)
@@ -46,11 +51,24 @@ class RawFiles:
         self.by_folded = dict(by_folded)
 
 
-def find_files(root: Path) -> RawFiles:
+def find_files(root: Place) -> RawFiles:
     """List JSON and image files below a folder; hidden ones stay unseen, links do not lead out."""
-    annotations, images, skipped = [], [], []
+    files = RawFiles(root, [], [])
+    entries = _files_on_disk(root, files) if isinstance(root, Path) else _files_in_s3(root, files)
+    for name, stamp in sorted(entries):
+        files.stamps[name] = stamp
+        (files.annotations if _extension(name) == ".json" else files.images).append(name)
+    return RawFiles(root, files.annotations, files.images, files.skipped, files.stamps)
+
+
+def _files_on_disk(root: Path, files: RawFiles) -> Iterator[tuple[str, str]]:
+    """Yield (path from the root, stamp); what is no usable file goes to `files.skipped`."""
     real_root = os.path.realpath(root)
-    for folder, subfolders, files in os.walk(root):
+
+    def skip(name: str, kind: str, reason: str) -> None:
+        files.skipped.append((name, AnnotationError(kind, reason)))
+
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for subfolder in subfolders:
             link = Path(folder, subfolder)
@@ -58,27 +76,41 @@ def find_files(root: Path) -> RawFiles:
                 relative = link.relative_to(root).as_posix()
                 relative = relative if _is_text(relative) else ascii(relative)
                 reason = "is a linked folder, which is not followed; copy or mount the folder here"
-                skipped.append((relative, AnnotationError("folder", reason)))
-        for file in files:
-            path = os.path.join(folder, file)
+                skip(relative, "folder", reason)
+        for name in names:
+            path = os.path.join(folder, name)
             relative = Path(path).relative_to(root).as_posix()
-            extension = os.path.splitext(file)[1].lower()
-            if file.startswith(".") or extension not in (".json", *EXTENSIONS):
+            if name.startswith(".") or _extension(name) not in (".json", *EXTENSIONS):
                 continue
             if not _is_text(relative):
-                reason = "has a name that is not UTF-8; rename it"
-                skipped.append((ascii(relative), AnnotationError("file", reason)))
+                skip(ascii(relative), "file", "has a name that is not UTF-8; rename it")
             elif not _is_inside(os.path.realpath(path), real_root):
                 reason = "is a link out of the dataset's folder and is not followed; copy the file"
-                skipped.append((relative, AnnotationError("file", reason)))
+                skip(relative, "file", reason)
             elif not os.path.isfile(path):
                 reason = "is a link to nowhere, or no regular file; remove it"
-                skipped.append((relative, AnnotationError("file", reason)))
-            elif extension == ".json":
-                annotations.append(relative)
+                skip(relative, "file", reason)
             else:
-                images.append(relative)
-    return RawFiles(root, sorted(annotations), sorted(images), skipped)
+                status = Path(path).stat()
+                yield relative, f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _files_in_s3(root: S3Path, files: RawFiles) -> Iterator[tuple[str, str]]:
+    """As `_files_on_disk`; there are no links, but names that no path can have."""
+    for name, size, version in list_objects(root):
+        parts = name.split("/")
+        hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
+        if hidden or _extension(name) not in (".json", *EXTENSIONS):
+            continue
+        if {"", ".", ".."} & set(parts):
+            reason = "has a key that is no plain path; rename it"
+            files.skipped.append((name, AnnotationError("file", reason)))
+        else:
+            yield name, f"{size} {version}"
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def find_image(annotation: str, image_path: str, files: RawFiles) -> str:

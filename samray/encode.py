@@ -1,10 +1,10 @@
 """Fill the embedding cache with a pool of Ray actors: each image once, whoever asks."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from samray.dataset import ImageRecord, PreparedDataset
 from samray.embeddings import EmbeddingCache, encode_image
 from samray.errors import ConfigError
 from samray.images import decode_image
-from samray.storage import free_bytes
+from samray.storage import Place, free_bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EncodingReport:
 class ImageEncoder:
     """Encodes images of a prepared dataset into the cache."""
 
-    def __init__(self, dataset: Path, checkpoint: Path, cache: Path) -> None:
+    def __init__(self, dataset: Place, checkpoint: Place, cache: Place) -> None:
         self.dataset = PreparedDataset(dataset)
         self.sam = load_checkpoint(checkpoint).model()
         self.cache = EmbeddingCache(cache, self.sam)
@@ -61,8 +61,8 @@ class ImageEncoder:
 def encode_missing(
     dataset: PreparedDataset,
     records: Sequence[ImageRecord],
-    checkpoint: Path,
-    cache_dir: Path,
+    checkpoint: Place,
+    cache_dir: Place,
     reserve_gb: float,
     device: str,
 ) -> EncodingReport:
@@ -80,16 +80,17 @@ def encode_missing(
     sam = load_checkpoint(checkpoint).model()
     cache = EmbeddingCache(cache_dir, sam)
     unique = {record.digest: record.name for record in records}
-    missing = [name for digest, name in unique.items() if not cache.path(digest).exists()]
+    missing = [unique[digest] for digest in cache.lacking(unique)]
     found = len(unique) - len(missing)
     if not missing:
         print(f"embeddings: 0 images to encode, {found} found in {cache.folder}", flush=True)
         return EncodingReport(0, found, 0.0)
     image_bytes = _embedding_bytes(sam)
     needed, free = len(missing) * image_bytes, free_bytes(cache.folder)
+    room = f"{free / 2**30:.1f} GiB free, " if math.isfinite(free) else ""
     statement = (
         f"{len(missing)} images x {image_bytes / 2**20:.2f} MiB = {needed / 2**20:.1f} MiB into "
-        f"{cache.folder} ({free / 2**30:.1f} GiB free, {found} images found there)"
+        f"{cache.folder} ({room}{found} images found there)"
     )
     if needed + reserve_gb * 1e9 > free:
         raise ConfigError(

@@ -6,6 +6,7 @@
      +- DatasetError      a prepared dataset is missing, empty, damaged or the wrong one
      +- EmptyMaskError    a mask has no pixel to point at
      +- CheckpointError   weights or a run folder cannot be used
+     +- StorageError      a bucket, or what is in it, cannot be read or written
      +- DownloadError     official weights could not be fetched whole
      +- ClusterError      Ray has not what the run asks for
      +- TrainingError     training itself went wrong (a loss that is not a number)
@@ -51,6 +52,10 @@ class EmptyMaskError(SamrayError, ValueError):
 
 class CheckpointError(SamrayError, ValueError):
     """Weights or a run folder cannot be used."""
+
+
+class StorageError(SamrayError, OSError):
+    """A bucket, or what is in it, cannot be read or written."""
 
 
 class DownloadError(SamrayError, OSError):

@@ -4,7 +4,6 @@ import base64
 import sys
 from dataclasses import asdict
 from importlib import resources as package_files
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -26,6 +25,7 @@ from samray.metrics import Score, interval_by, mean_by
 from samray.prompts import STRATEGIES
 from samray.scoring import evaluation_prompt, predict_masks, score_image
 from samray.storage import (
+    Place,
     make_folder,
     require_folder,
     resolve,
@@ -64,19 +64,19 @@ def evaluate(config: Config) -> dict[str, Any]:
     cluster.require_visible(run.path / "run.json", "--checkpoint")
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     make_folder(output, "--output-dir")
-    checkpoints = {"base": run.base, "tuned": best.path}
+    checkpoints: dict[str, Place] = {"base": run.base, "tuned": best.path}
     cache_dir = embeddings_folder(config, dataset)
     scores, pictures = _score_all(config, dataset, records, checkpoints, cache_dir)
     evaluation = {
         "samray_version": __version__,
         "split": settings.split,
-        "num_images": len(records),
+        "num_images": len({record.source for record in records}),
         "num_instances": sum(len(record.instances) for record in records),
         "seed": settings.seed,
         "dataset_digest": dataset.digest,
         "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
         "model_type": best.model_type,
-        "checkpoint": str(best.path.relative_to(run.path)),
+        "checkpoint": run.state["best"],
         "epoch": best.progress["epoch"],
         "base_source": best.progress["base"],
         **{model: _summary(scores[model]) for model in MODELS},
@@ -91,7 +91,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     return evaluation
 
 
-def _run_of(path: Path) -> RunFolder:
+def _run_of(path: Place) -> RunFolder:
     """The RUN that a path is, or that the checkpoint folder at the path lies in."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "run.json").is_file():
@@ -106,8 +106,8 @@ def _score_all(
     config: Config,
     dataset: PreparedDataset,
     records: list[ImageRecord],
-    checkpoints: dict[str, Path],
-    cache_dir: Path,
+    checkpoints: dict[str, Place],
+    cache_dir: Place,
 ) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
     """Score every image under both models; then draw the worst and best instances."""
     seed = config.evaluate.seed
@@ -151,9 +151,9 @@ class Evaluator:
 
     def __init__(
         self,
-        dataset: Path,
-        checkpoints: dict[str, Path],
-        cache_dir: Path,
+        dataset: Place,
+        checkpoints: dict[str, Place],
+        cache_dir: Place,
         seed: int,
     ) -> None:
         self.dataset, self.seed = PreparedDataset(dataset), seed

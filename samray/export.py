@@ -21,10 +21,18 @@ from samray.dataset import SPLITS, ImageRecord, Instance, PreparedDataset
 from samray.errors import ConfigError, DatasetError
 from samray.images import FORMATS
 from samray.rasterize import mask_shape, mask_to_shapes, rasterize_instance
-from samray.storage import require_folder, resolve, whole_folder, write_bytes, write_json
+from samray.storage import (
+    Place,
+    is_used,
+    require_folder,
+    resolve,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
 
 
-def export(config: Config) -> Path:
+def export(config: Config) -> Place:
     """Write a prepared dataset as LabelMe or COCO files; preparing them again gives the masks back.
 
     Args:
@@ -41,7 +49,7 @@ def export(config: Config) -> Path:
     data_dir, output_dir = required(config, "export.data_dir", "export.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if is_used(output):
         raise ConfigError(f"--output-dir: {output} is not empty; choose another folder")
     unlabelled = set(dataset.manifest["unlabelled"])
     with whole_folder(output) as folder:

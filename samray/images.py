@@ -2,12 +2,12 @@
 
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from samray.errors import AnnotationError
+from samray.storage import Place, read_bytes
 
 # Known by content, whatever the file's extension says. Pillow's other formats stay shut:
 # fewer parsers see untrusted bytes.
@@ -20,20 +20,14 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
 STRETCH_PERCENTILES = (0.1, 99.9)
 
 
-def read_image_file(path: Path) -> bytes:
+def read_image_file(path: Place) -> bytes:
     """Return an image file's bytes.
 
     Raises:
-        AnnotationError: field `image`; the file is too large to be a photograph.
+        AnnotationError: field `file`; the file is too large to be a photograph.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise AnnotationError(
-            "image",
-            f"is a file of {size / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20} are read",
-        )
-    return path.read_bytes()
+    return read_bytes(path, MAX_FILE_BYTES)
 
 
 def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:

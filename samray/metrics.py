@@ -12,7 +12,8 @@ class Score:
     """How one instance came out under one prompt strategy.
 
     Attributes:
-        image: name.
+        image: name of its record.
+        source: name of the image that the record is, or is a tile of.
         instance: its place in the image.
         label: its class.
         strategy: center, random or bbox.
@@ -21,6 +22,7 @@ class Score:
     """
 
     image: str
+    source: str
     instance: int
     label: str
     strategy: str
@@ -29,10 +31,16 @@ class Score:
     predicted_iou: float
 
 
-def iou_and_dice(mask: np.ndarray, gt_mask: np.ndarray) -> tuple[float, float]:
-    """Return IoU and Dice of two H x W bool masks; both 1 when both are empty."""
+def iou_and_dice(
+    mask: np.ndarray, gt_mask: np.ndarray, area_outside: int = 0
+) -> tuple[float, float]:
+    """Return IoU and Dice of two H x W bool masks; both 1 when both are empty.
+
+    Args:
+        area_outside: pixels of the true object beyond the frame, which the answer lacks.
+    """
     overlap = int(np.count_nonzero(mask & gt_mask))
-    total = int(np.count_nonzero(mask)) + int(np.count_nonzero(gt_mask))
+    total = int(np.count_nonzero(mask)) + int(np.count_nonzero(gt_mask)) + area_outside
     if total == 0:
         return 1.0, 1.0
     return overlap / (total - overlap), 2 * overlap / total
@@ -56,7 +64,7 @@ def interval_by(
     """
     sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for score in scores:
-        total = sums[getattr(score, key)][score.image]
+        total = sums[getattr(score, key)][score.source]
         total[0] += getattr(score, value)
         total[1] += 1
     rng = np.random.default_rng(seed)

@@ -1,7 +1,6 @@
 """Build a SAM, put weights in, freeze parts, and decode prompts of many images at once."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from samray.config import ModelConfig
 from samray.errors import CheckpointError
+from samray.storage import Place
 from samray.tiny_encoder import DEPTHS, WIDTHS, TinyImageEncoder
 from samray.transforms import PIXEL_MEAN, PIXEL_STD
 from samray.weights import digest_of, model_type_of
@@ -93,7 +93,7 @@ def _attend_to_same_place(transformer: TwoWayTransformer) -> None:
 
 
 def load_weights(
-    sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: str | Path
+    sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: str | Place
 ) -> None:
     """Put weights into a model, in place.
 

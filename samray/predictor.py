@@ -1,8 +1,6 @@
 """A checkpoint, an image and prompts to masks: no Ray, one image encoded once for many prompts."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from samray.model import decode_prompts
 from samray.prompts import Prompt
 from samray.rasterize import mask_to_shapes
 from samray.shipped import load_shipped
-from samray.storage import make_folder, resolve, write_bytes, write_json
+from samray.storage import Place, make_folder, relative_path, resolve, write_bytes, write_json
 from samray.transforms import masks_to_original
 
 
@@ -62,7 +60,7 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path | None = None, device: str | None = None
+        cls, path: str | Place | None = None, device: str | None = None
     ) -> "Predictor":
         """Load the best checkpoint of a RUN, a checkpoint folder or a ViT weights file.
 
@@ -73,7 +71,11 @@ class Predictor:
         Raises:
             CheckpointError: it cannot be used.
         """
-        checkpoint: Checkpoint = load_shipped() if path is None else load_checkpoint(Path(path))
+        checkpoint: Checkpoint = (
+            load_shipped()
+            if path is None
+            else load_checkpoint(resolve(path, "path") if isinstance(path, str) else path)
+        )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(checkpoint.model().to(device))
 
@@ -109,7 +111,7 @@ class Predictor:
         return Prediction(masks.cpu().numpy(), predicted[0].cpu().numpy(), low_res[0].cpu().numpy())
 
 
-def predict(config: Config) -> dict[str, Path]:
+def predict(config: Config) -> dict[str, Place]:
     """Segment one object of one image and write mask, overlay and LabelMe JSON.
 
     Args:
@@ -135,13 +137,16 @@ def predict(config: Config) -> dict[str, Path]:
     except AnnotationError as exc:
         raise ConfigError(f"--image-path: {path} {exc.reason}") from exc
     _require_inside(prompt, image)
-    if output.resolve() == path.parent.resolve() and (output / f"{path.stem}.json").exists():
+    same_folder = type(path) is type(output) and relative_path(path, output) == path.name
+    if same_folder and (output / f"{path.stem}.json").exists():
         raise ConfigError(
             f"--output-dir: {output} holds {path.stem}.json, the annotation of this image, which "
             "would be overwritten; choose another folder"
         )
     checkpoint = settings.checkpoint
-    predictor = Predictor.from_checkpoint(checkpoint and resolve(checkpoint, "--checkpoint"))
+    predictor = Predictor.from_checkpoint(
+        None if checkpoint is None else resolve(checkpoint, "--checkpoint")
+    )
     predictor.set_image(image)
     mask = predictor.predict(prompt).best
     make_folder(output, "--output-dir")
@@ -154,10 +159,8 @@ def predict(config: Config) -> dict[str, Path]:
     write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
     write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
     size = (image.shape[0], image.shape[1])
-    seen_from_output = Path(os.path.relpath(path.resolve(), output.resolve()))
-    document = labelme_document(
-        seen_from_output.as_posix(), size, mask_to_shapes(mask, settings.label)
-    )
+    shapes = mask_to_shapes(mask, settings.label)
+    document = labelme_document(relative_path(path, output), size, shapes)
     write_json(outputs["labelme"], document)
     return outputs
 

@@ -30,7 +30,7 @@ from samray.model import PromptGroup, best_masks, build_model, decode_prompts, l
 from samray.prompted_sam import Batch, draw_correction_plan, drawn_place, error_click
 from samray.scenes import VERSION, draw_scenes, region_masks
 from samray.shipped import export_weights, load_shipped
-from samray.storage import resolve
+from samray.storage import resolve, resolve_local
 from samray.transforms import PIXEL_MEAN, PIXEL_STD
 from samray.weights import digest_of
 
@@ -235,7 +235,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     if len(run.state["epochs"]) >= config.train.num_epochs:
         run.update(status="finished")
     if config.pretrain.export_dir is not None:
-        export_weights(run, resolve(config.pretrain.export_dir, "--export"))
+        export_weights(run, resolve_local(config.pretrain.export_dir, "--export"))
     return run.state
 
 

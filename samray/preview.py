@@ -1,6 +1,6 @@
 """`samray inspect`: pictures of what a model will see, with the prompts it will be given."""
 
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,10 @@ from samray.dataset import PreparedDataset
 from samray.drawing import COLORS, draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.images import decode_image
 from samray.prompts import draw_prompt
-from samray.storage import make_folder, require_folder, resolve, write_bytes, write_json
+from samray.storage import Place, make_folder, require_folder, resolve, write_bytes, write_json
 
 
-def inspect(config: Config) -> list[Path]:
+def inspect(config: Config) -> list[Place]:
     """Draw samples with their masks and prompts.
 
     Args:
@@ -33,7 +33,8 @@ def inspect(config: Config) -> list[Path]:
     rng = np.random.default_rng(settings.seed)
     chosen = sorted(rng.permutation(len(records))[: settings.num_samples].tolist())
     splits = {name: split for split, names in dataset.manifest["splits"].items() for name in names}
-    pictures, listing = [], []
+    pictures: list[Place] = []
+    listing = []
     for number, record in enumerate(records[i] for i in chosen):
         masks = [record.decode(instance) for instance in record.instances]
         prompts = [
@@ -43,7 +44,7 @@ def inspect(config: Config) -> list[Path]:
         picture = draw_masks(decode_image(dataset.image_bytes(record)), masks, colors)
         for prompt in prompts:
             draw_prompt_marks(picture, prompt)
-        name = f"{number:03d}_{Path(record.name).stem}_{settings.point_selection}.jpg"
+        name = f"{number:03d}_{PurePosixPath(record.name).stem}_{settings.point_selection}.jpg"
         write_bytes(output / name, encode_picture(shrink(picture, 1600), ".jpg"))
         pictures.append(output / name)
         listing.append(

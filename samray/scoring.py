@@ -53,9 +53,20 @@ def score_image(
         ]
         predictions = predict_masks(sam, image_embedding, prompts, record.size)
         for number, (mask, predicted_iou) in enumerate(predictions):
-            iou, dice = iou_and_dice(mask, gt_masks[number])
-            label = record.instances[number].label
-            scores.append(Score(record.name, number, label, strategy, iou, dice, predicted_iou))
+            instance = record.instances[number]
+            iou, dice = iou_and_dice(mask, gt_masks[number], instance.area_outside)
+            scores.append(
+                Score(
+                    image=record.name,
+                    source=record.source,
+                    instance=number,
+                    label=instance.label,
+                    strategy=strategy,
+                    iou=iou,
+                    dice=dice,
+                    predicted_iou=predicted_iou,
+                )
+            )
     return scores
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from samray.config import PrepareConfig
 from samray.dataset import SPLITS
 from samray.errors import ConfigError, DatasetError
-from samray.storage import resolve
+from samray.storage import read_bytes, resolve
 
 
 def split_of_hash(digest: str, val_fraction: float, test_fraction: float) -> str:
@@ -137,7 +137,7 @@ def _read_split_file(file: str) -> dict[str, str]:
     """{image path or file name: split}."""
     path = resolve(file, "--split-file")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+        text = read_bytes(path).decode("utf-8-sig")  # spreadsheets put a mark in front
         if path.suffix.lower() == ".json":
             listed = json.loads(text)
             pairs = [(name, split) for split, names in listed.items() for name in names]

@@ -1,31 +1,57 @@
-"""Where files are read and written: checked paths, and outputs that appear whole or not at all."""
+"""Where files are read and written, on disk or in S3; outputs appear whole or not at all.
+
+A `Place` is a local path or an S3 one (cloudpathlib's, which has pathlib's methods). Paths are
+joined, listed and asked about by those methods; content is read and written by the functions here,
+each object in one request. Credentials and endpoint come the usual AWS ways, through boto3.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
+import posixpath
+import re
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from samray.errors import ConfigError, DatasetError
+from botocore.exceptions import HTTPClientError, IncompleteReadError
+from cloudpathlib import S3Path
+
+from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
+
+Place = Path | S3Path
 
 # Ray sets this in the driver of `ray job submit`, whose working directory is Ray's own copy.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
+# boto3's own names. Eight tries last about half a minute: a server may restart meanwhile.
+os.environ.setdefault("AWS_RETRY_MODE", "standard")
+os.environ.setdefault("AWS_MAX_ATTEMPTS", "8")
+READ_TRIES = 5  # of a body that breaks off, which boto3 does not try again
 
-def resolve(path: str, what: str) -> Path:
-    """Return a folder or file that the user named, as an absolute path.
+_S3 = re.compile(r"s3://(?P<bucket>[^/]+)(?P<key>/.*)?")
+
+
+def resolve(path: str, what: str) -> Place:
+    """Return a folder or file that the user named: an absolute local path, or one in S3.
 
     Args:
         what: the option, for the message.
 
     Raises:
-        ConfigError: it is no local path, or is relative inside a Ray job.
+        ConfigError: it is neither, or is relative inside a Ray job.
     """
     if "://" in path:
-        raise ConfigError(f"{what}: {path} is not a local path; samray reads and writes folders")
+        match = _S3.fullmatch(path)
+        if match is None:
+            raise ConfigError(f"{what}: {path} is neither a local path nor s3://bucket/prefix")
+        key = posixpath.normpath(match["key"] or "/").lstrip("/")
+        return S3Path(f"s3://{match['bucket']}/{key}".rstrip("/"))
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as exc:  # `~name` where nobody has that name
@@ -38,16 +64,29 @@ def resolve(path: str, what: str) -> Path:
     return Path(os.path.abspath(expanded))
 
 
-def require_folder(path: Path, what: str) -> Path:
-    """Return the path if it is a folder, else raise ConfigError."""
-    if not path.is_dir():
-        state = "is a file, not a folder" if path.exists() else "does not exist"
-        raise ConfigError(f"{what}: {path} {state}; check the path")
+def resolve_local(path: str, what: str) -> Path:
+    """As `resolve`, for what can be on disk alone."""
+    place = resolve(path, what)
+    if not isinstance(place, Path):
+        raise ConfigError(f"{what}: {path} must be a local folder here; copy from or to it")
+    return place
+
+
+def require_folder(path: Place, what: str) -> Place:
+    """Return the path if it is a folder, else raise ConfigError.
+
+    Raises:
+        StorageError: the server does not answer, or refuses to.
+    """
+    with plain_errors(f"{what}: {path}"):
+        if not path.is_dir():
+            state = "is a file, not a folder" if path.exists() else "does not exist"
+            raise ConfigError(f"{what}: {path} {state}; check the path")
     return path
 
 
-def make_folder(path: Path, what: str) -> Path:
-    """Create a folder and its parents, or raise ConfigError saying why not."""
+def make_folder(path: Place, what: str) -> Place:
+    """Create a folder and its parents, or raise ConfigError saying why not; S3 needs none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -55,9 +94,162 @@ def make_folder(path: Path, what: str) -> Path:
     return path
 
 
+def is_used(path: Place) -> bool:
+    """Whether there is a file, or a folder with anything in it."""
+    with plain_errors(str(path)):
+        if isinstance(path, Path):
+            return path.exists() and (not path.is_dir() or any(path.iterdir()))
+        return path.exists()  # S3 has no empty folders
+
+
+def read_bytes(path: Place, max_bytes: int | None = None) -> bytes:
+    """Return a file's content.
+
+    Args:
+        max_bytes: of a file that came from anywhere.
+
+    Raises:
+        AnnotationError: field `file`; it is larger than `max_bytes`.
+        OSError: it is not there, or cannot be read.
+    """
+    if isinstance(path, Path):
+        _require_small(path.stat().st_size if max_bytes else 0, max_bytes)
+        return path.read_bytes()
+    with plain_errors(str(path)):
+        for attempt in range(1, READ_TRIES + 1):
+            answer = path.client.client.get_object(Bucket=path.bucket, Key=path.key)
+            _require_small(answer["ContentLength"], max_bytes)
+            try:
+                content: bytes = answer["Body"].read()
+                return content
+            except (HTTPClientError, IncompleteReadError):
+                if attempt == READ_TRIES:
+                    raise
+                time.sleep(2**attempt / 4)
+    raise AssertionError("the loop returns or raises")
+
+
+def read_head(path: Place, num_bytes: int = 4096) -> bytes:
+    """Return the beginning of a file."""
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            return file.read(num_bytes)
+    with plain_errors(str(path)):
+        client, span = path.client.client, f"bytes=0-{num_bytes - 1}"
+        head: bytes = client.get_object(Bucket=path.bucket, Key=path.key, Range=span)["Body"].read()
+    return head
+
+
+def _require_small(size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise AnnotationError(
+            "file", f"has {size / 2**20:.0f} MiB; at most {max_bytes // 2**20} are read"
+        )
+
+
+def local_copy(path: Place) -> Path:
+    """Return a file that can be mapped and read at random: itself, or a copy of the S3 object.
+
+    Copies are kept in `$SAMRAY_CACHE/s3`, by name and version of the object, for all processes
+    of the machine and for the next run.
+
+    Raises:
+        FileNotFoundError, StorageError: it is not there, or cannot be read.
+    """
+    if isinstance(path, Path):
+        return path
+    with plain_errors(str(path)):
+        client = path.client.client
+        head = client.head_object(Bucket=path.bucket, Key=path.key)
+        version = f"{client.meta.endpoint_url}\0{path}\0{head['ETag']}"
+        copy = cache_folder() / "s3" / hashlib.sha256(version.encode()).hexdigest()[:32]
+        copy = copy.with_suffix(path.suffix)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(copy) as temporary:
+                client.download_file(path.bucket, path.key, str(temporary))
+    return copy
+
+
+def cache_folder() -> Path:
+    """What samray keeps for next time: $SAMRAY_CACHE, else ~/.cache/samray."""
+    cache = os.environ.get("SAMRAY_CACHE") or "~/.cache/samray"
+    return Path(cache).expanduser().absolute()
+
+
+def list_objects(folder: S3Path) -> Iterator[tuple[str, int, str]]:
+    """Yield the objects below an S3 folder: key from there, bytes, version."""
+    with plain_errors(str(folder)):
+        prefix = f"{folder.key}/" if folder.key else ""
+        pages = folder.client.client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=folder.bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                yield entry["Key"][len(prefix) :], entry["Size"], entry["ETag"]
+
+
+def list_folder(folder: Place) -> list[str]:
+    """Return the names in a folder, sorted; none if it is not there."""
+    with plain_errors(str(folder)):
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what was written there appears at `path` on success."""
+def plain_errors(what: str) -> Iterator[None]:
+    """Turn what boto3 raises into a StorageError that says what to do.
+
+    Args:
+        what: path or option, the message's beginning.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        StorageError: everything else that goes wrong with S3.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if type(exc).__module__.partition(".")[0] not in _FOREIGN:
+            raise
+        code = getattr(exc, "response", {}).get("Error", {}).get("Code", type(exc).__name__)
+        if code in ("NoSuchKey", "404"):
+            raise FileNotFoundError(2, "No such file or directory", what) from exc
+        raise StorageError(f"{what}: {_s3_reason(exc, code)}") from exc
+
+
+_FOREIGN = ("botocore", "boto3", "s3transfer", "urllib3", "cloudpathlib")
+
+
+def _s3_reason(exc: Exception, code: str) -> str:
+    """What went wrong with S3, and what to do about it."""
+    advice = {
+        "NoSuchBucket": "there is no such bucket; create it or check the name",
+        "AccessDenied": "these credentials have no permission for it; ask for read, write and list",
+        "403": "these credentials have no permission for it; ask for read, write and list",
+        "NoCredentialsError": "found no AWS credentials; set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    }
+    if code in advice:
+        return advice[code]
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+        return f"the server refuses the AWS credentials ({code}); check or renew them"
+    message = " ".join(str(exc).split())[:200]
+    if "onnect" in code or "Timeout" in code or "Streaming" in code or "Read" in code:
+        tries = os.environ["AWS_MAX_ATTEMPTS"]
+        return (
+            f"the S3 server cannot be reached, tried {tries} times ({message}); "
+            "check AWS_ENDPOINT_URL and the network, then run the same command again"
+        )
+    return f"S3 answered {code} ({message})"
+
+
+@contextlib.contextmanager
+def whole_file(path: Place) -> Iterator[Path]:
+    """Give a temporary local path; what was written there appears at `path` on success."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="samray-") as folder:
+            local = Path(folder, path.name)
+            yield local
+            _upload(local, path)
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
@@ -66,27 +258,38 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def _upload(local: Path, path: S3Path) -> None:
+    with plain_errors(str(path)):  # in parts where it is large; the last one publishes it
+        path.client.client.upload_file(str(local), path.bucket, path.key)
+
+
+def write_bytes(path: Place, content: bytes) -> None:
     """Write a file whole or not at all."""
+    if not isinstance(path, Path):
+        with plain_errors(str(path)):
+            path.client.client.put_object(Bucket=path.bucket, Key=path.key, Body=content)
+        return
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Place, content: Any) -> None:
     """Write JSON whole or not at all; NaN is refused, since no other reader knows it."""
     write_bytes(
         path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Read a JSON file of ours.
 
     Raises:
         DatasetError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
+    except StorageError:
+        raise
     except OSError as exc:
         raise DatasetError(f"{path}: cannot be read ({exc.strerror})") from exc
     except ValueError as exc:
@@ -94,8 +297,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; it appears at `path` on success, replacing it."""
+def whole_folder(path: Place) -> Iterator[Path]:
+    """Give a temporary local folder; it appears at `path` on success, replacing it.
+
+    In S3 its files appear one by one, so something written afterwards must make it count.
+    """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="samray-") as folder:
+            yield Path(folder)
+            remove_folder(path)
+            for local in sorted(Path(folder).rglob("*")):
+                if local.is_file():
+                    _upload(local, path / local.relative_to(folder).as_posix())
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -107,8 +321,29 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def free_bytes(path: Path) -> int:
-    """Free disk space where `path` is or will be."""
+def remove_folder(path: Place) -> None:
+    """Remove a folder and all in it, if it is there."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with plain_errors(str(path)):
+        if path.exists():
+            path.rmtree()
+
+
+def relative_path(file: Place, folder: Place) -> str:
+    """Return the way from a folder to a file, with forward slashes; its name if there is none."""
+    if isinstance(file, Path) and isinstance(folder, Path):
+        return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
+    if isinstance(file, S3Path) and isinstance(folder, S3Path) and file.bucket == folder.bucket:
+        return posixpath.relpath(f"/{file.key}", f"/{folder.key}")
+    return file.name
+
+
+def free_bytes(path: Place) -> float:
+    """Free disk space where `path` is or will be; infinite in S3."""
+    if not isinstance(path, Path):
+        return float("inf")
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

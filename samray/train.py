@@ -5,7 +5,6 @@ which would go on unasked with a run of the same name and prefers the latest to 
 """
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -37,7 +36,7 @@ from samray.finetuning import FineTuning
 from samray.loop import Worker, train_loop
 from samray.model import build_model, load_weights
 from samray.shipped import load_shipped
-from samray.storage import require_folder, resolve
+from samray.storage import Place, remove_folder, require_folder, resolve
 from samray.weights import digest_of, fetch_official, load_state_dict
 
 
@@ -95,7 +94,7 @@ def fit(config: Config) -> dict[str, Any]:
     return run.state
 
 
-def embeddings_folder(config: Config, dataset: PreparedDataset) -> Path:
+def embeddings_folder(config: Config, dataset: PreparedDataset) -> Place:
     """Return the cache's folder: the configured one, else inside the prepared dataset."""
     if config.embeddings.cache_dir is not None:
         return resolve(config.embeddings.cache_dir, "embeddings.cache_dir")
@@ -163,7 +162,7 @@ def _train(
     config: Config,
     run: RunFolder,
     dataset: PreparedDataset,
-    cache_dir: Path | None,
+    cache_dir: Place | None,
     resources: cluster.Resources,
 ) -> None:
     """Start the workers, show their progress, and translate their failures."""
@@ -206,7 +205,7 @@ def _train(
     finally:
         done.set()
         viewer.join()
-        shutil.rmtree(ray_folder, ignore_errors=True)
+        remove_folder(ray_folder)
 
 
 def _samray_cause(failure: BaseException | None) -> SamrayError | None:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from samray.errors import CheckpointError, ConfigError, DownloadError
+from samray.storage import Place, cache_folder, local_copy
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ def fetch_official(model_type: str) -> Path:
             f"({', '.join(OFFICIAL_WEIGHTS)}); pass `--checkpoint FILE` or `--checkpoint none`"
         )
     official = OFFICIAL_WEIGHTS[model_type]
-    cache = os.environ.get("SAMRAY_CACHE") or "~/.cache/samray"
-    path = Path(cache).expanduser().absolute() / "weights" / official.file_name
+    path = cache_folder() / "weights" / official.file_name
     try:
         if _is_verified(path, official):  # asked before locking: a cache may be read-only
             return path
@@ -257,7 +257,7 @@ def _say(text: str) -> None:
     print(f"samray: {text}", file=sys.stderr, flush=True)
 
 
-def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def load_state_dict(path: Place | str) -> dict[str, torch.Tensor]:
     """The SAM tensors in a weights file, under segment-anything's own names, on the CPU.
 
     Reads ``.safetensors`` and whatever `torch.save` wrote: plain state dicts (Meta, MedSAM,
@@ -275,11 +275,11 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: missing, damaged, not SAM's, or not readable without running code.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     if not path.is_file():
         got = "a folder" if path.is_dir() else "no such file"
         raise _unusable(path, got, "name a .pth or .safetensors file")
-    found = _state_dict_in(_read_safely(path))
+    found = _state_dict_in(_read_safely(path, local_copy(path)))
     tensors = {k: v.detach() for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         got = f"no tensors but {', '.join(map(str, list(found)[:5])) or 'nothing'}"
@@ -294,25 +294,25 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {str(name).removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def _unusable(path: Path, got: str, advice: str) -> CheckpointError:
+def _unusable(path: Place, got: str, advice: str) -> CheckpointError:
     return CheckpointError(f"{path}: expected a SAM weights file, got {got}; {advice}")
 
 
-def _read_safely(path: Path) -> Any:
+def _read_safely(path: Place, local: Path) -> Any:
     """What the file holds, by loaders that cannot run code; their failures made plain."""
     try:
-        with path.open("rb") as file:
+        with local.open("rb") as file:
             head = file.read(16)
         if not head:
             raise _unusable(path, "an empty file", "copy or download it again")
         if path.suffix.lower() == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
+            return safetensors.torch.load_file(local, device="cpu")
         is_zip = head.startswith(b"PK\x03\x04")  # torch >= 1.6; before it, pickles (0x80)
         if not is_zip and not head.startswith(b"\x80"):
-            got = f"{_size(path)} bytes that begin with {head!r}"
+            got = f"{_size(local)} bytes that begin with {head!r}"
             raise _unusable(path, got, "give one that torch.save wrote, or a .safetensors")
         # Mapped, 2.5 GB need not fit twice in memory. Never weights_only=False: it runs code.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(local, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -326,7 +326,7 @@ def _read_safely(path: Path) -> Any:
         ) from error
     except Exception as error:  # a damaged file breaks the parsers in any way there is
         reason = _innermost(error).partition(". ")[0]
-        got = f"{_size(path)} bytes that are truncated, damaged or unreadable ({reason})"
+        got = f"{_size(local)} bytes that are truncated, damaged or unreadable ({reason})"
         raise _unusable(path, got, "copy or download it again") from error
 
 

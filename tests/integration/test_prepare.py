@@ -301,19 +301,73 @@ def test_the_same_inputs_again_do_nothing_and_others_are_refused(mixed, tmp_path
     before = stamps(output)
     published = (output / "manifest.json").read_bytes()
     assert run(data, output, *ALL_TRAIN) == first
-    with pytest.raises(ConfigError, match="other files or settings"):
+    with pytest.raises(ConfigError, match="other settings"):
         run(data, output, *ALL_TRAIN, labels=["a"])
-    with pytest.raises(ConfigError, match="other files or settings"):
-        run(mixed, output, "prepare.val_fraction=0")
-    draw(data / "one_more.png", 99)
-    with pytest.raises(ConfigError, match="other files or settings"):
-        run(data, output, *ALL_TRAIN)
-    (data / "one_more.png").unlink()
-    annotate(data / "good.json", "good.png", [shape("a", SQUARE), shape("z", SQUARE)])
-    with pytest.raises(ConfigError, match="choose another folder"):
-        run(data, output, *ALL_TRAIN)
+    draw(tmp_path / "elsewhere" / "e.png", 7)
+    annotate(tmp_path / "elsewhere" / "e.json", "e.png", [shape("a", SQUARE)])
+    with pytest.raises(ConfigError, match="from other files; choose another folder"):
+        run(tmp_path / "elsewhere", output, *ALL_TRAIN)
     assert stamps(output) == before
     assert (output / "manifest.json").read_bytes() == published
+
+
+def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos, tmp_path, capsys):
+    data, output = tmp_path / "photos", tmp_path / "prepared"
+    shutil.copytree(photos, data)
+    small = "prepare.images_per_shard=4"
+    run(data, output, small)
+    before = stamps(output)
+
+    def names(number: int) -> tuple[Path, Path]:
+        stem = f"sample_{number:05d}"
+        return data / "images" / f"{stem}.jpg", data / "annotations" / f"{stem}.json"
+
+    def same_as_afresh(manifest: dict, number: int) -> None:
+        fresh = run(data, tmp_path / f"fresh{number}", small)
+        assert {**fresh, "shards": 0, "generation": 0} == {**manifest, "shards": 0, "generation": 0}
+        assert list(PreparedDataset(output).images) == list(fresh_images(number))
+
+    def fresh_images(number: int) -> dict:
+        return PreparedDataset(tmp_path / f"fresh{number}").images
+
+    # One image more: one small shard more, and every old one as it was.
+    draw(data / "images" / "new.png", 5)
+    annotate(data / "annotations" / "new.json", "../images/new.png", [shape("disc", SQUARE)])
+    manifest = run(data, output, small)
+    assert "24 files are prepared already, 1 are not" in capsys.readouterr().out
+    after = stamps(output)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 2
+    same_as_afresh(manifest, 1)
+
+    # A changed image, a changed JSON, a removed pair: three shards are made again, no other.
+    before = stamps(output)
+    pixels = np.asarray(Image.open(names(0)[0]))
+    Image.fromarray(255 - pixels).save(names(0)[0])
+    document = json.loads(names(9)[1].read_text())
+    document["shapes"] = document["shapes"][:1]
+    names(9)[1].write_text(json.dumps(document))
+    for path in names(23):
+        path.unlink()
+    manifest = run(data, output, small)
+    after = stamps(output)
+    kept = [name for name in before if after.get(name) == before[name]]
+    assert len(kept) == len(before) - 6
+    assert set(after) - set(kept)
+    assert len(set(after) - set(kept)) == 6
+    same_as_afresh(manifest, 2)
+
+    # A file that makes another one's meaning doubtful costs that one, although it is unchanged.
+    named = json.loads(names(4)[1].read_text())
+    names(4)[1].write_text(json.dumps({**named, "imagePath": "gone.jpg"}))
+    assert run(data, output, small)["rejected"] == []
+    for folder in ("b", "c"):
+        draw(data / folder / f"{names(4)[1].stem}.png", 6)
+    names(4)[0].unlink()
+    manifest = run(data, output, small)
+    assert [item["file"] for item in manifest["rejected"]] == ["annotations/sample_00004.json"]
+    assert "2 images have this stem" in manifest["rejected"][0]["reason"]
+    same_as_afresh(manifest, 3)
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(mixed, tmp_path):
@@ -334,12 +388,13 @@ def test_only_the_missing_shard_is_made_again(photos, prepared, tmp_path):
     before = stamps(output)
     assert len(before) == 8  # four shards, four lists
     assert (output / "preparing.json").exists()
-    (output / "data" / "part-00002.json").unlink()
-    (output / "data" / ".part-00002.parquet.0a1b2c3d.tmp").write_bytes(b"half a shard")
+    gone = sorted(before)[2]  # a list; without it the shard does not count
+    (output / "data" / gone).unlink()
+    (output / "data" / ".part-1-0.parquet.0a1b2c3d.tmp").write_bytes(b"half a shard")
     again = run(photos, output, "prepare.images_per_shard=6")
     after = stamps(output)
     assert {name for name in after if after[name] != before.get(name)} == {
-        "part-00002.json", "part-00002.parquet",
+        gone, gone.replace(".json", ".parquet"),
     }  # fmt: skip
     assert set(after) == set(before)
     assert again["digest"] == PreparedDataset(prepared).digest
@@ -376,7 +431,7 @@ def test_a_killed_run_goes_on_where_it_was(photos, prepared, tmp_path):
         time.sleep(1)
         if stamps(output) == finished:
             break
-    finished = {n: s for n, s in finished.items() if re.fullmatch(r"part-\d+\.json", n)}
+    finished = {n: s for n, s in finished.items() if re.fullmatch(r"part-[\w-]+\.json", n)}
     assert 0 < len(finished) < 24, "killed too late to show anything"
 
     manifest = run(photos, output, "prepare.images_per_shard=1")
@@ -508,9 +563,11 @@ def test_side_files_may_lie_at_home(mixed, tmp_path, monkeypatch):
     assert manifest["splits"]["val"] == ["twice.png"]
     assert "apple" in manifest["labels"]
     assert run(mixed, tmp_path / "prepared", *ALL_TRAIN, **files) == manifest
+    before = stamps(tmp_path / "prepared")
     (tmp_path / "s.json").write_text('{"test": ["twice.png"]}')
-    with pytest.raises(ConfigError, match="other files or settings"):
-        run(mixed, tmp_path / "prepared", *ALL_TRAIN, **files)
+    manifest = run(mixed, tmp_path / "prepared", *ALL_TRAIN, **files)
+    assert manifest["splits"]["test"] == ["twice.png"]
+    assert stamps(tmp_path / "prepared") == before  # other splits, the same shards
 
 
 def test_a_split_without_an_image_is_refused(mixed, tmp_path):

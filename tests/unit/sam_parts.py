@@ -35,4 +35,4 @@ def blob_record(name, size, num_instances, seed=0):
         mask = (rows - y) ** 2 + (columns - x) ** 2 <= rng.integers(3, 12) ** 2
         cropped = CroppedMask(mask, (0, 0))
         instances.append(Instance("blob", cropped.box, int(mask.sum()), encode_rle(cropped, size)))
-    return ImageRecord(name, f"{seed:064x}", size, tuple(instances), 0, 0)
+    return ImageRecord(name, name, f"{seed:064x}", size, tuple(instances), 0, 0)

@@ -202,5 +202,5 @@ def test_file_too_large_for_a_photograph_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no disk
-    with pytest.raises(AnnotationError, match=r"is a file of 1024 MiB"):
+    with pytest.raises(AnnotationError, match=r"has 1024 MiB; at most 1024"):
         read_image_file(path)

@@ -11,7 +11,7 @@ def picture(text: str) -> np.ndarray:
 
 
 def score(image: str, iou: float, strategy: str = "center", label: str = "cat") -> Score:
-    return Score(image, 0, label, strategy, iou, min(1.0, 2 * iou / (1 + iou)), 0.5)
+    return Score(image, image, 0, label, strategy, iou, min(1.0, 2 * iou / (1 + iou)), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,12 @@ def test_relative_path_in_a_ray_job_is_refused_because_outputs_would_be_lost(
     assert resolve(str(tmp_path), "--output-dir") == tmp_path
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/data", "gs://bucket", "file:///data", "https://x/y"])
-def test_remote_path_is_refused_and_makes_no_folder_of_its_name(
+@pytest.mark.parametrize("path", ["s3://", "gs://bucket", "file:///data", "https://x/y"])
+def test_path_of_another_store_is_refused_and_makes_no_folder_of_its_name(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"--data-dir: {path} is not a local path"):
+    with pytest.raises(ConfigError, match=f"--data-dir: {path} is neither a local path nor s3"):
         resolve(path, "--data-dir")
 
 
