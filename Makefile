@@ -1,13 +1,14 @@
 # make demo    set up if needed, then the whole way: draw photos, prepare, train, evaluate, predict
 # make test    set up if needed, then the everyday tests
 # make check   lint and types
+# make s3      a real S3 server on this machine, to try things with
 # make venv    the set-up alone
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := --config configs/demo.yaml
 
-.PHONY: demo test test-all check format wheel venv clean
+.PHONY: demo test test-all check format s3 wheel venv clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -38,6 +39,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+s3: $(STAMP)
+	$(BIN)/python tests/s3.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

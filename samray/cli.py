@@ -269,7 +269,7 @@ def _run_train(config: Config) -> None:
     if state["embeddings"]:
         encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
         print(f"embeddings: {encoded} images encoded, {found} found")
-    print(f"run: {output}/run.json, best checkpoint: {output}/best")
+    print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
 
 
 def _pretrain_options(parser: argparse.ArgumentParser) -> None:
@@ -304,7 +304,7 @@ def _run_pretrain(config: Config) -> None:
     output = config.train.output_dir
     done = f"{len(state['epochs'])} of {config.train.num_epochs} epochs"
     print(f"{done}; best: epoch {best['epoch']}, val_iou {best['val_iou']:.3f}")
-    print(f"run: {output}/run.json, best checkpoint: {output}/best")
+    print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
     if config.pretrain.export_dir is not None:
         print(f"exported: {config.pretrain.export_dir}/tiny.safetensors and tiny.json")
 

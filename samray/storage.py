@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from cloudpathlib import S3Path
 
@@ -29,9 +30,9 @@ Place = Path | S3Path
 # Ray sets this in the driver of `ray job submit`, whose working directory is Ray's own copy.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
-# boto3's own names. Eight tries last about half a minute: a server may restart meanwhile.
+# boto3's own names. Twelve tries last about half a minute: a server may restart meanwhile.
 os.environ.setdefault("AWS_RETRY_MODE", "standard")
-os.environ.setdefault("AWS_MAX_ATTEMPTS", "8")
+os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")
 READ_TRIES = 5  # of a body that breaks off, which boto3 does not try again
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]+)(?P<key>/.*)?")
@@ -209,6 +210,8 @@ def plain_errors(what: str) -> Iterator[None]:
     except Exception as exc:
         if type(exc).__module__.partition(".")[0] not in _FOREIGN:
             raise
+        if isinstance(exc, Boto3Error) and isinstance(exc.__context__, Exception):
+            exc = exc.__context__  # a failed upload hides what went wrong
         code = getattr(exc, "response", {}).get("Error", {}).get("Code", type(exc).__name__)
         if code in ("NoSuchKey", "404"):
             raise FileNotFoundError(2, "No such file or directory", what) from exc

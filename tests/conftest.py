@@ -4,10 +4,12 @@ import contextlib
 import io
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from s3 import S3Server
 
 START_TRIES = 4  # on a busy machine Ray's start now and then fails
 
@@ -49,6 +51,29 @@ def prepared(ray_cluster: None, photos: Path, tmp_path_factory: pytest.TempPathF
     folders = {"prepare.data_dir": str(photos), "prepare.output_dir": str(folder)}
     prepare(load_config(options=folders))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server; a test that kills it starts it again."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """`s3://...` of a new bucket, which this process may read and write."""
+    from cloudpathlib import S3Client
+
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "samray cache"))
+    monkeypatch.setattr(S3Client, "_default_client", None)  # it keeps the endpoint it began with
+    name = f"b{uuid.uuid4().hex[:12]}"
+    s3_server.client().create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,144 @@
+"""The whole way with everything in S3, and a server that dies in the middle of it."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+from s3 import READER
+
+from samray.dataset import PreparedDataset
+from samray.storage import list_folder, local_copy, read_bytes, read_json, resolve
+
+PROGRAM = "import sys; from samray.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def samray(s3_server):
+    """`samray(*words) -> process`: the command line in a process, with a Ray of its own."""
+
+    def start(*words, **environment):
+        env = {**os.environ, **s3_server.environment(), **environment}
+        env.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-c", PROGRAM, *map(str, words)]
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+@pytest.fixture
+def done(samray):
+    """`done(*words) -> output`: the same, waited for."""
+
+    def run(*words, **environment):
+        process = samray(*words, **environment)
+        out, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, out
+        return out
+
+    return run
+
+
+@pytest.fixture
+def data(photos, s3_server, bucket):
+    """`photos`, in the bucket."""
+    client, name = s3_server.client(), bucket.removeprefix("s3://")
+    for path in sorted(photos.rglob("*")):
+        if path.is_file():
+            key = f"data/{path.relative_to(photos).as_posix()}"
+            client.upload_file(str(path), name, key)
+    return f"{bucket}/data"
+
+
+def test_the_whole_way_in_s3(done, data, bucket, prepared):
+    folder = f"{bucket}/prepared"
+    assert "24 images" in done("prepare", "--data-dir", data, "--output-dir", folder)
+    assert "nothing to do" in done("prepare", "--data-dir", data, "--output-dir", folder)
+    dataset = PreparedDataset(resolve(folder, "x"))
+    assert dataset.digest == PreparedDataset(prepared).digest
+    small = ["train.warmup_steps=2", "--num-epochs", 1]
+    done("train", "--data-dir", folder, "--output-dir", f"{bucket}/run", *small)
+    more = ["--resume", "--num-epochs", 2, "--num-workers", 2, "train.warmup_steps=2"]
+    out = done("train", "--data-dir", folder, "--output-dir", f"{bucket}/run", *more)
+    assert "going on after epoch 1 of 2" in out
+    learned = len(dataset.split("train") + dataset.split("val"))
+    assert f"embeddings: 0 images to encode, {learned} found" in out
+    state = read_json(resolve(f"{bucket}/run/run.json", "x"))
+    assert state["status"] == "finished"
+    kept = {state["best"], state["latest"]}
+    found = list_folder(resolve(f"{bucket}/run/checkpoints", "x"))
+    assert {f"checkpoints/{name}" for name in found} == kept
+    assert "ray" not in list_folder(resolve(f"{bucket}/run", "x"))
+
+    report = f"{bucket}/report"
+    done("evaluate", "--data-dir", folder, "--checkpoint", f"{bucket}/run", "--output-dir", report)
+    evaluation = read_json(resolve(f"{report}/evaluation.json", "x"))
+    assert evaluation["num_images"] == len(dataset.split("test"))
+    assert b"</html>" in read_bytes(resolve(f"{report}/report.html", "x"))
+
+    image = f"{data}/images/sample_00000.jpg"
+    words = ["--image-path", image, "--output-dir", f"{bucket}/answer", "--point", 120, 80]
+    done("predict", "--checkpoint", f"{bucket}/run", *words)
+    document = read_json(resolve(f"{bucket}/answer/sample_00000.json", "x"))
+    assert document["imagePath"] == "../data/images/sample_00000.jpg"
+    assert document["shapes"]
+
+
+def test_a_server_killed_in_the_middle_of_prepare(samray, data, bucket, prepared, s3_server):
+    folder = resolve(f"{bucket}/prepared", "x")
+    words = ["prepare", "--data-dir", data, "--output-dir", folder, "prepare.images_per_shard=1"]
+    process = samray(*words)
+    deadline = time.monotonic() + 120
+    while not any(name.endswith(".json") for name in list_folder(folder / "data")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no shard within two minutes"
+        time.sleep(0.05)
+    s3_server.kill()
+    time.sleep(1)
+    s3_server.start()
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    undisturbed, disturbed = PreparedDataset(prepared), PreparedDataset(folder)
+    assert disturbed.digest == undisturbed.digest
+    assert len(disturbed.manifest["shards"]) == 24
+    assert disturbed.manifest["rejected"] == []
+    tables = [pq.read_table(local_copy(folder / name)) for name in disturbed.manifest["shards"]]
+    rows = [row for table in tables for row in table.to_pylist()]
+    shards = [prepared / name for name in undisturbed.manifest["shards"]]
+    expected = [row for path in shards for row in pq.read_table(path).to_pylist()]
+    assert sorted(rows, key=lambda r: r["name"]) == sorted(expected, key=lambda r: r["name"])
+
+
+def test_a_server_that_stays_away_ends_prepare_with_one_line(samray, data, bucket, s3_server):
+    folder = resolve(f"{bucket}/prepared", "x")
+    words = ["prepare", "--data-dir", data, "--output-dir", folder, "prepare.images_per_shard=1"]
+    process = samray(*words, AWS_MAX_ATTEMPTS="2")
+    while not list_folder(folder / "data"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    s3_server.kill()
+    try:
+        out, _ = process.communicate(timeout=200)
+    finally:
+        s3_server.start()
+    assert process.returncode == 2, out
+    assert "cannot be reached" in out.splitlines()[-1]
+    assert "Traceback" not in out
+    assert not (folder / "manifest.json").exists()
+    with pytest.raises(Exception, match="manifest"):
+        PreparedDataset(folder)
+
+
+def test_without_permission_to_write_nothing_is_prepared(samray, data, bucket):
+    reader = {"AWS_ACCESS_KEY_ID": READER[0], "AWS_SECRET_ACCESS_KEY": READER[1]}
+    words = ["prepare", "--data-dir", data, "--output-dir", f"{bucket}/prepared"]
+    process = samray(*words, **reader)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, out
+    assert "no permission" in out
+    assert len(out.splitlines()) == 1
+    assert list_folder(resolve(bucket, "x")) == ["data"]
