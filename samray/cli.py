@@ -354,6 +354,13 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--box", dest="predict.box", nargs=4, type=float, metavar=("X1", "Y1", "X2", "Y2")
     )
+    parser.add_argument(
+        "--tile",
+        dest="predict.tile",
+        type=int,
+        metavar="SIZE",
+        help="in a larger image, look at SIZE pixels a side around the prompt, as in training",
+    )
     parser.add_argument("--label", dest="predict.label", metavar="TEXT")
     parser.add_argument("--output-dir", dest="predict.output_dir", metavar="OUT")
 

@@ -269,6 +269,8 @@ class PredictConfig(Section):
     """Background points (x, y)."""
     box: tuple[float, float, float, float] | None = None
     """Box (x1, y1, x2, y2)."""
+    tile: int | None = Field(None, ge=64)
+    """In a larger image, look at this many pixels a side around the prompt; as prepare.tile."""
     label: str = "object"
     """Label to write in the LabelMe JSON."""
     output_dir: str | None = None

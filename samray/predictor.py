@@ -19,6 +19,7 @@ from samray.prompts import Prompt
 from samray.rasterize import mask_to_shapes
 from samray.shipped import load_shipped
 from samray.storage import Place, make_folder, relative_path, resolve, write_bytes, write_json
+from samray.tiles import Window, tile_windows
 from samray.transforms import masks_to_original
 
 
@@ -110,6 +111,59 @@ class Predictor:
         masks = masks_to_original(low_res, self._original_size, img_size)[0] > 0
         return Prediction(masks.cpu().numpy(), predicted[0].cpu().numpy(), low_res[0].cpu().numpy())
 
+    def predict_in_tiles(self, image: np.ndarray, prompt: Prompt, tile: int) -> np.ndarray:
+        """Answer a prompt from a part of a large image, in the whole image's frame: H x W bool.
+
+        What the prompt spans is looked at in one window where it fits; a larger box in several
+        that share a quarter, each asked for its part of the box, and the answers are united.
+        Takes the place of `set_image` and `predict`; another image must be set afterwards.
+
+        Args:
+            image: H x W x 3 uint8 RGB.
+            tile: side of a window in pixels.
+        """
+        mask = np.zeros(image.shape[:2], dtype=bool)
+        for window in _windows_around(prompt, image, tile):
+            part = _part_of(prompt, window)
+            if part is not None:
+                self.set_image(np.ascontiguousarray(image[window.slices]))
+                mask[window.slices] |= self.predict(part).best
+        return mask
+
+
+def _windows_around(prompt: Prompt, image: np.ndarray, tile: int) -> list[Window]:
+    """Windows of `tile` pixels, or the image's own side, that cover what the prompt spans."""
+    corners = np.empty((0, 2)) if prompt.point_coords is None else prompt.point_coords
+    if prompt.box is not None:
+        corners = np.concatenate([corners, prompt.box.reshape(2, 2)])
+    low, high = np.floor(corners.min(axis=0)).astype(int), np.ceil(corners.max(axis=0)).astype(int)
+    starts, spans = [], []
+    for axis, side in enumerate((image.shape[1], image.shape[0])):
+        span = min(max(int(high[axis] - low[axis]), tile), side)
+        middle = (int(low[axis]) + int(high[axis])) // 2
+        starts.append(max(0, min(middle - span // 2, side - span)))
+        spans.append(span)
+    return [
+        Window(starts[0] + window.x, starts[1] + window.y, window.width, window.height)
+        for window in tile_windows((spans[1], spans[0]), tile, tile // 4)
+    ]
+
+
+def _part_of(prompt: Prompt, window: Window) -> Prompt | None:
+    """The prompt in a window's own frame; None where it says nothing of an object."""
+    corner = np.array([window.x, window.y], dtype=np.float32)
+    size = np.array([window.width, window.height], dtype=np.float32)
+    coords, labels, box = prompt.point_coords, prompt.point_labels, prompt.box
+    if coords is not None and labels is not None:
+        inside = ((coords >= corner) & (coords < corner + size)).all(axis=1)
+        coords, labels = (coords[inside] - corner, labels[inside]) if inside.any() else (None, None)
+    if box is not None:
+        ends = np.clip(box.reshape(2, 2) - corner, 0, size).astype(np.float32)
+        box = ends.reshape(4) if (ends[1] - ends[0] >= 1).all() else None
+    if box is None and (labels is None or not labels.any()):
+        return None
+    return Prompt(coords, labels, box)
+
 
 def predict(config: Config) -> dict[str, Place]:
     """Segment one object of one image and write mask, overlay and LabelMe JSON.
@@ -147,8 +201,11 @@ def predict(config: Config) -> dict[str, Place]:
     predictor = Predictor.from_checkpoint(
         None if checkpoint is None else resolve(checkpoint, "--checkpoint")
     )
-    predictor.set_image(image)
-    mask = predictor.predict(prompt).best
+    if settings.tile is not None and max(image.shape[:2]) > settings.tile:
+        mask = predictor.predict_in_tiles(image, prompt, settings.tile)
+    else:
+        predictor.set_image(image)
+        mask = predictor.predict(prompt).best
     make_folder(output, "--output-dir")
     outputs = {
         "mask": output / f"{path.stem}_mask.png",

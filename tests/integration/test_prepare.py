@@ -370,6 +370,52 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     same_as_afresh(manifest, 3)
 
 
+def test_large_pictures_are_cut_into_tiles(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "prepared"
+    size = (100, 400)
+    draw(data / "long.png", 1, size)
+    across = [[100, 10], [180, 10], [180, 30], [100, 30]]  # from one tile into the next
+    wide = [[5, 60], [395, 60], [395, 70], [5, 70]]  # longer than any tile
+    small = [[300, 80], [310, 80], [310, 90], [300, 90]]
+    shapes = [shape("a", SQUARE), shape("a", across), shape("b", wide), shape("b", small)]
+    annotate(data / "long.json", "long.png", shapes, size)
+    draw(data / "short.png", 2, (48, 64))
+    annotate(data / "short.json", "short.png", [shape("a", SQUARE)])
+    manifest = run(data, output, *ALL_TRAIN, tile=128, overlap=0)
+    assert manifest["num_images"] == 2
+    assert manifest["num_instances"] == 5
+    assert manifest["tiles"] == {
+        "size": 128, "overlap": 0, "num_tiles": 3, "num_instances_cut": 2,
+    }  # fmt: skip
+    dataset = PreparedDataset(output)
+    whole = np.asarray(Image.open(data / "long.png").convert("RGB"))
+    assert set(dataset.images) == set(manifest["splits"]["train"])
+    total = 0
+    for name, record in dataset.images.items():
+        if record.source == "short.png":
+            assert name == "short.png"
+            assert [i.area_outside for i in record.instances] == [0]
+            continue
+        x, y = map(int, re.fullmatch(r"long\.png@(\d+),(\d+)\.png", name).groups())
+        pixels = np.asarray(Image.open(io.BytesIO(dataset.image_bytes(record))))
+        assert np.array_equal(pixels, whole[y : y + 100, x : x + 128])
+        for instance in record.instances:
+            mask = record.decode(instance)
+            assert mask.sum() == instance.area
+            (truth,) = [
+                full
+                for full in (filled([s], size) for s in shapes)
+                if np.array_equal(full[y : y + 100, x : x + 128], mask) and mask.any()
+            ]
+            assert truth.sum() == instance.area + instance.area_outside
+            total += 1
+    assert total == 4
+    twice = run(data, tmp_path / "again", *ALL_TRAIN, tile=128, overlap=96)
+    assert twice["tiles"]["num_instances_cut"] == 1  # the one longer than any tile
+    with pytest.raises(ConfigError, match="overlap 128 must be smaller than tile 128"):
+        run(data, tmp_path / "no", tile=128, overlap=128)
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(mixed, tmp_path):
     (tmp_path / "letters.txt").write_text("dear diary")
     with pytest.raises(ConfigError, match="not empty"):

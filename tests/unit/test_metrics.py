@@ -98,3 +98,8 @@ def test_interval_of_each_group_and_value() -> None:
     assert intervals["center"] == pytest.approx((2 / 3, 2 / 3))
     assert intervals["bbox"] == (1, 1)
     assert list(intervals) == ["bbox", "center"]
+
+
+def test_pixels_beyond_the_frame_are_missed():
+    mask, gt_mask = picture("##. .#."), picture("##. ##.")
+    assert iou_and_dice(mask, gt_mask, area_outside=4) == (3 / 8, 6 / 11)
