@@ -56,7 +56,7 @@ KINDS = (
     ("^imageHeight", "Images resized or rotated after they were annotated",
      "Bring the image back that was annotated, or open the JSON in LabelMe and annotate anew."),
     ("^image:", "Images that cannot be used",
-     "Open the image and save it again as JPEG or PNG; if it cannot be opened, fetch it anew."),
+     "Open the image and save it again as JPEG or PNG, each page by itself; else fetch it anew."),
     ("^(file|folder): .*link", "Links that are not followed",
      "Copy the files into the folder of the dataset."),
     ("^(file|folder|images|annotations|categories|shapes):",
@@ -310,9 +310,11 @@ def _spread(values: np.ndarray, whole: bool = True) -> dict[str, Any]:
         edges = np.arange(low, high + 2)
         bins = [f"{edge}" for edge in edges[:-1]]
     else:
-        lowest, highest = (int(np.floor(np.log2(max(v, 2.0**-10)))) for v in (low, high))
+        least = 1.0 if whole else 2.0**-10
+        lowest, highest = (int(np.floor(np.log2(max(v, least)))) for v in (low, high))
         edges = 2.0 ** np.arange(lowest, highest + 2)
-        edges[0] = min(edges[0], low)  # 0, where something is 0
+        if low < edges[0]:  # 0, which has no logarithm
+            edges = np.concatenate([[0.0], edges])
         last = edges[1:] - 1 if whole else edges[1:]
         pairs = zip(edges[:-1].tolist(), last.tolist(), edges[1:].tolist(), strict=True)
         bins = [

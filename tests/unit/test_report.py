@@ -196,6 +196,20 @@ def test_histograms_add_up_and_have_the_right_values(small_set):
         assert sum(spread["histogram"]["counts"]) == 5
 
 
+def test_a_histogram_of_a_wide_span_begins_at_nothing(tmp_path):
+    """Images with 0, 1, 2, 3 and 30 instances; 0 has a bar of its own."""
+    size = (64, 64)
+    images = [
+        (f"{n}.png", "train", photo(n, size), size, [("dot", rectangle(i, 0, i + 2, 9, size))] * n)
+        for i, n in enumerate((0, 1, 2, 3, 30))
+    ]
+    facts, _ = reported(write_dataset(tmp_path / "p", images), tmp_path / "out")
+    histogram = facts["instances_per_image"]["histogram"]
+    assert histogram["edges"] == [0, 1, 2, 4, 8, 16, 32]
+    assert histogram["bins"] == ["0", "1", "2-3", "4-7", "8-15", "16-31"]
+    assert histogram["counts"] == [1, 1, 2, 0, 0, 1]
+
+
 def test_each_problem_stands_in_its_kind_with_what_to_do(small_set):
     facts, html = small_set
     kinds = kinds_of(facts)
