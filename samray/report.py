@@ -606,7 +606,8 @@ def _page(dataset: PreparedDataset, facts: dict[str, Any]) -> str:
         items_shown=ITEMS_SHOWN,
         members_shown=ODD,
         charts=charts,
-        pictures=_pictures(dataset, samples, SAMPLE_SIDE) | _pictures(dataset, odd, ODD_SIDE),
+        crops=_pictures(dataset, samples, SAMPLE_SIDE),
+        pictures=_pictures(dataset, odd, ODD_SIDE),
         photos={name: _photo(dataset, name) for name in photos},
     )
 
@@ -618,8 +619,8 @@ def _num_small_bins(spread: dict[str, Any]) -> int:
 
 def _pictures(
     dataset: PreparedDataset, places: list[dict[str, Any]], side: int
-) -> dict[tuple[str, int, int], str]:
-    """{(image, instance, side): JPEG as text}; each image is decoded once."""
+) -> dict[tuple[str, int, int | None], str]:
+    """{(image, instance, its partner or None): JPEG as text}; each image is decoded once."""
     by_image = defaultdict(list)
     for place in places:
         by_image[place["image"]].append(place)
@@ -628,11 +629,11 @@ def _pictures(
         record = dataset.images[name]
         image = decode_image(dataset.image_bytes(record))
         for place in wanted:
-            numbers = [place["instance"], *([place["partner"]] if "partner" in place else [])]
-            shown = [record.instances[number] for number in numbers]
+            numbers = (place["instance"], place.get("partner"))
+            shown = [record.instances[number] for number in numbers if number is not None]
             masks = [decode_crop(i.rle, record.size, i.box) for i in shown]
             piece = encode_picture(cut_out(image, masks, side), ".jpg")
-            pictures[name, place["instance"], side] = jpeg_uri(piece)
+            pictures[name, *numbers] = jpeg_uri(piece)
     return pictures
 
 

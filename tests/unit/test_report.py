@@ -234,7 +234,7 @@ def test_each_problem_stands_in_its_kind_with_what_to_do(small_set):
 
 
 def test_the_oddest_are_the_ones_at_the_ends(small_set):
-    facts, _ = small_set
+    facts, html = small_set
     oddest = {
         kind["kind"]: [
             (place["image"], place["instance"], place["why"]) for place in kind["instances"]
@@ -251,6 +251,8 @@ def test_the_oddest_are_the_ones_at_the_ends(small_set):
     ]
     assert [place[:2] for place in oddest["overlapping"]] == [("a/2.png", 0)]  # a pair once
     assert "IoU 0.97" in oddest["overlapping"][0][2]  # 29 / 30
+    pictures = re.findall(r'<img src="([^"]+)" alt="nut in a/2.png"><figcaption>', html)
+    assert len(set(pictures)) == 3  # instance 0 alone, 1 alone, and 0 with the one it overlaps
     assert oddest["elongated"][0][:2] in (("a/2.png", 0), ("a/2.png", 1))
 
 
