@@ -124,7 +124,7 @@ def small_set(tmp_path_factory):
             {
                 "file": "y.json",
                 "field": "shapes[2].points",
-                "reason": "('mask of label') is a polygon of 2; it needs at least 3",
+                "reason": "('once more') is a polygon of 2; it needs at least 3",
                 "num_shapes": 3,
             },
             {"file": "z.json", "field": "novel", "reason": "is new to all", "num_shapes": 0},
