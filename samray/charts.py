@@ -1,7 +1,58 @@
-"""Charts for reports, as SVG text that an HTML page can hold."""
+"""Reports: pages from templates, and their pictures and charts as text that a page can hold."""
 
+import base64
 import io
+from importlib import resources as package_files
 from typing import Any
+
+import jinja2
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return one HTML page that needs no other file; values are escaped.
+
+    Args:
+        template: name of a file in `samray/templates`.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = (package_files.files("samray") / "templates" / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values)
+
+
+def jpeg_uri(content: bytes) -> str:
+    """Return a JPEG file as the `src` of an image."""
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
+
+
+def histogram_svg(bins: list[str], counts: list[int], xlabel: str, num_marked: int = 0) -> str:
+    """Return bars as one SVG element.
+
+    Args:
+        bins: what each bar counts.
+        counts: how many, same length.
+        num_marked: so many of the first bars are drawn in the colour of a warning, hatched.
+    """
+    import matplotlib as mpl  # slow to import, and only reports need it
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.bar(range(len(bins)), counts, width=0.85, color="#0072b2")
+    for bar in bars[:num_marked]:
+        bar.set(facecolor="#fbe3d0", edgecolor="#d55e00", hatch="///")
+    step = -(-len(bins) // 12)  # so that the names do not run into each other
+    axes.set_xticks(range(0, len(bins), step), bins[::step], rotation=45 if len(bins) > 6 else 0)
+    axes.set(xlabel=xlabel)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    with mpl.rc_context({"svg.fonttype": "none"}):  # text as text: small, and it can be searched
+        return _svg(figure)
 
 
 def curves_svg(epochs: list[dict[str, Any]]) -> str:
@@ -31,6 +82,10 @@ def curves_svg(epochs: list[dict[str, Any]]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -205,13 +205,44 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
         "--point-selection", dest="inspect.point_selection", choices=["center", "random", "bbox"]
     )
     parser.add_argument("--num-points", dest="inspect.num_points", type=int, metavar="N")
+    parser.add_argument(
+        "--report",
+        dest="inspect.report",
+        action="store_true",
+        help="write report.html and report.json on the dataset, instead of pictures",
+    )
+    parser.add_argument(
+        "--strict",
+        dest="inspect.strict",
+        action="store_true",
+        help="with --report: fail, once it is written, if anything was rejected, warned of, or "
+        "lies in two splits",
+    )
 
 
 def _run_inspect(config: Config) -> None:
+    if config.inspect.report:
+        _run_report(config)
+        return
     from samray.preview import inspect
 
     for picture in inspect(config):
         print(picture)
+
+
+def _run_report(config: Config) -> None:
+    from samray.report import report
+
+    facts = report(config)
+    counts = facts["counts"]
+    print(f"{counts['images']} images, {counts['instances']} instances, {counts['labels']} labels")
+    for kind in facts["problems"]:
+        print(f"  {kind['level']}: {kind['title']}: {len(kind['items'])}")
+    for model, seen in facts["resolution"].items():
+        advice = f"; {seen['command']}" if seen["tile"] else ""
+        print(f"  {model}: {seen['small']} instances ({seen['share']:.0%}) are small{advice}")
+    output = config.inspect.output_dir
+    print(f"report: {output}/report.html, figures: {output}/report.json")
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -413,9 +444,10 @@ STAGES: dict[str, Stage] = {
         _run_export,
     ),
     "inspect": Stage(
-        "draw samples with their masks and the prompts a model will be given",
+        "draw samples with the prompts a model will be given, or report on the whole dataset",
         "  samray inspect --data-dir prepared --num-samples 3 --point-selection random \\\n"
-        "                 --num-points 3 --output-dir look",
+        "                 --num-points 3 --output-dir look\n"
+        "  samray inspect --data-dir prepared --report --output-dir look",
         _inspect_options,
         _run_inspect,
     ),

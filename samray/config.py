@@ -128,6 +128,16 @@ class InspectConfig(Section):
     """Points an instance, for center and random."""
     seed: int = Field(0, ge=0)
     """Chooses the images and draws the prompts."""
+    report: bool = False
+    """Write report.html and report.json on the whole dataset, instead of the pictures."""
+    strict: bool = False
+    """A report with a problem in it makes the stage fail, once the report is written."""
+
+    @model_validator(mode="after")
+    def _be_strict_about_a_report(self) -> Self:
+        if self.strict and not self.report:
+            raise ValueError("strict (--strict) judges the report: add --report")
+        return self
 
 
 class ModelConfig(Section):

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from samray.prompts import Prompt
+from samray.rasterize import CroppedMask
 
 # Okabe and Ito's palette: told apart by colour-blind eyes, too.
 COLORS = (
@@ -35,6 +36,36 @@ def draw_masks(
         contours, _ = cv2.findContours(
             mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
         )
+        cv2.drawContours(picture, contours, -1, color, line, cv2.LINE_AA)
+    return picture
+
+
+def cut_out(image: np.ndarray, masks: list[CroppedMask], side: int) -> np.ndarray:
+    """Return the place around masks, enlarged or shrunk, with their outlines drawn.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+        masks: of that image; the first is outlined in `HIGHLIGHT`, others through the palette.
+        side: pixels of the picture's longest side.
+    """
+    low = np.min([mask.box[:2] for mask in masks], axis=0)
+    high = np.max([mask.box[2:] for mask in masks], axis=0)
+    margin = max(8.0, 0.35 * float((high - low).max()))
+    x1, y1 = np.maximum(low - margin, 0).astype(int)
+    x2, y2 = np.minimum(high + margin, image.shape[1::-1]).astype(int)
+    scale = side / max(x2 - x1, y2 - y1)
+    size = (max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale)))
+    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    picture = np.array(cv2.resize(image[y1:y2, x1:x2], size, interpolation=smooth))
+    for number, mask in reversed(list(enumerate(masks))):
+        color = COLORS[(number - 1) % len(COLORS)] if number else HIGHLIGHT
+        window = np.zeros((y2 - y1, x2 - x1), dtype=np.uint8)
+        x, y = mask.origin[0] - x1, mask.origin[1] - y1
+        window[y : y + mask.pixels.shape[0], x : x + mask.pixels.shape[1]] = mask.pixels
+        window = np.asarray(cv2.resize(window, size, interpolation=cv2.INTER_NEAREST))
+        contours, _ = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        line = 1 + side // 200
+        cv2.drawContours(picture, contours, -1, (0, 0, 0), line + 2, cv2.LINE_AA)  # on any ground
         cv2.drawContours(picture, contours, -1, color, line, cv2.LINE_AA)
     return picture
 

@@ -1,18 +1,15 @@
 """Did tuning help? Base against tuned on a held-out split, per prompt strategy and per label."""
 
-import base64
 import sys
 from dataclasses import asdict
-from importlib import resources as package_files
 from typing import Any
 
-import jinja2
 import numpy as np
 import ray
 from tqdm import tqdm
 
 from samray import __version__, cluster
-from samray.charts import curves_svg
+from samray.charts import curves_svg, jpeg_uri, render_page
 from samray.checkpoint import RunFolder, load_checkpoint
 from samray.config import Config, load_config, required, save_config
 from samray.dataset import ImageRecord, PreparedDataset
@@ -214,15 +211,10 @@ def _summary(scores: list[Score]) -> dict[str, Any]:
 
 def _report(evaluation: dict[str, Any], run: RunFolder, pictures: list[dict[str, Any]]) -> str:
     """One HTML page that needs no other file."""
-    template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string((package_files.files("samray") / "templates" / "report.html").read_text())
     for picture in pictures:
-        picture["panels"] = [
-            "data:image/jpeg;base64," + base64.b64encode(panel).decode()
-            for panel in picture["panels"]
-        ]
-    return template.render(
+        picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
+    return render_page(
+        "report.html",
         evaluation=evaluation,
         strategies=STRATEGIES,
         labels=sorted(evaluation["tuned"]["iou"]["label"]),

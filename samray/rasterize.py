@@ -121,6 +121,48 @@ def decode_rle(counts: bytes, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(coco.decode({"counts": counts, "size": list(size)}), dtype=bool)
 
 
+def decode_crop(counts: bytes, size: tuple[int, int], box: tuple[float, ...]) -> CroppedMask:
+    """Return the part of a mask that its XYXY box holds."""
+    x1, y1, x2, y2 = (int(v) for v in box)
+    frame = coco.decode({"counts": counts, "size": list(size)})
+    return CroppedMask(np.ascontiguousarray(frame[y1:y2, x1:x2], dtype=bool), (x1, y1))
+
+
+def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each mask the largest IoU with another one of its image, and which one that is.
+
+    Args:
+        rles: compressed COCO counts of N masks.
+        size: (H, W) of the image.
+
+    Returns:
+        ious: N float64; 0 where a mask meets no other.
+        partners: N int64, places in `rles`; without meaning where the IoU is 0.
+    """
+    masks = [{"counts": counts, "size": list(size)} for counts in rles]
+    ious, partners = np.zeros(len(masks)), np.zeros(len(masks), dtype=np.int64)
+    for start in range(0, len(masks), 256):  # memory grows with N, not with its square
+        rows = masks[start : start + 256]
+        table = np.asarray(coco.iou(rows, masks, [0] * len(masks))).reshape(len(rows), len(masks))
+        own = np.arange(len(rows))
+        table[own, start + own] = 0
+        partners[start : start + 256] = table.argmax(axis=1)
+        ious[start : start + 256] = table.max(axis=1)
+    return ious, partners
+
+
+def outline_of(pixels: np.ndarray, tolerance: float = 1.0) -> list[np.ndarray]:
+    """Return the corners of a mask's outlines, those of its holes too: N x 2 int32, (x, y), each.
+
+    Args:
+        pixels: h x w bool.
+        tolerance: pixels by which corners may be spared. One pixel takes the stairs of a slanted
+            edge for the straight line that the annotator drew; half a pixel does not.
+    """
+    contours, _ = cv2.findContours(pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    return [cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0] for contour in contours]
+
+
 def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list[dict[str, object]]:
     """Return LabelMe shapes that rasterise to the mask again.
 

@@ -70,6 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     packed = {name for name in names if name.endswith(".py")}
     assert packed == modules
     assert {"samray/py.typed", "samray/templates/report.html"} <= set(names)
+    assert "samray/templates/dataset_report.html" in names
     assert any(name.endswith("/LICENSE") for name in names)
 
 
