@@ -1,8 +1,8 @@
 """Shapes to masks, masks to COCO RLE, boxes and back to polygons.
 
 Boundary rule: points are floored to pixels and every pixel that the outline touches belongs to
-the mask, as in labelme's own `shape_to_mask`. A shape has the same pixels whether it lies inside
-the image or reaches out of it.
+the mask. labelme's own `shape_to_mask` differs at most at the outline and beside it (tested). A
+shape has the same pixels whether it lies inside the image or reaches out of it.
 """
 
 import io
