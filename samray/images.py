@@ -16,7 +16,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 170.0  # no setting goes above it
 MAX_FILE_BYTES = 2**30
 MAX_ASPECT = 256  # thinner ones would scale to less than a pixel
-DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 STRETCH_PERCENTILES = (0.1, 99.9)
 
 
@@ -39,7 +39,8 @@ def read_image_file(path: Path) -> bytes:
 def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Return the image as people see it, with its EXIF orientation applied.
 
-    16-bit images are stretched linearly from their 0.1 and 99.9 percentiles to 0..255.
+    Grey images of 16 or 32 bits, whole or float, are stretched linearly from their own 0.1 and
+    99.9 percentiles to 0..255. Colour of 16 bits a channel is read by its upper 8.
 
     Args:
         raw: a whole JPEG, PNG, BMP, TIFF or WebP file.
@@ -78,6 +79,10 @@ def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarr
             return np.asarray(upright.convert("RGB"))
         except AnnotationError:
             raise
+        except Image.DecompressionBombError as exc:  # Pillow's own limit, above any of ours
+            raise AnnotationError(
+                "image", f"is larger than {max_megapixels:.0f} megapixels ({_one_line(exc)})"
+            ) from exc
         # Pillow's parsers raise almost anything on damaged files.
         except Exception as exc:
             raise AnnotationError(
@@ -88,9 +93,12 @@ def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarr
 
 
 def _stretch(deep: np.ndarray) -> np.ndarray:
-    """H x W of 16 or 32 bits -> H x W x 3 uint8."""
+    """H x W of 16 or 32 bits, integers or floats -> H x W x 3 uint8."""
+    if not np.isfinite(deep).all():
+        raise AnnotationError("image", "has values that are not finite; replace them")
     low, high = np.percentile(deep, STRETCH_PERCENTILES)
-    scaled = (deep.astype(np.float32) - low) * (255.0 / max(high - low, 1.0))
+    least = 1.0 if deep.dtype.kind in "iu" else np.finfo(np.float32).tiny
+    scaled = (deep.astype(np.float64) - low) * (255.0 / max(high - low, least))
     grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
