@@ -262,14 +262,14 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
         wanted = "3 or more" if kind == "polygon" else " or ".join(map(str, numbers))
         raise AnnotationError(where, f"({label!r:.60}) is a {kind} of {count}; it needs {wanted}")
     for number, point in enumerate(points):
+        # By type and not isinstance: JSON has no other numbers, and true is none.
         pair = isinstance(point, list) and len(point) == 2
-        if not pair or not all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in point
-        ):
+        if not pair or type(point[0]) not in (int, float) or type(point[1]) not in (int, float):
             raise AnnotationError(
                 f"{where}[{number}]", f"must be [x, y] in pixels, not {point!r:.60}"
             )
-        if not all(abs(v) <= MAX_COORDINATE for v in point):  # NaN is not, either
+        x, y = point
+        if not (abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE):  # NaN is not, either
             raise AnnotationError(
                 f"{where}[{number}]",
                 f"must be finite and within {MAX_COORDINATE:.0f} pixels, not {point!r:.60}",

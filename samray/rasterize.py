@@ -105,16 +105,25 @@ def encode_rle(mask: CroppedMask, size: tuple[int, int]) -> bytes:
     Equal to `pycocotools.mask.encode` of the whole frame.
     """
     height, width = size
-    # COCO runs go down the columns: look at the transposed crop, one column after another.
-    columns = np.zeros((mask.pixels.shape[1], mask.pixels.shape[0] + 2), dtype=np.int8)
-    columns[:, 1:-1] = mask.pixels.T
-    column, row = np.nonzero(np.diff(columns, axis=1))
+    # COCO runs go down the columns: lay the crop's columns in a row, an empty pixel between them.
+    h, w = mask.pixels.shape
+    columns = np.zeros((w, h + 1), dtype=bool)
+    columns[:, :-1] = mask.pixels.T
+    flat = columns.ravel()
+    # By turns the first pixel of a run and the one after its last.
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if flat[0]:
+        edges = np.insert(edges, 0, 0)
+    column, row = np.divmod(edges, h + 1)
     x, y = mask.origin
     edges = (column + x) * height + row + y
     # A run that reaches the bottom goes on at the top of the next column: drop both edges.
-    joined = np.flatnonzero(np.diff(edges) == 0)
-    edges = np.delete(edges, np.concatenate([joined, joined + 1]))
-    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
+    apart = edges[1:] != edges[:-1]
+    kept = np.ones(len(edges), dtype=bool)
+    kept[1:] = apart
+    kept[:-1] &= apart
+    edges = edges[kept]
+    counts = np.diff(np.concatenate(([0], edges, [height * width])))
     if counts[-1] == 0:
         counts = counts[:-1]
     rle = coco.frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
