@@ -112,12 +112,12 @@ def read_annotation(raw: bytes) -> Annotation:
             continue
         if shape.label != entry["label"]:
             annotation.warnings.append(
-                (f"shapes[{index}].label", f"white space around {entry['label']!r} was removed")
+                (f"shapes[{index}].label", f"white space around {entry['label']!r:.60} was removed")
             )
         content = (shape.label, shape.kind, shape.points.tobytes(), shape.png, shape.group_id)
         first = seen.setdefault(content, index)
         if first != index:
-            reason = f"('{shape.label}') is shapes[{first}] once more; remove one"
+            reason = f"({shape.label!r:.60}) is shapes[{first}] once more; remove one"
             annotation.problems.append(AnnotationError(f"shapes[{index}]", reason))
             continue
         annotation.shapes.append(shape)
@@ -216,7 +216,8 @@ def _read_size(document: dict[str, Any]) -> tuple[int, int] | None:
     if height is None or width is None:
         return None  # files from before LabelMe 3 have no size
     for name, value in (("imageHeight", height), ("imageWidth", width)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= MAX_COORDINATE:
             raise AnnotationError(name, f"must be a whole number of pixels, not {value!r:.60}")
     return height, width
 
@@ -241,7 +242,7 @@ def _read_shape(index: int, entry: Any) -> Shape:
     if not isinstance(kind, str) or kind not in AREAL_SHAPES:
         raise AnnotationError(
             f"{where}.shape_type",
-            f"('{label}') is {kind!r:.60}; samray reads {', '.join(AREAL_SHAPES)}",
+            f"({label!r:.60}) is {kind!r:.60}; samray reads {', '.join(AREAL_SHAPES)}",
         )
     points = _read_points(f"{where}.points", label, kind, entry.get("points"))
     group_id = entry.get("group_id")
@@ -259,16 +260,16 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
     if not known or not (len(points) in numbers or (kind == "polygon" and len(points) > 3)):
         count = f"{len(points)} points" if known else f"{points!r:.60}"
         wanted = "3 or more" if kind == "polygon" else " or ".join(map(str, numbers))
-        raise AnnotationError(where, f"('{label}') is a {kind} of {count}; it needs {wanted}")
+        raise AnnotationError(where, f"({label!r:.60}) is a {kind} of {count}; it needs {wanted}")
     for number, point in enumerate(points):
+        # By type and not isinstance: JSON has no other numbers, and true is none.
         pair = isinstance(point, list) and len(point) == 2
-        if not pair or not all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in point
-        ):
+        if not pair or type(point[0]) not in (int, float) or type(point[1]) not in (int, float):
             raise AnnotationError(
                 f"{where}[{number}]", f"must be [x, y] in pixels, not {point!r:.60}"
             )
-        if not all(abs(v) <= MAX_COORDINATE for v in point):  # NaN is not, either
+        x, y = point
+        if not (abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE):  # NaN is not, either
             raise AnnotationError(
                 f"{where}[{number}]",
                 f"must be finite and within {MAX_COORDINATE:.0f} pixels, not {point!r:.60}",

@@ -14,11 +14,13 @@ from pycocotools import mask as coco
 
 from samray.annotations import MAX_COORDINATE, Annotation, Shape, read_json_object
 from samray.errors import AnnotationError
+from samray.polygons import MAX_OUTLINE
+from samray.rasterize import decompress_runs
 
 _FIRST_KEY = re.compile(
     rb'^(?:\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories)"'
 )
-MAX_OUTLINE = 20e6  # pixels of outline of one instance; pycocotools takes memory for each
+MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,7 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
     labels = {
         entry["id"]: entry["name"].strip()
         for entry in document["categories"]
-        if isinstance(entry, dict)
-        and _is_int(entry.get("id"))
-        and isinstance(entry.get("name"), str)
-        and entry["name"].strip()
+        if isinstance(entry, dict) and _is_int(entry.get("id")) and _is_name(entry.get("name"))
     }
     problems: list[tuple[str, str, int]] = []
     by_image: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
@@ -86,7 +85,7 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         try:
             image_id, file_name, size = _read_image(f"images[{place}]", entry)
             if image_id in seen:
-                raise AnnotationError(f"images[{place}].id", f"{image_id} stands there twice")
+                raise AnnotationError(f"images[{place}].id", f"{image_id!r:.60} stands there twice")
         except AnnotationError as problem:
             problems.append((problem.field, problem.reason, 0))
             continue
@@ -95,7 +94,9 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         images.append(CocoImage(source, image_id, file_name, size, entries, labels))
     for image_id, orphans in by_image.items():
         field = f"annotations[{orphans[0][0]}].image_id"
-        problems.append((field, f"{image_id} is none of the file's usable images", len(orphans)))
+        problems.append(
+            (field, f"{image_id!r:.60} is none of the file's usable images", len(orphans))
+        )
     return images, problems
 
 
@@ -136,6 +137,9 @@ def _read_image(where: str, entry: Any) -> tuple[int, str, tuple[int, int]]:
             reason = f"must be a number of pixels, not {value!r:.60}"
             raise AnnotationError(f"{where}.{key}", reason)
         size.append(value)
+    if size[0] * size[1] > MAX_PIXELS:
+        reason = f"{size[1]} x {size[0]} pixels are more than any image that can be read"
+        raise AnnotationError(f"{where}.width", reason)
     return entry["id"], file_name.replace("\\", "/"), (size[0], size[1])
 
 
@@ -143,7 +147,9 @@ def _read_label(where: str, category_id: Any, labels: dict[int, str]) -> str:
     if not _is_int(category_id):
         raise AnnotationError(where, f"must be a whole number, not {category_id!r:.60}")
     if category_id not in labels:
-        raise AnnotationError(where, f"{category_id} is no id of the file's categories")
+        raise AnnotationError(
+            where, f"{category_id!r:.60} is no id of the file's categories with a name"
+        )
     return labels[category_id]
 
 
@@ -157,7 +163,7 @@ def _read_segmentation(where: str, segmentation: Any, size: tuple[int, int]) -> 
         counts = _read_counts(where, segmentation, size)
         rle = coco.frPyObjects({"counts": counts, "size": list(size)}, *size)
     elif isinstance(segmentation, list) and segmentation:
-        parts = [_read_polygon(f"{where}[{n}]", part, size) for n, part in enumerate(segmentation)]
+        parts = [_read_polygon(f"{where}[{n}]", part) for n, part in enumerate(segmentation)]
         rle = coco.merge(coco.frPyObjects(parts, *size))
     else:
         raise AnnotationError(where, "must be polygons or RLE; a box alone is no mask")
@@ -166,7 +172,7 @@ def _read_segmentation(where: str, segmentation: Any, size: tuple[int, int]) -> 
     return bytes(rle["counts"])
 
 
-def _read_polygon(where: str, part: Any, size: tuple[int, int]) -> list[float]:
+def _read_polygon(where: str, part: Any) -> list[float]:
     numbers = isinstance(part, list) and all(
         isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= MAX_COORDINATE
         for v in part
@@ -174,12 +180,11 @@ def _read_polygon(where: str, part: Any, size: tuple[int, int]) -> list[float]:
     if not numbers or len(part) < 6 or len(part) % 2:
         raise AnnotationError(where, "must be x, y, x, y, ... of three points or more, in pixels")
     points = np.array(part, dtype=np.float64).reshape(-1, 2)
-    # Nothing outside the frame can be seen, and the outline's length is memory.
-    points = np.clip(points, 0, [size[1], size[0]])
+    # pycocotools takes memory for every pixel of it, also of those outside the image.
     length = np.abs(np.diff(points, axis=0, append=points[:1])).sum()
     if length > MAX_OUTLINE:
         raise AnnotationError(where, f"has an outline of {length:.0f} pixels, too long to be true")
-    return [float(v) for v in points.ravel()]
+    return [float(v) for v in part]
 
 
 def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]) -> list[int]:
@@ -190,7 +195,10 @@ def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]
         )
     counts = segmentation.get("counts")
     if isinstance(counts, str):
-        counts = _decompress(counts)
+        try:
+            return list(decompress_runs(counts.encode("ascii"), size))
+        except (AnnotationError, UnicodeEncodeError):
+            counts = None
     if (
         not isinstance(counts, list)
         or not all(_is_int(run) and run >= 0 for run in counts)
@@ -202,23 +210,10 @@ def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]
     return counts
 
 
-def _decompress(text: str) -> list[int] | None:
-    """COCO's compressed counts: 5 bits a character, every run after the second as a difference."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            return None
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if bits & 0x20:
-            continue
-        if bits & 0x10:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    return runs if shift == 0 else None
+def _is_name(value: Any) -> bool:
+    # Half of a surrogate pair is valid JSON, and no file can hold it.
+    text = isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return text and bool(value.strip())
 
 
 def _is_int(value: Any) -> bool:

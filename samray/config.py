@@ -86,11 +86,11 @@ class PrepareConfig(Section):
         return (self.tile or 0) // 4 if self.overlap is None else self.overlap
 
     @model_validator(mode="after")
-    def _overlap_less_than_a_tile(self) -> Self:
+    def _overlap_at_most_half_a_tile(self) -> Self:
         if self.overlap is not None and self.tile is None:
             raise ValueError("overlap is for tiles; give prepare.tile (--tile), too")
-        if self.tile is not None and self.overlap_pixels >= self.tile:
-            raise ValueError(f"overlap {self.overlap} must be smaller than tile {self.tile}")
+        if self.tile is not None and self.overlap_pixels > self.tile // 2:
+            raise ValueError(f"overlap {self.overlap} must be at most half of tile {self.tile}")
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from samray.errors import DatasetError, StorageError
+from samray.errors import AnnotationError, DatasetError, StorageError
 from samray.rasterize import decode_rle
 from samray.storage import Place, local_copy, read_json
 
@@ -91,8 +91,17 @@ class ImageRecord:
     row: int
 
     def decode(self, instance: Instance) -> np.ndarray:
-        """The instance's mask: H x W bool."""
-        return decode_rle(instance.rle, self.size)
+        """The instance's mask: H x W bool.
+
+        Raises:
+            DatasetError: what the shard holds is no mask of this image.
+        """
+        try:
+            return decode_rle(instance.rle, self.size)
+        except AnnotationError as exc:
+            raise DatasetError(
+                f"{self.name}: a mask in the prepared dataset is damaged ({exc}); prepare it again"
+            ) from exc
 
 
 class PreparedDataset:

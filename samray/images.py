@@ -18,7 +18,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 170.0  # no setting goes above it
 MAX_FILE_BYTES = 2**30
 MAX_ASPECT = 256  # thinner ones would scale to less than a pixel
-DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 STRETCH_PERCENTILES = (0.1, 99.9)
 
 
@@ -35,7 +35,8 @@ def read_image_file(path: Place) -> bytes:
 def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Return the image as people see it, with its EXIF orientation applied.
 
-    16-bit images are stretched linearly from their 0.1 and 99.9 percentiles to 0..255.
+    Grey images of 16 or 32 bits, whole or float, are stretched linearly from their own 0.1 and
+    99.9 percentiles to 0..255. Colour of 16 bits a channel is read by its upper 8.
 
     Args:
         raw: a whole JPEG, PNG, BMP, TIFF or WebP file.
@@ -47,11 +48,18 @@ def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarr
     Raises:
         AnnotationError: field `image`; not an image, cut short, too large, or of many pages.
     """
+    return decode_and_stretch(raw, max_megapixels)[0]
+
+
+def decode_and_stretch(
+    raw: bytes, max_megapixels: float
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """As `decode_image`; beside it, of a deep image, the values that became 0 and 255."""
     with _opened(raw, max_megapixels) as picture:
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
             return _stretch(np.asarray(upright))
-        return np.asarray(upright.convert("RGB"))
+        return np.asarray(upright.convert("RGB")), None
 
 
 def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
@@ -73,7 +81,7 @@ def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
         picture.draft("L", (4 * side, 4 * side))  # does nothing to other formats than JPEG
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
-            upright = Image.fromarray(_stretch(np.asarray(upright)))
+            upright = Image.fromarray(_stretch(np.asarray(upright))[0])
         small = upright.convert("L").resize((side, side), Image.Resampling.BOX)
         return np.asarray(small, dtype=np.float32)
 
@@ -105,6 +113,10 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
             yield picture
         except AnnotationError:
             raise
+        except Image.DecompressionBombError as exc:  # Pillow's own limit, above any of ours
+            raise AnnotationError(
+                "image", f"is larger than {max_megapixels:.0f} megapixels ({_one_line(exc)})"
+            ) from exc
         # Pillow's parsers raise almost anything on damaged files.
         except Exception as exc:
             raise AnnotationError(
@@ -114,12 +126,15 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
             ) from exc
 
 
-def _stretch(deep: np.ndarray) -> np.ndarray:
-    """H x W of 16 or 32 bits -> H x W x 3 uint8."""
+def _stretch(deep: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """H x W of 16 or 32 bits, integers or floats -> H x W x 3 uint8, and the ends it maps."""
+    if not np.isfinite(deep).all():
+        raise AnnotationError("image", "has values that are not finite; replace them")
     low, high = np.percentile(deep, STRETCH_PERCENTILES)
-    scaled = (deep.astype(np.float32) - low) * (255.0 / max(high - low, 1.0))
+    least = 1.0 if deep.dtype.kind in "iu" else np.finfo(np.float32).tiny
+    scaled = (deep.astype(np.float64) - low) * (255.0 / max(high - low, least))
     grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.repeat(grey[:, :, None], 3, axis=2), (float(low), float(high))
 
 
 def _one_line(exc: Exception) -> str:

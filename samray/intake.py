@@ -25,7 +25,7 @@ from samray.coco import CocoImage, coco_annotation
 from samray.discovery import RawFiles, find_by_stem, find_image, find_listed_image
 from samray.drawing import draw_masks, encode_picture, shrink
 from samray.errors import AnnotationError, StorageError
-from samray.images import decode_image, read_image_file
+from samray.images import decode_and_stretch, read_image_file
 from samray.rasterize import CroppedMask, encode_rle, rasterize_instance, require_inside
 from samray.storage import Place, make_folder, read_bytes, write_bytes
 from samray.tiles import Window, place_in_tiles, tile_windows
@@ -130,6 +130,7 @@ def read_entry(
         "num_shapes": 0,
         "labels": {},
         "filtered": {},
+        "joined": 0,
         "not_instances": {},
         "rejected": [],
         "warnings": [],
@@ -155,7 +156,9 @@ def read_entry(
     try:
         if failure is not None:
             raise failure
-        raw, image, outcome["claims"] = _read_image(name, problem, entry, annotation, files, rules)
+        raw, outcome["claims"], image, stretch = _read_image(
+            name, problem, entry, annotation, files, rules
+        )
     except AnnotationError as exc:
         outcome["rejected"].append(rejection(entry.name, exc, outcome["num_shapes"]))
         return outcome, []
@@ -170,6 +173,7 @@ def read_entry(
     if entry.name in rules.overlays:
         _write_overlay(overlays, outcome["claims"], image, [mask for _, mask in instances])
     rows = _rows(outcome, raw, image, instances, rules)
+    outcome["image"]["stretch"] = stretch
     return outcome, rows
 
 
@@ -180,8 +184,8 @@ def _read_image(
     annotation: Annotation,
     files: RawFiles,
     rules: Rules,
-) -> tuple[bytes, np.ndarray, str]:
-    """Return the image's bytes, its pixels, and the name of its record.
+) -> tuple[bytes, str, np.ndarray, tuple[float, float] | None]:
+    """Return the image's bytes, the name of its record, its pixels, and how they were stretched.
 
     Raises:
         AnnotationError: there is no such image, or it cannot be used with this annotation.
@@ -196,7 +200,7 @@ def _read_image(
         else:
             assert problem is not None
             raise problem
-        image = decode_image(raw, rules.max_megapixels)
+        image, stretch = decode_and_stretch(raw, rules.max_megapixels)
     except StorageError:
         raise
     except AnnotationError as exc:
@@ -214,7 +218,7 @@ def _read_image(
             f"say {annotation.size[1]} x {annotation.size[0]} pixels, but {name} is "
             f"{width} x {height}; it was resized or rotated after it was annotated",
         )
-    return raw, image, name
+    return raw, name, image, stretch
 
 
 def _instances(
@@ -260,6 +264,7 @@ def _instances(
                     }
                 )
         instances.append((label, mask))
+        outcome["joined"] += len(shapes) - 1
     outcome["labels"] = dict(Counter(label for label, _ in instances))
     return instances
 

@@ -334,7 +334,8 @@ def _manifest(
     not_instances: Counter[str] = Counter()
     rejected = [rejection(file, problem, 0) for file, problem in files.skipped] + problems
     warnings, unlabelled, empty = [], [], []
-    num_images = num_instances = num_tiles = num_cut = 0
+    num_images = num_instances = joined = num_tiles = num_cut = 0
+    stretched = {}
     for outcome in outcomes:
         name = outcome["image"]["name"] if outcome["image"] else None
         if outcome["annotation"] in dropped:  # with all its shapes, good or bad
@@ -348,6 +349,9 @@ def _manifest(
             continue
         num_images += 1
         num_instances += outcome["image"]["num_instances"]
+        joined += outcome["joined"]
+        if outcome["image"]["stretch"] is not None:
+            stretched[name] = outcome["image"]["stretch"]
         num_tiles += len(outcome["image"]["tiles"] or [])
         num_cut += outcome["image"]["num_cut"]
         labels.update(outcome["labels"])
@@ -377,6 +381,7 @@ def _manifest(
         "num_shapes": sum(outcome["num_shapes"] for outcome in outcomes)
         + sum(problem["num_shapes"] for problem in problems),
         "labels": dict(sorted(labels.items())),
+        "joined": joined,
         "filtered": dict(sorted(filtered.items())),
         "not_instances": dict(sorted(not_instances.items())),
         "splits": {},
@@ -388,6 +393,7 @@ def _manifest(
         }
         if job.rules.tile is not None
         else None,
+        "stretched": stretched,
         "unlabelled": unlabelled,
         "empty": empty,
         "rejected": rejected,

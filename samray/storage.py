@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from boto3.exceptions import Boto3Error
-from botocore.exceptions import HTTPClientError, IncompleteReadError
 from cloudpathlib import S3Path
 
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
@@ -116,6 +114,9 @@ def read_bytes(path: Place, max_bytes: int | None = None) -> bytes:
     if isinstance(path, Path):
         _require_small(path.stat().st_size if max_bytes else 0, max_bytes)
         return path.read_bytes()
+    # Here and not above: pre-training runs where boto3 is not installed.
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
     with plain_errors(str(path)):
         for attempt in range(1, READ_TRIES + 1):
             answer = path.client.client.get_object(Bucket=path.bucket, Key=path.key)
@@ -210,7 +211,7 @@ def plain_errors(what: str) -> Iterator[None]:
     except Exception as exc:
         if type(exc).__module__.partition(".")[0] not in _FOREIGN:
             raise
-        if isinstance(exc, Boto3Error) and isinstance(exc.__context__, Exception):
+        if type(exc).__name__ == "S3UploadFailedError" and isinstance(exc.__context__, Exception):
             exc = exc.__context__  # a failed upload hides what went wrong
         code = getattr(exc, "response", {}).get("Error", {}).get("Code", type(exc).__name__)
         if code in ("NoSuchKey", "404"):

@@ -40,7 +40,7 @@ def tile_windows(size: tuple[int, int], tile: int, overlap: int) -> list[Window]
 
     Args:
         size: (H, W) of the image.
-        tile, overlap: pixels; overlap < tile.
+        tile, overlap: pixels; at most half of `tile`.
     """
     height, width = size
     return [

@@ -88,6 +88,7 @@ def test_good_file_gives_every_value() -> None:
         (document(imageWidth="20"), "imageWidth", "not '20'"),
         (document(imageHeight=True), "imageHeight", "not True"),
         (document(imageHeight=10.5), "imageHeight", "not 10.5"),
+        (document(imageHeight=10**300), "imageHeight", "whole number of pixels, not 1000"),
     ],
 )
 def test_file_that_is_no_annotation_is_refused_whole_with_its_field(
@@ -119,6 +120,8 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
     [
         (shape(points=TRIANGLE[:2]), ".points", "('cat') is a polygon of 2 points"),
         (shape(points=[]), ".points", "0 points"),
+        (shape(points=[], label="two\nlines"), ".points", r"('two\nlines') is"),
+        (shape(points=[], label="x" * 10_000), ".points", "xxx) is a polygon of 0 points"),
         (shape(points=DROP), ".points", "None"),
         (shape(points={"0": [1, 1]}), ".points", "needs 3 or more"),
         (shape(points=TRIANGLE[:1], shape_type="circle"), ".points", "needs 2"),

@@ -115,6 +115,38 @@ def test_runs_that_do_not_add_up_never_reach_pycocotools(counts: Any) -> None:
     assert "add up to the image's 2400 pixels" in problem.reason
 
 
+def test_a_polygon_past_the_border_keeps_its_slope() -> None:
+    """Its points are not moved to the border, which would bend the edges inside the image."""
+    triangle = [[-100.0, 0.0, 60.0, 0.0, 60.0, 40.0]]
+    (mask,) = masks_of(document({"segmentation": triangle}))
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(triangle, *SIZE)))
+    assert np.array_equal(mask, expected.astype(bool))
+    assert mask[20, 0], "a corner moved to (0, 0) would leave this out"
+
+
+def test_an_image_of_more_pixels_than_32_bits_count_is_refused() -> None:
+    """pycocotools raised OverflowError, which ended the whole preparation."""
+    image = {"id": 7, "file_name": "a.png", "height": 10**6, "width": 10**6}
+    found, problems = read_coco(document({"segmentation": [SQUARE]}, images=[image]), "c.json")
+    assert found == []
+    assert problems[0][0] == "images[0].width"
+    assert "more than any image" in problems[0][1]
+    assert problems[1][2] == 1
+
+
+def test_a_category_that_no_file_can_hold_costs_its_annotations_only() -> None:
+    """Half of a surrogate pair is valid JSON, and Parquet refuses it."""
+    raw = document(
+        {"segmentation": [SQUARE]},
+        {"segmentation": [SQUARE], "category_id": 4},
+        categories=[{"id": 3, "name": "\ud800"}, {"id": 4, "name": "dog"}],
+    )
+    annotation = coco_annotation(only_image(raw))
+    assert [shape.label for shape in annotation.shapes] == ["dog"]
+    (problem,) = annotation.problems
+    assert "with a name" in problem.reason
+
+
 def test_an_outline_without_end_is_refused() -> None:
     zigzag = [0, 0, 60, 40] * 400_000
     (problem,) = coco_annotation(only_image(document({"segmentation": [zigzag]}))).problems

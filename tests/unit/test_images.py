@@ -109,6 +109,18 @@ def test_hot_pixel_does_not_darken_a_deep_image() -> None:
     assert image[60, 10, 0] == 0
 
 
+def test_float_image_is_stretched_instead_of_shown_black() -> None:
+    shares = np.linspace(0, 1, 100 * 100, dtype=np.float32).reshape(100, 100)
+    image = decode_image(encode(shares, "TIFF"))
+    assert (image[0, 0, 0], image[-1, -1, 0]) == (0, 255)
+    assert image[50, 0, 0] == pytest.approx(127.5, abs=1)
+    assert not decode_image(encode(shares * 0, "TIFF")).any()
+    for value in (np.nan, np.inf):
+        shares[3, 3] = value
+        with pytest.raises(AnnotationError, match="not finite"):
+            decode_image(encode(shares, "TIFF"))
+
+
 def test_deep_image_of_one_value_gives_no_division_by_zero() -> None:
     assert not decode_image(encode(np.full((8, 8), 500, np.uint16), "PNG")).any()
 
@@ -127,6 +139,7 @@ def test_png_bomb_is_refused_by_its_header_at_once_and_without_memory(
     tracemalloc.stop()
     assert caught.value.field == "image"
     assert "limit" in caught.value.reason
+    assert "100 megapixels" in caught.value.reason or "is 100" in caught.value.reason
     assert seconds < 1
     assert peak < 2e6
 

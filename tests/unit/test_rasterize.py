@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import time
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -228,6 +229,52 @@ def test_huge_coordinates_do_no_harm(huge: Shape, share: float) -> None:
     assert mask.mean() == share
 
 
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [  # OpenCV alone sets pixels of the last column from row 1 on, and of the first down to row 6
+        ([[6, 12], [18, -8], [15, 2], [18, 1]], {(7, 9), (8, 8), (8, 9), (9, 8), (9, 9)}),
+        ([[-4, -8], [8, -10], [-5, 7], [3, -5]], {(0, 0), (1, 0)}),
+    ],
+)
+def test_a_polygon_past_the_border_leaves_no_stripe_along_it(points: Any, expected: Any) -> None:
+    by_opencv = np.zeros((10, 10), np.uint8)
+    cv2.fillPoly(by_opencv, [np.array(points, np.int32)], 1)
+    assert by_opencv.sum() > len(expected) + 4, "OpenCV has mended it; let it do the work"
+    assert set(zip(*np.nonzero(rasterize(shape(points), size=(10, 10))), strict=True)) == expected
+
+
+def test_a_tangle_of_a_million_points_takes_bounded_time_and_memory() -> None:
+    """OpenCV's time grows with the square of the crossings: this one takes it hours."""
+    tangle = np.random.default_rng(0).uniform(0, 4, (1_000_000, 2))
+    tracemalloc.start()
+    start = time.perf_counter()
+    mask = rasterize(shape(tangle), size=(300, 300))
+    seconds = time.perf_counter() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mask[:4, :4].all()
+    assert mask.sum() == 16
+    assert seconds < 30
+    assert peak < 400e6
+
+
+def test_an_outline_longer_than_anybody_draws_is_refused_and_not_filled() -> None:
+    tangle = np.random.default_rng(0).uniform(0, 2000, (50_000, 2))
+    start = time.perf_counter()
+    with pytest.raises(AnnotationError, match="simplify it") as caught:
+        rasterize(shape(tangle), size=(2000, 2000))
+    assert caught.value.field == "shapes[0].points"
+    assert time.perf_counter() - start < 10
+
+
+def test_a_fine_outline_of_many_points_is_filled_as_opencv_does() -> None:
+    angles = np.linspace(0, 2 * np.pi, 20_000)
+    points = 500 + 450 * np.stack([np.cos(angles), np.sin(3 * angles)], axis=1)
+    expected = np.zeros((1000, 1000), np.uint8)
+    cv2.fillPoly(expected, [points.astype(np.int32)], 1)
+    assert np.array_equal(rasterize(shape(points), size=(1000, 1000)), expected.astype(bool))
+
+
 def test_small_object_in_a_large_frame_costs_its_own_size_only() -> None:
     mask = rasterize_instance([shape([[9000, 7000], [9010, 7000], [9010, 7005]])], (8000, 10_000))
     assert mask.pixels.shape == (6, 11)
@@ -291,6 +338,15 @@ def test_rle_decodes_to_the_same_mask() -> None:
         back = decode_rle(encode_rle(CroppedMask(frame, (0, 0)), frame.shape), frame.shape)
         assert back.dtype == bool
         assert np.array_equal(back, frame)
+
+
+@pytest.mark.parametrize(
+    "counts", [b"", b"o", b"ooooooooo0", b"1", b"53", b"#", b"\xff", b"oooo0", b"d0a0" * 9]
+)
+def test_runs_that_do_not_fill_the_frame_are_refused(counts: bytes) -> None:
+    """pycocotools reads and writes past the end of its memory there."""
+    with pytest.raises(AnnotationError, match="add up to the image's 20 pixels"):
+        decode_rle(counts, (4, 5))
 
 
 # Masks to LabelMe shapes, which rasterise to the masks again.
