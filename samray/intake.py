@@ -21,7 +21,7 @@ from samray.annotations import (
     embedded_image,
     read_annotation,
 )
-from samray.coco import CocoImage, coco_annotation
+from samray.coco import CocoImage, coco_annotation, looks_like_coco
 from samray.discovery import RawFiles, find_by_stem, find_image, find_listed_image
 from samray.drawing import draw_masks, encode_picture, shrink
 from samray.errors import AnnotationError, StorageError
@@ -141,7 +141,12 @@ def read_entry(
         if entry.coco is not None:
             annotation = coco_annotation(entry.coco)
         elif entry.kind == "labelme":
-            annotation = read_annotation(read_bytes(files.root / entry.name, MAX_JSON_BYTES))
+            raw = read_bytes(files.root / entry.name, MAX_JSON_BYTES)
+            if looks_like_coco(raw[:4096]):
+                raise AnnotationError(
+                    "file", "is COCO's but has an image's name; rename it, e.g. to instances.json"
+                )
+            annotation = read_annotation(raw)
         outcome["image_path"] = annotation.image_path
     except StorageError:
         raise

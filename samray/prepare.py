@@ -10,9 +10,11 @@ import json
 import logging
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -47,6 +49,7 @@ from samray.storage import (
 )
 
 ROW_GROUP_BYTES = 8 * 2**20  # read at random in training, so small
+S3_THREADS = 4  # of one task
 IN_PROGRESS = "preparing.json"
 
 
@@ -148,8 +151,7 @@ def write_shard(chunk: Chunk, job: Job) -> None:
         whole_file(data / f"{chunk.part}.parquet") as temporary,
         pq.ParquetWriter(temporary, SCHEMA, compression={"image": "none"}) as writer,
     ):
-        for entry in chunk.entries:
-            outcome, new = read_entry(entry, job.files, job.rules, job.output / "overlays")
+        for outcome, new in _read_in_order(chunk.entries, job):
             outcomes.append(outcome)
             rows += new
             if sum(len(r["image"]) for r in rows) >= ROW_GROUP_BYTES:
@@ -161,12 +163,31 @@ def write_shard(chunk: Chunk, job: Job) -> None:
     write_json(data / f"{chunk.part}.json", {"settings": job.settings, "outcomes": outcomes})
 
 
+def _read_in_order(
+    entries: tuple[Entry, ...], job: Job
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Read entries one by one from disk; from S3, which takes its time, a few at once."""
+    threads = 1 if isinstance(job.files.root, Path) else S3_THREADS
+    waiting: deque[Future[tuple[dict[str, Any], list[dict[str, Any]]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for entry in entries:
+            waiting.append(
+                pool.submit(read_entry, entry, job.files, job.rules, job.output / "overlays")
+            )
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[dict[str, Any]]]:
     """Take COCO files out of the list of LabelMe's; return their images, and what was unusable."""
     images: list[CocoImage] = []
     problems: list[dict[str, Any]] = []
     for name in list(files.annotations):
-        if not looks_like_coco(read_head(files.root / name)):
+        # One with an image of its own name is LabelMe's; in S3 each look costs a request.
+        has_image = PurePosixPath(name).stem in files.by_stem
+        if has_image or not looks_like_coco(read_head(files.root / name)):
             continue
         try:
             found, faults = read_coco(read_bytes(files.root / name, MAX_JSON_BYTES), name)
@@ -270,7 +291,11 @@ def _run_chunks(chunks: list[Chunk], job: Job, title: str) -> list[Chunk]:
     if not chunks:
         return chunks
     # Our bar counts images; Ray Data's count blocks and come with a wall of log lines.
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Else half of a small cluster waits for an operator that has nothing to do: with two CPUs,
+    # one task at a time.
+    context.op_resource_reservation_enabled = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shared = ray.put(job)
     work_of = [ray.put(chunk) for chunk in chunks]  # a task fetches its own and no other

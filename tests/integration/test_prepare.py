@@ -367,6 +367,19 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     same_as_afresh(manifest, 3)
 
 
+def test_a_coco_file_with_the_name_of_an_image_is_told_so(tmp_path):
+    data = tmp_path / "data"
+    for number, name in enumerate(("one", "two")):
+        draw(data / f"{name}.png", number)
+    annotate(data / "one.json", "one.png", [shape("a", SQUARE)])
+    (data / "two.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    manifest = run(data, tmp_path / "prepared", *ALL_TRAIN)
+    assert [r["file"] for r in manifest["rejected"]] == ["two.json"]
+    assert "rename it, e.g. to instances.json" in manifest["rejected"][0]["reason"]
+    assert manifest["num_instances"] == 1
+    assert manifest["unlabelled"] == []
+
+
 def test_large_pictures_are_cut_into_tiles(tmp_path):
     data, output = tmp_path / "data", tmp_path / "prepared"
     size = (100, 400)
