@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -304,7 +305,7 @@ def _run_chunks(chunks: list[Chunk], job: Job, title: str) -> list[Chunk]:
         chunk = ray.get(work_of[row["id"]])
         try:
             with plain_errors("S3"):
-                write_shard(chunk, ray.get(shared))
+                write_shard(chunk, _job_of(shared))
         except Exception as exc:  # Ray Data would try it again for ever
             exc.add_note(traceback.format_exc())
             return {"num_files": 0, "error": cloudpickle.dumps(exc)}
@@ -318,6 +319,13 @@ def _run_chunks(chunks: list[Chunk], job: Job, title: str) -> list[Chunk]:
                 raise cloudpickle.loads(row["error"])
             bar.update(row["num_files"])
     return chunks
+
+
+@lru_cache(maxsize=1)
+def _job_of(shared: ray.ObjectRef) -> Job:
+    """Fetch the job once in each of Ray's processes: it lists all files, and takes its time."""
+    job: Job = ray.get(shared)
+    return job
 
 
 def _remove_leftovers(output: Place, parts: set[str]) -> None:
