@@ -235,7 +235,7 @@ def _run_report(config: Config) -> None:
 
     facts = report(config)
     counts = facts["counts"]
-    print(f"{counts['images']} images, {counts['instances']} instances, {counts['labels']} labels")
+    print(f"{counts['images']} images, {counts['instances']} instances, labels: {counts['labels']}")
     for kind in facts["problems"]:
         print(f"  {kind['level']}: {kind['title']}: {len(kind['items'])}")
     for model, seen in facts["resolution"].items():

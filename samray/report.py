@@ -338,8 +338,8 @@ def _resolution(
     """How many instances are small to a model, and the tile that would help.
 
     In a tile of T pixels, an object of s pixels is s * side / T to the model. So the tile that
-    brings the median small one to SMALL is s * side / SMALL; but a tile shorter than twice such
-    an object's length would mostly cut it.
+    brings nine in ten of the small ones to SMALL is s * side / SMALL, with s the short side
+    that they reach; but a tile shorter than twice their median length would mostly cut them.
     """
     small = instances[instances[f"short_{model}"] < SMALL]
     share = len(small) / len(instances)
@@ -347,7 +347,7 @@ def _resolution(
     if share < SMALL_SHARE:
         return facts
     sides = np.sort(small["box"][:, 2:] - small["box"][:, :2], axis=1)
-    short, length = (float(v) for v in np.median(sides, axis=0))
+    short, length = float(np.quantile(sides[:, 0], 0.1)), float(np.median(sides[:, 1]))
     tile = max(int(short * side / SMALL), int(np.ceil(2 * length)))
     sizes = np.array([record.size for record in records])
     if tile >= sizes.max():
@@ -359,7 +359,7 @@ def _resolution(
     return facts | {
         "tile": tile,
         "overlap": overlap,
-        "median_short_side": short,
+        "short_side": short,
         "reaches": short * side / tile,
         "tiles": int(steps.prod(axis=1).sum()),
         "still_small": int((short_sides * side / tile < SMALL).sum()),
