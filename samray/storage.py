@@ -45,7 +45,7 @@ def resolve(path: str, what: str) -> Place:
     Raises:
         ConfigError: it is neither, or is relative inside a Ray job.
     """
-    if "://" in path:
+    if "://" in path or path.lower().startswith("s3:"):
         match = _S3.fullmatch(path)
         if match is None:
             raise ConfigError(f"{what}: {path} is neither a local path nor s3://bucket/prefix")
