@@ -132,16 +132,21 @@ class Predictor:
 
 
 def _windows_around(prompt: Prompt, image: np.ndarray, tile: int) -> list[Window]:
-    """Windows of `tile` pixels, or the image's own side, that cover what the prompt spans."""
+    """Windows of `tile` pixels, or the image's own side, that cover what the prompt spans.
+
+    What does not fit in one gets a quarter of a window around it: a point at the border of a
+    window would be seen from one side only.
+    """
     corners = np.empty((0, 2)) if prompt.point_coords is None else prompt.point_coords
     if prompt.box is not None:
         corners = np.concatenate([corners, prompt.box.reshape(2, 2)])
     low, high = np.floor(corners.min(axis=0)).astype(int), np.ceil(corners.max(axis=0)).astype(int)
     starts, spans = [], []
     for axis, side in enumerate((image.shape[1], image.shape[0])):
-        span = min(max(int(high[axis] - low[axis]), tile), side)
-        middle = (int(low[axis]) + int(high[axis])) // 2
-        starts.append(max(0, min(middle - span // 2, side - span)))
+        needed = int(high[axis] - low[axis]) + 1
+        span = min(tile if needed <= tile else needed + tile // 2, side)
+        start = int(low[axis]) - (span - needed) // 2
+        starts.append(max(0, min(start, side - span)))
         spans.append(span)
     return [
         Window(starts[0] + window.x, starts[1] + window.y, window.width, window.height)

@@ -36,8 +36,8 @@ from samray.intake import Entry, Rules, is_current, read_entry, rejection
 from samray.splits import SplitRule
 from samray.storage import (
     Place,
+    file_sizes,
     is_used,
-    list_folder,
     make_folder,
     plain_errors,
     read_bytes,
@@ -114,9 +114,10 @@ def prepare(config: Config) -> dict[str, Any]:
     entries = [Entry(name, "labelme", files.stamps[name]) for name in files.annotations]
     entries += [Entry.of_coco(image) for image in coco]
     job = _job(files, entries, output, settings, label_map)
-    finished = _claim_output(job)
+    with plain_errors(f"--output-dir: {output}"):
+        finished = _claim_output(job)
     generation = finished["generation"] + 1 if finished else 1
-    if finished is not None and finished["inputs"] == job.inputs:
+    if finished is not None and finished["inputs"] == job.inputs and _is_whole(finished, output):
         _require_clean(finished["rejected"], settings)
         print(f"{output} is already prepared from the same inputs; nothing to do")
         return finished
@@ -148,20 +149,19 @@ def write_shard(chunk: Chunk, job: Job) -> None:
     outcomes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     data = job.output / "data"
-    with (
-        whole_file(data / f"{chunk.part}.parquet") as temporary,
-        pq.ParquetWriter(temporary, SCHEMA, compression={"image": "none"}) as writer,
-    ):
-        for outcome, new in _read_in_order(chunk.entries, job):
-            outcomes.append(outcome)
-            rows += new
-            if sum(len(r["image"]) for r in rows) >= ROW_GROUP_BYTES:
+    with whole_file(data / f"{chunk.part}.parquet") as temporary:
+        with pq.ParquetWriter(temporary, SCHEMA, compression={"image": "none"}) as writer:
+            for outcome, new in _read_in_order(chunk.entries, job):
+                outcomes.append(outcome)
+                rows += new
+                if sum(len(r["image"]) for r in rows) >= ROW_GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                    rows = []
+            if rows:
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    # Last: it says that the shard is whole.
-    write_json(data / f"{chunk.part}.json", {"settings": job.settings, "outcomes": outcomes})
+        size = temporary.stat().st_size
+    story = {"settings": job.settings, "num_bytes": size, "outcomes": outcomes}
+    write_json(data / f"{chunk.part}.json", story)  # last: it says that the shard is whole
 
 
 def _read_in_order(
@@ -233,12 +233,17 @@ def _run(
 def _earlier_parts(job: Job) -> dict[str, list[dict[str, Any]]]:
     """The outcomes of each whole shard that an earlier call with these settings has left."""
     parts = {}
-    for name in list_folder(job.output / "data"):
+    sizes = file_sizes(job.output / "data")
+    for name in sizes:
         if name.endswith(".json") and not name.startswith("."):
             content = read_json(job.output / "data" / name)
-            if isinstance(content, dict) and content.get("settings") == job.settings:
-                part = name.removesuffix(".json")
-                parts[part] = [{**outcome, "part": part} for outcome in content["outcomes"]]
+            part = name.removesuffix(".json")
+            whole = (job.settings, sizes.get(f"{part}.parquet"))
+            if whole == (content["settings"], content["num_bytes"]):
+                parts[part] = [
+                    {**outcome, "part": part, "num_bytes": content["num_bytes"]}
+                    for outcome in content["outcomes"]
+                ]
     return parts
 
 
@@ -278,7 +283,8 @@ def _run_entries(
     ]
     for chunk in _run_chunks(chunks, job, "prepare" if prefix == "part" else prefix):
         content = read_json(job.output / "data" / f"{chunk.part}.json")
-        done.update((o["entry"], {**o, "part": chunk.part}) for o in content["outcomes"])
+        told = {"part": chunk.part, "num_bytes": content["num_bytes"]}
+        done.update((o["entry"], o | told) for o in content["outcomes"])
     return [done[entry.name] for entry in entries]
 
 
@@ -328,9 +334,15 @@ def _job_of(shared: ray.ObjectRef) -> Job:
     return job
 
 
+def _is_whole(manifest: dict[str, Any], output: Place) -> bool:
+    """Whether every shard of a published dataset is there, with as many bytes as were written."""
+    sizes = {f"data/{name}": size for name, size in file_sizes(output / "data").items()}
+    return all(sizes.get(name) == size for name, size in manifest["shard_bytes"].items())
+
+
 def _remove_leftovers(output: Place, parts: set[str]) -> None:
     """Remove what no manifest speaks of any more, and what a killed call has left."""
-    for name in list_folder(output / "data"):
+    for name in file_sizes(output / "data"):
         if name.partition(".")[0] not in parts:
             (output / "data" / name).unlink(missing_ok=True)
     (output / IN_PROGRESS).unlink(missing_ok=True)
@@ -432,6 +444,7 @@ def _manifest(
         "rejected": rejected,
         "warnings": warnings,
         "dropped_annotations": sorted(dropped),
+        "shard_bytes": {f"data/{o['part']}.parquet": o["num_bytes"] for o in outcomes},
         "shards": [f"data/{part}.parquet" for part in dict.fromkeys(o["part"] for o in outcomes)],
     }
 

@@ -412,14 +412,23 @@ def _duplicates(
 
 
 def _splits_without_leaks(dataset: PreparedDataset, facts: dict[str, Any]) -> dict[str, list[str]]:
-    """A split file: as now, but each group is where most of it was, on a tie where one learns."""
-    splits: dict[str, set[str]] = {s: set(dataset.manifest["splits"][s]) for s in SPLITS}
+    """A split file: as now, but each group is where most of it was, on a tie where one learns.
+
+    It names photos, not tiles: all tiles of a photo stay together.
+    """
+    source = {record.name: record.source for record in dataset.images.values()}
+    splits = {s: {source[name] for name in dataset.manifest["splits"][s]} for s in SPLITS}
+    groups: list[set[str]] = []
     for group in facts["near_duplicates"]:
-        members = {i["image"] for i in group["images"] if i["split"] is not None}
         if group["in_different_splits"]:
-            home = max(SPLITS, key=lambda split: len(members & splits[split]))
-            splits = {s: images - members for s, images in splits.items()}
-            splits[home] |= members
+            members = {source[i["image"]] for i in group["images"] if i["split"] is not None}
+            touching = [other for other in groups if other & members]
+            groups = [other for other in groups if not other & members]
+            groups.append(members.union(*touching))
+    for members in groups:
+        home = max(SPLITS, key=lambda split: len(members & splits[split]))
+        splits = {s: images - members for s, images in splits.items()}
+        splits[home] |= members
     return {split: sorted(images) for split, images in splits.items()}
 
 

@@ -195,6 +195,13 @@ def list_folder(folder: Place) -> list[str]:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
+def file_sizes(folder: Place) -> dict[str, int]:
+    """Return the bytes of each file in a folder, by name; none if it is not there."""
+    if isinstance(folder, S3Path):
+        return {name: size for name, size, _ in list_objects(folder) if "/" not in name}
+    return {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
+
+
 @contextlib.contextmanager
 def plain_errors(what: str) -> Iterator[None]:
     """Turn what boto3 raises into a StorageError that says what to do.

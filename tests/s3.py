@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -144,6 +145,8 @@ def _answers(url: str, content: bytes) -> bool:
 
 def main() -> None:
     """Serve until interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it, and its server
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="samray-s3-") as state:
         server = S3Server(Path(state))
         server.start()

@@ -321,7 +321,8 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
 
     def same_as_afresh(manifest: dict, number: int) -> None:
         fresh = run(data, tmp_path / f"fresh{number}", small)
-        assert {**fresh, "shards": 0, "generation": 0} == {**manifest, "shards": 0, "generation": 0}
+        layout = dict.fromkeys(("shards", "shard_bytes", "generation"))
+        assert fresh | layout == manifest | layout
         assert list(PreparedDataset(output).images) == list(fresh_images(number))
 
     def fresh_images(number: int) -> dict:
@@ -424,6 +425,21 @@ def test_large_pictures_are_cut_into_tiles(tmp_path):
     assert twice["tiles"]["num_instances_cut"] == 1  # the one longer than any tile
     with pytest.raises(ConfigError, match="overlap 65 must be at most half of tile 128"):
         run(data, tmp_path / "no", tile=128, overlap=65)
+
+
+def test_a_damaged_or_lost_shard_is_made_again(photos, tmp_path):
+    output, small = tmp_path / "prepared", "prepare.images_per_shard=8"
+    first = run(photos, output, small)
+    before = stamps(output)
+    damaged, lost, _ = (output / shard for shard in first["shards"])
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    lost.unlink()
+    again = run(photos, output, small)
+    assert again["digest"] == first["digest"]
+    dataset = PreparedDataset(output)
+    assert all(dataset.image_bytes(record) for record in dataset.images.values())
+    after = stamps(output)
+    assert sum(after.get(name) == before[name] for name in before) == 2  # of the third shard
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(mixed, tmp_path):

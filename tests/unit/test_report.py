@@ -46,7 +46,7 @@ def write_dataset(folder, images, **manifest):
     rows = []
     for name, split, file, size, instances in images:
         masks = [CroppedMask(mask, (0, 0)) for _, mask in instances]
-        row = {"name": name, "annotation": split and f"{name}.json", "image": file}
+        row = {"name": name, "source": name, "annotation": split and f"{name}.json", "image": file}
         row |= {"image_digest": str(hash(file)), "height": size[0], "width": size[1]}
         row["instances"] = [
             {

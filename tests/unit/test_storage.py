@@ -61,7 +61,9 @@ def test_relative_path_in_a_ray_job_is_refused_because_outputs_would_be_lost(
     assert resolve(str(tmp_path), "--output-dir") == tmp_path
 
 
-@pytest.mark.parametrize("path", ["s3://", "s3:/bucket/x", "gs://bucket", "file:///data", "https://x/y"])
+@pytest.mark.parametrize(
+    "path", ["s3://", "s3:/bucket/x", "gs://bucket", "file:///data", "https://x/y"]
+)
 def test_path_of_another_store_is_refused_and_makes_no_folder_of_its_name(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,15 +56,31 @@ def test_an_object_is_where_most_of_it_is_and_nothing_of_it_is_lost(seed):
 def test_a_prompt_is_looked_at_in_a_window_around_it():
     image = np.zeros((300, 2000, 3), np.uint8)
     point = Prompt(np.array([[1000, 20]], np.float32), np.array([1]))
-    assert _windows_around(point, image, 256) == [Window(872, 0, 256, 256)]
+    assert _windows_around(point, image, 256) == [Window(873, 0, 256, 256)]
     at_border = Prompt(np.array([[1999, 299]], np.float32), np.array([1]))
     assert _windows_around(at_border, image, 256) == [Window(1744, 44, 256, 256)]
     box = Prompt(box=np.array([100, 10, 700, 60], np.float32))
     windows = _windows_around(box, image, 256)
-    assert windows[0].x == 100
-    assert windows[-1].x + 256 == 700
+    assert windows[0].x <= 100 - 60
+    assert windows[-1].x + 256 >= 700 + 60
     parts = [_part_of(box, window) for window in windows]
-    assert [part.box.tolist() for part in parts] == [[0, 10, 256, 60]] * len(parts)
+    for window, part in zip(windows, parts, strict=True):
+        ends = [max(100, window.x) - window.x, 10, min(700, window.x + 256) - window.x, 60]
+        assert part.box.tolist() == ends
+
+
+@pytest.mark.parametrize("spread", [0, 255, 256, 257, 1500])
+def test_every_point_is_in_some_window_with_image_around_it(spread):
+    image = np.zeros((300, 2000, 3), np.uint8)
+    coords = np.array([[200, 100], [200 + spread, 100]], np.float32)
+    prompt = Prompt(coords, np.array([1, 1]))
+    for x, y in coords:
+        distances = [
+            min(x - window.x, window.x + window.width - 1 - x)
+            for window in _windows_around(prompt, image, 256)
+            if window.y <= y < window.y + window.height
+        ]
+        assert max(distances) >= (0 if spread == 255 else 32)
 
 
 def test_points_and_box_move_into_the_window():
