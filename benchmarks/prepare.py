@@ -4,10 +4,11 @@
     python benchmarks/prepare.py s3    [--num-images 3000]          disk against S3, same machine
     python benchmarks/prepare.py scale [--num-images 2000 20000]   images a second, peak memory
 
-Drawn sample images; beyond 200 they are copies whose last bytes differ, so every one is an image
-of its own to samray. Each measured call follows a small one that starts Ray's workers, and the
-two sides of a ratio take turns, `--rounds` times; the figures are medians. `s3` needs a server:
-`make s3` in another terminal, and what it prints exported here.
+Drawn sample images, or those of `--data FOLDER` (JSON and JPEG of one stem); beyond what there is
+they are copies whose last bytes differ, so every one is an image of its own to samray. Each
+measured call follows a small one that starts Ray's workers, and the two sides of a ratio take
+turns, `--rounds` times; the figures are medians. `s3` needs a server: `make s3` in another
+terminal, and what it prints exported here.
 """
 
 import argparse
@@ -49,10 +50,11 @@ def main() -> None:
     parser.add_argument("what", choices=["cpus", "s3", "scale"])
     parser.add_argument("--num-images", type=int, nargs="+", metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="real photos to copy")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="samray-benchmark-") as folder:
         root = Path(folder)
-        drawn = write_sample_data(root / "drawn", NUM_DRAWN, 0)
+        drawn = pairs_in(arguments.data or write_sample_data(root / "drawn", NUM_DRAWN, 0))
         copy_images(drawn, root / "small", 256)  # enough that every worker starts
         if arguments.what == "scale":
             scale(root, drawn, arguments.num_images or [2000, 20_000])
@@ -69,12 +71,23 @@ def main() -> None:
         compare(root, sides, number, arguments.rounds)
 
 
-def copy_images(drawn: Path, data: Place, number: int) -> None:
+Pairs = list[tuple[Path, Path]]
+
+
+def pairs_in(folder: Path) -> Pairs:
+    """JPEG and JSON of one stem, wherever they lie below a folder."""
+    images = {path.stem: path for path in sorted(folder.rglob("*.jpg"))}
+    return [
+        (images[path.stem], path) for path in sorted(folder.rglob("*.json")) if path.stem in images
+    ]
+
+
+def copy_images(drawn: Pairs, data: Place, number: int) -> None:
     """Write `number` pairs, each image with other last bytes than all others."""
     for k in range(number):
-        stem = f"sample_{k % NUM_DRAWN:05d}"
-        image = (drawn / "images" / f"{stem}.jpg").read_bytes() + k.to_bytes(4, "big")
-        document = json.loads((drawn / "annotations" / f"{stem}.json").read_bytes())
+        image_path, json_path = drawn[k % len(drawn)]
+        image = image_path.read_bytes() + k.to_bytes(4, "big")
+        document = json.loads(json_path.read_bytes())
         document["imagePath"] = f"../images/{k:06d}.jpg"
         for path, content in (
             (data / "images" / f"{k:06d}.jpg", image),
@@ -100,7 +113,7 @@ def compare(
     print(f"ratio of times, second to first: {second / first:.2f}")
 
 
-def scale(root: Path, drawn: Path, numbers: list[int]) -> None:
+def scale(root: Path, drawn: Pairs, numbers: list[int]) -> None:
     """Prepare more and more images and print what it took."""
     print(f"{'images':>8} {'images/s':>9} {'driver MiB':>11} {'largest worker MiB':>19}")
     for number in numbers:

@@ -17,6 +17,7 @@ from samray.errors import AnnotationError
 from samray.polygons import MAX_OUTLINE
 from samray.rasterize import decompress_runs
 
+LISTS = ("images", "annotations", "categories")  # a file without one of them is no COCO
 _FIRST_KEY = re.compile(
     rb'^(?:\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories)"'
 )
@@ -52,6 +53,17 @@ class CocoImage:
 def looks_like_coco(head: bytes) -> bool:
     """Whether a JSON that begins so is COCO: LabelMe's files begin with other keys."""
     return _FIRST_KEY.match(head) is not None
+
+
+def is_coco(raw: bytes) -> bool:
+    """Whether a whole file is COCO's, and no other JSON that begins so."""
+    if not looks_like_coco(raw[:4096]):
+        return False
+    try:
+        read_coco(raw, "")
+    except AnnotationError as problem:
+        return problem.field not in LISTS
+    return True
 
 
 def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str, str, int]]]:

@@ -7,6 +7,7 @@ resolved config is saved beside every output, so any result tells how to repeat 
 
 import difflib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
@@ -322,7 +323,9 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(resolve(path, "--config") if isinstance(path, str) else path)
+        if isinstance(path, str):  # a relative one lies in a Ray job's own folder, and shall
+            path = resolve(path, "--config") if "://" in path else Path(path)
+        values = _read_yaml(path)
     mistakes: list[str] = []
     for word in overrides:
         dotted, equals, text = word.partition("=")

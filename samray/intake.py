@@ -21,7 +21,7 @@ from samray.annotations import (
     embedded_image,
     read_annotation,
 )
-from samray.coco import CocoImage, coco_annotation, looks_like_coco
+from samray.coco import CocoImage, coco_annotation, is_coco
 from samray.discovery import RawFiles, find_by_stem, find_image, find_listed_image
 from samray.drawing import draw_masks, encode_picture, shrink
 from samray.errors import AnnotationError, StorageError
@@ -77,7 +77,10 @@ def is_current(outcome: dict[str, Any], entry: Entry, files: RawFiles) -> bool:
     changed, nor has any file come or gone that makes it mean another image."""
     name, problem = _image_of(entry, outcome["image_path"], files)
     now = (entry.stamp, name, problem and problem.reason, name and files.stamps.get(name))
-    return now == tuple(outcome[key] for key in ("stamp", "found", "not_found", "image_stamp"))
+    if now != tuple(outcome[key] for key in ("stamp", "found", "not_found", "image_stamp")):
+        return False
+    # A JSON that carries its own image claims itself.
+    return outcome["claims"] in (entry.name, name or _claim_by_stem(entry, files))
 
 
 def _image_of(
@@ -86,8 +89,7 @@ def _image_of(
     """Return the image that an entry speaks of, or why there is none.
 
     Args:
-        image_path: what the annotation says; None if it cannot be read, and then the image of
-            the same stem is meant: annotated badly is not unlabelled.
+        image_path: what the annotation says; None if it cannot be read.
     """
     if entry.kind == "image":
         return entry.name, None
@@ -96,10 +98,20 @@ def _image_of(
             return find_listed_image(entry.coco.source, entry.coco.file_name, files), None
         if image_path is not None:
             return find_image(entry.name, image_path, files), None
-        path = PurePosixPath(entry.name)
-        return find_by_stem(path.parent, path.stem, files), None
     except AnnotationError as problem:
         return None, problem
+    return _claim_by_stem(entry, files), None
+
+
+def _claim_by_stem(entry: Entry, files: RawFiles) -> str | None:
+    """The image of a JSON that cannot be used: annotated badly is not unlabelled."""
+    if entry.kind != "labelme":
+        return None
+    path = PurePosixPath(entry.name)
+    try:
+        return find_by_stem(path.parent, path.stem, files)
+    except AnnotationError:
+        return None
 
 
 def read_entry(
@@ -142,7 +154,7 @@ def read_entry(
             annotation = coco_annotation(entry.coco)
         elif entry.kind == "labelme":
             raw = read_bytes(files.root / entry.name, MAX_JSON_BYTES)
-            if looks_like_coco(raw[:4096]):
+            if is_coco(raw):
                 raise AnnotationError(
                     "file", "is COCO's but has an image's name; rename it, e.g. to instances.json"
                 )
@@ -156,7 +168,8 @@ def read_entry(
         failure = AnnotationError("file", str(exc.strerror))
     outcome["num_shapes"] = annotation.num_shapes
     name, problem = _image_of(entry, outcome["image_path"], files)
-    outcome |= {"found": name, "not_found": problem and problem.reason, "claims": name}
+    outcome |= {"found": name, "not_found": problem and problem.reason}
+    outcome["claims"] = name or _claim_by_stem(entry, files)
     outcome["image_stamp"] = name and files.stamps.get(name)
     try:
         if failure is not None:

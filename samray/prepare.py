@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.annotations import MAX_JSON_BYTES
-from samray.coco import CocoImage, looks_like_coco, read_coco
+from samray.coco import LISTS, CocoImage, looks_like_coco, read_coco
 from samray.config import Config, PrepareConfig, required, save_config
 from samray.dataset import FORMAT, SCHEMA, dataset_digest
 from samray.discovery import RawFiles, find_files
@@ -193,7 +193,7 @@ def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[dict[str, Any]]]:
         try:
             found, faults = read_coco(read_bytes(files.root / name, MAX_JSON_BYTES), name)
         except AnnotationError as problem:
-            if problem.field in ("images", "annotations", "categories"):
+            if problem.field in LISTS:
                 continue  # some other JSON: told so as LabelMe's are
             files.annotations.remove(name)
             problems.append(rejection(name, problem, 0))

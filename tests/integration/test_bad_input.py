@@ -315,7 +315,7 @@ def test_a_missing_folder(tmp_path, run_cli):
     refused(run_cli("prepare", "--data-dir", tmp_path / "file", *words), "is a file, not a folder")
     refused(run_cli("prepare", *words), "missing --data-dir")
     refused(run_cli("prepare"), "--data-dir", "--output-dir")
-    refused(run_cli("prepare", "--data-dir", "s3://bucket/photos", *words), "not a local path")
+    refused(run_cli("prepare", "--data-dir", "gs://bucket/photos", *words), "neither a local path")
     assert not (tmp_path / "out").exists()
 
 
@@ -502,10 +502,11 @@ def test_train_on_a_damaged_dataset(prepared, tmp_path, run_cli):
     copy = tmp_path / "prepared"
     shutil.copytree(prepared, copy)
     words = ["train", "--data-dir", copy, "--output-dir", tmp_path / "run"]
-    cut(copy / "data/part-00000.parquet")
-    refused(run_cli(*words), "part-00000.parquet", "prepare the dataset again")
-    (copy / "data/part-00000.parquet").unlink()
-    refused(run_cli(*words), "part-00000.parquet", "prepare the dataset again")
+    shard = copy / json.loads((copy / "manifest.json").read_text())["shards"][0]
+    cut(shard)
+    refused(run_cli(*words), shard.name, "prepare the dataset again")
+    shard.unlink()
+    refused(run_cli(*words), shard.name, "prepare the dataset again")
     assert not (tmp_path / "run").exists()
 
 
