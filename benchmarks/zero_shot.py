@@ -112,9 +112,9 @@ def _answers(sam, embedding: torch.Tensor, gt_mask: np.ndarray, rng) -> tuple[di
     center, point, box = (
         draw_prompt(kind, gt_mask, 1, rng) for kind in ("center", "random", "bbox")
     )
-    clicks = click_through(sam, embedding, gt_mask, point, 5)
-    ((from_center, _),) = click_through(sam, embedding, gt_mask, center, 1)
-    ((from_box, _),) = click_through(sam, embedding, gt_mask, box, 1)
+    clicks = next(click_through(sam, embedding, [gt_mask], [point], 5))
+    (((from_center, _),),) = click_through(sam, embedding, [gt_mask], [center], 1)
+    (((from_box, _),),) = click_through(sam, embedding, [gt_mask], [box], 1)
     masks = {
         "center point": from_center,
         "random point": clicks[0][0],

@@ -76,7 +76,12 @@ class BatchLoader:
             for instance in record.instances:
                 mask = record.decode(instance)
                 prompt = draw_prompt(
-                    settings.point_selection, mask, settings.num_points, rng, settings.box_noise
+                    settings.point_selection,
+                    mask,
+                    settings.num_points,
+                    rng,
+                    settings.box_noise,
+                    (settings.mixture.center, settings.mixture.random, settings.mixture.bbox),
                 )
                 prompts.append(prompt)
                 draws.append(rng.random(len(plan), dtype=np.float32))

@@ -6,6 +6,7 @@ from importlib import resources as package_files
 from typing import Any
 
 import jinja2
+import numpy as np
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -73,15 +74,57 @@ def curves_svg(epochs: list[dict[str, Any]]) -> str:
         ("val_iou_center", "center"),
         ("val_iou_random", "random"),
         ("val_iou_bbox", "bbox"),
+        ("val_iou_clicks", "three clicks"),
     ):
         width = 2.5 if key == "val_iou" else 1
-        right.plot(numbers, [epoch[key] for epoch in epochs], label=title, linewidth=width)
+        right.plot(
+            numbers, [epoch.get(key, np.nan) for epoch in epochs], label=title, linewidth=width
+        )
     right.set(xlabel="epoch", ylabel="val IoU", ylim=(0, 1))
     right.legend(frameon=False, ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(figure)
+
+
+def scatter_svg(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str) -> str:
+    """Return points of several groups over a logarithmic axis as one SVG element.
+
+    Args:
+        groups: name -> (x, y) of each point.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    marks = zip("osD^vP*X", ("#0072b2", "#d55e00", "#009e73", "#cc79a7") * 2, strict=True)
+    for (name, points), (marker, color) in zip(sorted(groups.items()), marks, strict=False):
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, marker=marker, color=color, linewidth=0.7, alpha=0.9, label=name)
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def lines_svg(lines: dict[str, list[float]], bold: str, xlabel: str, ylabel: str) -> str:
+    """Return lines over 1, 2, 3 ... as one SVG element, one of them drawn bold."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        color, width = ("#d55e00", 2.5) if name == bold else ("#5b7f95", 0.9)
+        numbers = range(1, len(values) + 1)
+        axes.plot(numbers, values, color=color, linewidth=width, marker=".", markersize=3)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure)
 
 

@@ -6,11 +6,14 @@
     RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer_00.pth ...
     RUN/best, RUN/latest            links to the two that run.json names, for people
 
+A SWEEP stands for its best trial's RUN, and a model's folder in a store for its current version.
+
 A checkpoint counts when run.json names it; one that a killed run left half-registered does not.
 """
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from samray.storage import (
     Place,
     is_used,
     local_copy,
+    read_bytes,
     read_json,
     remove_folder,
     whole_folder,
@@ -33,6 +37,7 @@ from samray.storage import (
 from samray.weights import load_state_dict, model_type_of
 
 RUN_FORMAT = 1
+CURRENT = "current"  # in a store: the file that names the version in use
 OPTIMIZER_PART_BYTES = 15 * 2**20  # files of moderate size travel anywhere
 
 
@@ -133,14 +138,42 @@ def load_checkpoint(path: Place) -> Checkpoint:
     return Checkpoint(folder, config.model.type, weights, read_json(folder / "progress.json"))
 
 
-def find_checkpoint(path: Place) -> Place:
-    """Return the best checkpoint's folder of a RUN, or the path itself if it is no RUN.
+def find_run(path: Place) -> Place:
+    """Return the RUN that a path means: itself, a SWEEP's best trial, or the one it lies in.
 
     Raises:
-        CheckpointError: the path does not exist, or the RUN has no checkpoint yet.
+        CheckpointError: there is none, or the sweep has no best trial yet.
+    """
+    if (path / "sweep.json").is_file():
+        best = read_json(path / "sweep.json").get("best")
+        if best is None:
+            raise CheckpointError(
+                f"{path}: this sweep has not ended; wait, or go on with the same `samray tune`"
+            )
+        return path / str(best)
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "run.json").is_file():
+            return folder
+    state = "holds no run.json" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path}: {state}; pass a RUN or a SWEEP, which hold the base, too")
+
+
+def find_checkpoint(path: Place) -> Place:
+    """Return the best checkpoint's folder of a RUN or SWEEP, a model's current version in a store,
+    or the path itself if it is none of them.
+
+    Raises:
+        CheckpointError: the path does not exist, or there is no checkpoint yet.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; pass a RUN folder or a weights file")
+    if (path / CURRENT).is_file():
+        version = read_bytes(path / CURRENT, 1000).decode("ascii", "replace").strip()
+        if not re.fullmatch(r"\w[\w.-]*", version):
+            raise CheckpointError(f"{path / CURRENT}: {version!r} is no name of a version")
+        return path / version
+    if (path / "sweep.json").is_file():
+        path = find_run(path)
     if not (path / "run.json").is_file():
         return path
     best = RunFolder(path).state["best"]

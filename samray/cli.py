@@ -30,6 +30,7 @@ class Stage:
         add_options: adds options whose `dest` is the dotted path of a setting.
         run: does the work and prints where the results are.
         positional: what stands without an option, for the usage line.
+        positional_setting: dotted path of the setting that it gives.
     """
 
     help: str
@@ -37,6 +38,7 @@ class Stage:
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Config], None]
     positional: str = ""
+    positional_setting: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,11 +84,11 @@ def _add_stage(commands: Any, name: str, stage: Stage) -> None:
 def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     options = vars(arguments)
     stage, path = options.pop("stage"), options.pop("config")
-    if stage == "sample-data":  # the one stage with a positional argument
+    if setting := STAGES[stage].positional_setting:
         folders = [word for word in words if not _OVERRIDE.match(word)]
         words = [word for word in words if _OVERRIDE.match(word)]
         if folders:
-            options["sample_data.output_dir"] = folders[0]
+            options[setting] = folders[0]
             words += folders[1:]
     try:
         with plain_errors("S3"):
@@ -340,6 +342,110 @@ def _run_pretrain(config: Config) -> None:
         print(f"exported: {config.pretrain.export_dir}/tiny.safetensors and tiny.json")
 
 
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    _paths(parser, "tune", "prepared dataset", "SWEEP folder")
+    parser.add_argument("--num-trials", dest="tune.num_trials", type=int, metavar="N")
+    parser.add_argument("--num-epochs", dest="train.num_epochs", type=int, metavar="N")
+    parser.add_argument("--device", dest="scaling.device", choices=["auto", "cpu", "gpu"])
+
+
+def _run_tune(config: Config) -> None:
+    from samray.tune import sweep
+
+    state = sweep(config)
+    kinds = ("finished", "stopped", "failed")
+    counts = {kind: sum(t["status"] == kind for t in state["trials"]) for kind in kinds}
+    print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number))
+    for trial in state["trials"]:
+        if trial["reason"]:
+            print(f"  failed {trial['trial_id']}: {trial['reason']}")
+    chosen = " ".join(f"{key}={value}" for key, value in state["best_settings"].items())
+    print(f"best: {state['best']} ({chosen})")
+    base, best = state["test"]["base"], state["test"]["best"]
+    print("test mIoU     base    best   change")
+    for name in base["iou"]["strategy"]:
+        before, after = base["iou"]["strategy"][name], best["iou"]["strategy"][name]
+        print(f"  {name:<10} {before:6.3f}  {after:6.3f}   {after - before:+6.3f}")
+    output = config.tune.output_dir
+    print(f"report: {output}/report.html, figures: {output}/sweep.json")
+
+
+def _store_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store", dest="promote.store", metavar="DIR", help="the store of models, or s3://"
+    )
+    parser.add_argument(
+        "--name", dest="promote.name", metavar="NAME", help="the model's name there"
+    )
+
+
+def _promote_options(parser: argparse.ArgumentParser) -> None:
+    _store_options(parser)
+    parser.add_argument(
+        "--data-dir",
+        dest="promote.data_dir",
+        metavar="DIR",
+        help="prepared dataset whose test split guards; without it the one trained on",
+    )
+    parser.add_argument(
+        "--force",
+        dest="promote.force",
+        action="store_true",
+        help="promote although the guard refuses; the record says so",
+    )
+    parser.add_argument(
+        "--rollback",
+        dest="promote.rollback",
+        action="store_true",
+        help="make the version before the current one current again",
+    )
+    parser.add_argument(
+        "--version", dest="promote.version", metavar="V", help="with --rollback: that version"
+    )
+
+
+def _run_promote(config: Config) -> None:
+    from samray.promote import promote, roll_back
+
+    if config.promote.rollback:
+        version = roll_back(config)
+        print(f"{version.name}: current is {version.version} again")
+        return
+    version = promote(config)
+    metrics, guard = version.record["metrics"], version.record["guard"]
+    print("test mIoU over the prompt matrix")
+    for model in metrics:
+        low, high = metrics[model]["miou_ci95"]
+        print(f"  {model:<8} {metrics[model]['miou']:.3f}  ({low:.3f} to {high:.3f})")
+    for reason in guard["refused"]:
+        print(f"note: forced although {reason}")
+    if not version.record["same_dataset_as_trained_on"]:
+        print("note: the guard's dataset is not the one trained on; do its test photos overlap?")
+    print(f"{version.name}: current is {version.version}: {version.folder}")
+
+
+def _run_models(config: Config) -> None:
+    from samray.config import required
+    from samray.storage import require_folder, resolve
+    from samray.store import ModelStore
+
+    (folder,) = required(config, "promote.store")
+    store = ModelStore(require_folder(resolve(folder, "--store"), "--store"))
+    names = [config.promote.name] if config.promote.name else store.names()
+    for name in names:
+        current = store.current(name)
+        print(f"{name}{'' if store.versions(name) else ': no such model'}")
+        for version in store.versions(name):
+            mark = "*" if current and version.version == current.version else " "
+            record = version.record
+            base, tuned = (record["metrics"][model]["miou"] for model in ("base", "tuned"))
+            forced = "  forced" if record["guard"]["forced"] else ""
+            scores = f"test mIoU {base:.3f} -> {tuned:.3f}{forced}"
+            print(f"{mark} {version.version}  {record['model_type']}  {scores}")
+    if not names:
+        print("no models yet")
+
+
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _paths(parser, "evaluate", "prepared dataset", "folder for evaluation.json and report.html")
     parser.add_argument("--checkpoint", dest="evaluate.checkpoint", metavar="RUN")
@@ -414,6 +520,7 @@ _WALKTHROUGH = """the whole way:
   samray inspect  --data-dir prepared --point-selection bbox --output-dir look
   samray train    --data-dir prepared --output-dir run --model-type tiny --num-workers 2
   samray evaluate --data-dir prepared --checkpoint run --output-dir report
+  samray tune     --data-dir prepared --output-dir sweep --config configs/tune.yaml
   samray predict  --checkpoint run --image-path photos/images/sample_00000.jpg \\
                   --point 120 80 --output-dir out
 
@@ -429,6 +536,7 @@ STAGES: dict[str, Stage] = {
         _sample_data_options,
         _run_sample_data,
         positional=" OUT",
+        positional_setting="sample_data.output_dir",
     ),
     "prepare": Stage(
         "check and rasterise LabelMe pairs into a prepared dataset",
@@ -458,6 +566,31 @@ STAGES: dict[str, Stage] = {
         "  samray train --config configs/vit_b.yaml train.learning_rate=5e-5",
         _train_options,
         _run_train,
+    ),
+    "tune": Stage(
+        "search the settings that tune best; each trial is a `samray train`",
+        "  samray tune --config configs/tune.yaml --data-dir prepared --output-dir sweep\n"
+        "  samray tune --config configs/tune.yaml --data-dir prepared --output-dir sweep "
+        "--num-trials 24 tune.search=optuna\n"
+        "The same command again goes on with a sweep that was interrupted.",
+        _tune_options,
+        _run_tune,
+    ),
+    "promote": Stage(
+        "put a tuned model into a store, if it is no worse than what is there",
+        "  samray promote run --name nuts --store models\n"
+        "  samray promote sweep --name nuts --store s3://bucket/models\n"
+        "  samray promote --rollback --name nuts --store models",
+        _promote_options,
+        _run_promote,
+        positional=" RUN_OR_SWEEP",
+        positional_setting="promote.checkpoint",
+    ),
+    "models": Stage(
+        "list the models of a store; * marks the version in use",
+        "  samray models --store models",
+        _store_options,
+        _run_models,
     ),
     "pretrain": Stage(
         "train `tiny` from nothing, on drawn scenes; no Ray needed",

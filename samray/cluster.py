@@ -25,13 +25,15 @@ class Resources:
 
     Attributes:
         num_workers: processes.
-        use_gpu: one GPU each.
+        use_gpu: a GPU each, or the share of one that is configured.
         cpus_per_worker: CPUs each, and threads on a CPU run.
+        room: how many such workers fit the cluster at once.
     """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
+    room: int
 
 
 def start() -> None:
@@ -57,8 +59,11 @@ def start() -> None:
             ray.shutdown()
 
 
-def plan_resources(scaling: ScalingConfig) -> Resources:
+def plan_resources(scaling: ScalingConfig, num_trials: int = 1) -> Resources:
     """Return what each worker gets, or say at once why the cluster cannot give it.
+
+    Args:
+        num_trials: runs that share a single node's CPUs, where `cpus_per_worker` is unset.
 
     Raises:
         ClusterError: more CPUs or GPUs asked for than the cluster has; Ray itself would wait
@@ -67,30 +72,31 @@ def plan_resources(scaling: ScalingConfig) -> Resources:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    workers = scaling.num_workers
-    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and gpus >= workers)
-    if scaling.device == "gpu" and gpus < workers:
+    workers, share = scaling.num_workers, scaling.gpus_per_worker
+    gpu_places = [int(node.get("GPU", 0)) * int(1 / share + 1e-9) for node in nodes]
+    enough = sum(gpu_places) >= workers
+    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and enough)
+    if scaling.device == "gpu" and not enough:
         raise ClusterError(
-            f"--num-workers {workers} with --device gpu needs {workers} GPUs; the cluster has "
-            f"{gpus}; ask for fewer workers or --device cpu"
+            f"--num-workers {workers} with --device gpu needs {workers * share:g} GPUs; the "
+            f"cluster has {gpus}; ask for fewer workers or --device cpu"
         )
     per_worker = scaling.cpus_per_worker
     if per_worker is None:
-        per_worker = max(1, cpus // workers) if len(nodes) == 1 and not use_gpu else 1
-    places = sum(
-        min(
-            int(node.get("CPU", 0)) // per_worker,
-            int(node.get("GPU", 0)) if use_gpu else workers,
-        )
-        for node in nodes
+        alone = len(nodes) == 1 and not use_gpu
+        per_worker = max(1, cpus // (workers * num_trials)) if alone else 1
+    room = sum(
+        min(int(node.get("CPU", 0)) // per_worker, on_gpus if use_gpu else cpus)
+        for node, on_gpus in zip(nodes, gpu_places, strict=True)
     )
-    if places < workers:
+    if room < workers:
+        gpu = f" and {share:g} GPU" if use_gpu else ""
         raise ClusterError(
-            f"{workers} workers of {per_worker} CPUs{' and a GPU' if use_gpu else ''} each do not "
-            f"fit the cluster, which has room for {places} ({cpus} CPUs, {gpus} GPUs on "
+            f"{workers} workers of {per_worker} CPUs{gpu} each do not "
+            f"fit the cluster, which has room for {room} ({cpus} CPUs, {gpus} GPUs on "
             f"{len(nodes)} nodes); lower --num-workers or scaling.cpus_per_worker"
         )
-    return Resources(workers, use_gpu, per_worker)
+    return Resources(workers, use_gpu, per_worker, room)
 
 
 def pool_size(device: str, num_items: int) -> int:

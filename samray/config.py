@@ -156,12 +156,31 @@ class ModelConfig(Section):
     """Keep the mask decoder as it is."""
 
 
+class MixtureConfig(Section):
+    """How often `mixed` draws each kind of prompt, in proportion."""
+
+    center: float = Field(1.0, ge=0)
+    """Of the innermost point."""
+    random: float = Field(1.0, ge=0)
+    """Of a random point."""
+    bbox: float = Field(1.0, ge=0)
+    """Of a box."""
+
+    @model_validator(mode="after")
+    def _draw_something(self) -> Self:
+        if not self.center + self.random + self.bbox > 0:
+            raise ValueError("one of center, random and bbox must be above 0")
+        return self
+
+
 class PromptConfig(Section):
     """The prompts that training draws, afresh in every epoch."""
 
     point_selection: PointSelection = "mixed"
     """center, random or bbox for every instance; mixed draws one of the three for each;
     interactive begins with a random point or a box and then clicks on the answers' errors."""
+    mixture: MixtureConfig = MixtureConfig()
+    """How often `mixed` draws which."""
     num_points: int = Field(1, ge=1, le=64)
     """Points an instance, for center and random."""
     num_clicks: int = Field(8, ge=0, le=32)
@@ -224,6 +243,8 @@ class ScalingConfig(Section):
     """auto takes GPUs when the Ray cluster (not this machine) has one for each worker."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs and threads a worker; unset shares the CPUs of a single node out, else 1."""
+    gpus_per_worker: float = Field(1.0, gt=0, le=1)
+    """Share of a GPU a worker takes where it takes one; 0.25 lets four trials share one GPU."""
 
 
 class EmbeddingsConfig(Section):
@@ -248,6 +269,67 @@ class PretrainConfig(Section):
     """Stop in time, at the end of an epoch; --resume goes on."""
     export_dir: str | None = None
     """Folder for the best weights, in the form that the package ships."""
+
+
+class TuneConfig(Section):
+    """`samray tune`: a sweep over settings; each trial is a `samray train`."""
+
+    data_dir: str | None = None
+    """A prepared dataset."""
+    output_dir: str | None = None
+    """The SWEEP folder."""
+    search_space: dict[str, Any] = {}
+    """Dotted path of a setting -> one of Ray Tune's words with its arguments, such as
+    {loguniform: [1e-5, 1e-2]}, {choice: [center, bbox]}, {grid_search: [1, 2]}."""
+    num_trials: int | None = Field(None, ge=1)
+    """Trials in all; unset: 16, or each point of a grid once."""
+    search: Literal["random", "optuna"] = "random"
+    """optuna (installed by hand) learns from the trials before; grids are always searched whole."""
+    try_default: bool = True
+    """The first trial is the config as it stands, where that lies in the search space."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops trials that lag behind at the same epoch; none lets all train to the end."""
+    grace_epochs: int = Field(2, ge=1)
+    """Epochs before asha stops anything."""
+    reduction_factor: float = Field(3.0, gt=1)
+    """asha lets the best 1 / reduction_factor go on, at each of its rungs."""
+    metric: str = "val_iou"
+    """What trials are compared by: val_iou is the mean over the prompt matrix."""
+    max_failures: int = Field(1, ge=0)
+    """Times that a crashed trial is tried again."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """Trials side by side; unset: as many as the cluster has room for."""
+    mlflow_uri: str | None = None
+    """Also log every trial to this MLflow server or folder (needs mlflow installed)."""
+    seed: int = Field(0, ge=0)
+    """Draws the trials' settings; each trial trains with train.seed."""
+
+
+class PromoteConfig(Section):
+    """`samray promote` and `samray models`: the store of models that are served."""
+
+    checkpoint: str | None = None
+    """A RUN, or a SWEEP, of which the best trial counts."""
+    store: str | None = None
+    """Folder or s3:// of the store."""
+    name: str | None = None
+    """Name of the model in the store."""
+    data_dir: str | None = None
+    """The prepared dataset whose test split guards; unset: the one that was trained on."""
+    max_forgetting: float = Field(0.02, ge=0, le=1)
+    """mIoU that a kind of prompt which was not trained with may lose against the base."""
+    force: bool = False
+    """Promote although the guard refuses; the record says so."""
+    rollback: bool = False
+    """Instead, make the version before the current one current again."""
+    version: str | None = None
+    """With rollback: that version."""
+
+    @model_validator(mode="after")
+    def _know_where_to(self) -> Self:
+        if self.version and not self.rollback:
+            raise ValueError("version says where to go back to; add rollback (--rollback)")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -302,7 +384,9 @@ class Config(Section):
     scaling: ScalingConfig = ScalingConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
     predict: PredictConfig = PredictConfig()
 
 
@@ -349,6 +433,32 @@ def load_config(
     if mistakes:
         raise ConfigError(f"{source}: " + "; ".join(mistakes))
     return config
+
+
+def with_settings(config: Config, settings: Mapping[str, Any], what: str) -> Config:
+    """Return the config with some settings changed.
+
+    Args:
+        settings: dotted path -> value.
+        what: who asks, for the error.
+
+    Raises:
+        ConfigError: one error that lists every mistake with its dotted path.
+    """
+    values = config.model_dump()
+    mistakes = []
+    for dotted, value in settings.items():
+        try:
+            _set(values, dotted, value)
+        except ValueError as exc:
+            mistakes.append(f"{dotted}: {exc}")
+    try:
+        changed = Config.model_validate(values)
+    except ValidationError as exc:
+        mistakes += [_explain(error) for error in exc.errors()]
+    if mistakes:
+        raise ConfigError(f"{what}: " + "; ".join(mistakes))
+    return changed
 
 
 def save_config(config: Config, path: Place) -> None:
@@ -438,7 +548,8 @@ def _explain(error: Any) -> str:
     model: type[BaseModel] = Config
     for section in sections:
         annotation = model.model_fields[section].annotation
-        assert isinstance(annotation, type)
+        if not isinstance(annotation, type):  # tune.search_space's own keys
+            break
         assert issubclass(annotation, BaseModel)
         model = annotation
     names = list(model.model_fields)

@@ -68,3 +68,15 @@ class ClusterError(SamrayError, RuntimeError):
 
 class TrainingError(SamrayError, RuntimeError):
     """Training cannot go on, e.g. the loss is no longer a number."""
+
+
+class SweepError(SamrayError, RuntimeError):
+    """No trial of a sweep came to an end."""
+
+
+class StoreError(SamrayError, ValueError):
+    """A store of models, or a version in it, cannot be used."""
+
+
+class GuardError(SamrayError, RuntimeError):
+    """A model is not good enough to replace what is there."""

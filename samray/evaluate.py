@@ -6,21 +6,20 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util import ActorPool
 from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.charts import curves_svg, jpeg_uri, render_page
-from samray.checkpoint import RunFolder, load_checkpoint
+from samray.checkpoint import RunFolder, find_run, load_checkpoint
 from samray.config import Config, load_config, required, save_config
 from samray.dataset import ImageRecord, PreparedDataset
 from samray.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.embeddings import EmbeddingCache
-from samray.errors import CheckpointError
 from samray.finetuning import embedding_of
 from samray.images import decode_image
-from samray.metrics import Score, interval_by, mean_by
-from samray.prompts import STRATEGIES
-from samray.scoring import evaluation_prompt, predict_masks, score_image
+from samray.metrics import Score, bootstrap_interval, interval_by, mean_by
+from samray.scoring import MATRIX, evaluation_prompt, predict_masks, score_image
 from samray.storage import (
     Place,
     make_folder,
@@ -53,7 +52,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
     )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    run = _run_of(resolve(checkpoint, "--checkpoint"))
+    run = RunFolder(find_run(resolve(checkpoint, "--checkpoint")))
     best = load_checkpoint(run.path)
     records = dataset.split(settings.split)
     output = resolve(output_dir, "--output-dir")
@@ -76,7 +75,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "checkpoint": run.state["best"],
         "epoch": best.progress["epoch"],
         "base_source": best.progress["base"],
-        **{model: _summary(scores[model]) for model in MODELS},
+        **{model: summary(scores[model]) for model in MODELS},
     }
     save_config(config, output / "config.yaml")
     write_json(output / "evaluation.json", evaluation)
@@ -88,17 +87,6 @@ def evaluate(config: Config) -> dict[str, Any]:
     return evaluation
 
 
-def _run_of(path: Place) -> RunFolder:
-    """The RUN that a path is, or that the checkpoint folder at the path lies in."""
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "run.json").is_file():
-            return RunFolder(folder)
-    state = "holds no run.json" if path.exists() else "does not exist"
-    raise CheckpointError(
-        f"{path}: {state}; evaluate compares a run's base with its best, so pass a RUN folder"
-    )
-
-
 def _score_all(
     config: Config,
     dataset: PreparedDataset,
@@ -107,23 +95,8 @@ def _score_all(
     cache_dir: Place,
 ) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
     """Score every image under both models; then draw the worst and best instances."""
-    seed = config.evaluate.seed
-    pool = cluster.start_pool(
-        Evaluator,
-        config.scaling.device,
-        len(records),
-        dataset.folder,
-        checkpoints,
-        cache_dir,
-        seed,
-    )
-    names = [record.name for record in records]
-    scores: dict[str, list[Score]] = {model: [] for model in MODELS}
-    with tqdm(total=len(names), desc="evaluate", unit="img", file=sys.stderr, disable=None) as bar:
-        for result in pool.map(lambda actor, name: actor.score.remote(name), names):
-            for model in MODELS:
-                scores[model] += result[model]
-            bar.update()
+    pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
+    scores = _scores(pool, records, checkpoints)
     wanted = _worst_and_best(scores["tuned"], config.evaluate.num_overlays)
     drawn = pool.map(lambda actor, item: actor.draw.remote(item[1].image, item[1].instance), wanted)
     base = {(s.image, s.instance): s for s in scores["base"] if s.strategy == OVERLAY_STRATEGY}
@@ -142,9 +115,59 @@ def _score_all(
     return scores, pictures
 
 
+def score_models(
+    config: Config,
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    checkpoints: dict[str, Place],
+    cache_dir: Place,
+) -> dict[str, list[Score]]:
+    """Return the scores of models on images, over the prompt matrix, in one order.
+
+    Args:
+        config: its `evaluate.seed` and `scaling.device`.
+        checkpoints: name -> checkpoint folder.
+    """
+    pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
+    scores = _scores(pool, records, checkpoints)
+    cluster.stop_pool(pool)
+    return scores
+
+
+def _start_evaluators(
+    config: Config,
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    checkpoints: dict[str, Place],
+    cache_dir: Place,
+) -> ActorPool:
+    return cluster.start_pool(
+        Evaluator,
+        config.scaling.device,
+        len(records),
+        dataset.folder,
+        checkpoints,
+        cache_dir,
+        config.evaluate.seed,
+    )
+
+
+def _scores(
+    pool: ActorPool, records: list[ImageRecord], checkpoints: dict[str, Place]
+) -> dict[str, list[Score]]:
+    names = [record.name for record in records]
+    scores: dict[str, list[Score]] = {model: [] for model in checkpoints}
+    with tqdm(total=len(names), desc="evaluate", unit="img", file=sys.stderr, disable=None) as bar:
+        for result in pool.map(lambda actor, name: actor.score.remote(name), names):
+            for model in checkpoints:
+                scores[model] += result[model]
+            bar.update()
+    return scores
+
+
 @ray.remote(max_restarts=2, max_task_retries=2)
 class Evaluator:
-    """Scores base and tuned on images of a prepared dataset."""
+    """Scores models on images of a prepared dataset."""
 
     def __init__(
         self,
@@ -197,15 +220,25 @@ def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]
     ]
 
 
-def _summary(scores: list[Score]) -> dict[str, Any]:
-    """Means per strategy and label; a label's mean is over all strategies."""
+def summary(scores: list[Score]) -> dict[str, Any]:
+    """Return the prompt matrix of a model, with 95 % intervals that resample whole images.
+
+    `iou` and `dice` per strategy and per label (over all strategies), `iou_by_label` per both, and
+    `miou`, over everything.
+    """
+    labels = sorted({score.label for score in scores})
     return {
         **{
             value: {key: mean_by(scores, key, value) for key in ("strategy", "label")}
             for value in ("iou", "dice")
         },
         "iou_ci95": {key: interval_by(scores, key, "iou") for key in ("strategy", "label")},
+        "iou_by_label": {
+            label: mean_by([s for s in scores if s.label == label], "strategy", "iou")
+            for label in labels
+        },
         "miou": float(np.mean([s.iou for s in scores])),
+        "miou_ci95": bootstrap_interval([s.source for s in scores], [s.iou for s in scores]),
     }
 
 
@@ -216,7 +249,7 @@ def _report(evaluation: dict[str, Any], run: RunFolder, pictures: list[dict[str,
     return render_page(
         "report.html",
         evaluation=evaluation,
-        strategies=STRATEGIES,
+        strategies=MATRIX,
         labels=sorted(evaluation["tuned"]["iou"]["label"]),
         state=run.state,
         config=load_config(run.path / "config.yaml").model_dump(),

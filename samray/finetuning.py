@@ -13,8 +13,7 @@ from samray.images import decode_image
 from samray.loop import Worker
 from samray.model import low_res_size
 from samray.prompted_sam import Batch
-from samray.prompts import STRATEGIES
-from samray.scoring import score_image
+from samray.scoring import MATRIX, score_image
 
 
 class FineTuning:
@@ -56,21 +55,21 @@ class FineTuning:
         """Score the val split; the images are shared out over the workers.
 
         Returns:
-            `val_iou` and `val_dice`, the means over center, random and bbox, and each one's own
-            IoU as `val_iou_center` and so on.
+            `val_iou` and `val_dice`, the means over the prompt matrix, and the IoU of each of its
+            rows as `val_iou_center`, `val_iou_random`, `val_iou_bbox` and `val_iou_clicks`.
         """
-        sums = torch.zeros(len(STRATEGIES), 3, dtype=torch.float64)  # IoU, Dice, count
+        sums = torch.zeros(len(MATRIX), 3, dtype=torch.float64)  # IoU, Dice, count
         for record in self.dataset.split("val")[worker.rank :: worker.world_size]:
             embedding = embedding_of(self.sam, self.dataset, self.cache, record)
             for score in score_image(self.sam, embedding, record, seed=0):
-                row = STRATEGIES.index(score.strategy)
+                row = MATRIX.index(score.strategy)
                 sums[row] += torch.tensor([score.iou, score.dice, 1.0], dtype=torch.float64)
         sums = worker.sum(sums.to(worker.device)).cpu()
         means = sums[:, :2] / sums[:, 2:]
         return {
             "val_iou": float(means[:, 0].mean()),
             "val_dice": float(means[:, 1].mean()),
-            **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(STRATEGIES)},
+            **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(MATRIX)},
         }
 
 

@@ -16,7 +16,7 @@ class Score:
         source: name of the image that the record is, or is a tile of.
         instance: its place in the image.
         label: its class.
-        strategy: center, random or bbox.
+        strategy: a row of the prompt matrix: center, random, bbox or clicks.
         iou, dice: at original resolution, 0..1.
         predicted_iou: what the model itself expected.
     """
@@ -55,24 +55,38 @@ def mean_by(scores: Sequence[Score], key: str, value: str) -> dict[str, float]:
 
 
 def interval_by(
-    scores: Sequence[Score], key: str, value: str, seed: int = 0, num_resamples: int = 1000
+    scores: Sequence[Score], key: str, value: str, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Return 95 % bootstrap intervals of `mean_by`.
+    """Return the `bootstrap_interval` of each mean of `mean_by`."""
+    groups: dict[str, tuple[list[str], list[float]]] = defaultdict(lambda: ([], []))
+    for score in scores:
+        sources, values = groups[getattr(score, key)]
+        sources.append(score.source)
+        values.append(getattr(score, value))
+    return {
+        name: bootstrap_interval(sources, values, seed)
+        for name, (sources, values) in sorted(groups.items())
+    }
+
+
+def bootstrap_interval(
+    sources: Sequence[str], values: Sequence[float], seed: int = 0, num_resamples: int = 1000
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of values.
 
     Whole images are resampled: instances of one image resemble each other, so resampling
     instances would promise too narrow an interval.
+
+    Args:
+        sources: for each value the image that it comes from.
     """
-    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-    for score in scores:
-        total = sums[getattr(score, key)][score.source]
-        total[0] += getattr(score, value)
-        total[1] += 1
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for source, value in zip(sources, values, strict=True):
+        sums[source][0] += value
+        sums[source][1] += 1
+    totals = np.array(list(sums.values()))  # images x (sum, count)
     rng = np.random.default_rng(seed)
-    intervals = {}
-    for name, by_image in sorted(sums.items()):
-        totals = np.array(list(by_image.values()))  # images x (sum, count)
-        chosen = rng.integers(len(totals), size=(num_resamples, len(totals)))
-        resampled = totals[chosen].sum(axis=1)
-        low, high = np.percentile(resampled[:, 0] / resampled[:, 1], [2.5, 97.5])
-        intervals[name] = (float(low), float(high))
-    return intervals
+    chosen = rng.integers(len(totals), size=(num_resamples, len(totals)))
+    resampled = totals[chosen].sum(axis=1)
+    low, high = np.percentile(resampled[:, 0] / resampled[:, 1], [2.5, 97.5])
+    return float(low), float(high)

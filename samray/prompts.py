@@ -52,6 +52,7 @@ def draw_prompt(
     num_points: int,
     rng: np.random.Generator,
     box_noise: float = 0.0,
+    mixture: tuple[float, ...] = (1, 1, 1),
 ) -> Prompt:
     """Return the prompt that a strategy gives for one mask.
 
@@ -63,12 +64,14 @@ def draw_prompt(
         num_points: points, for center and random.
         rng: source of chance; `center` with one point takes nothing from it.
         box_noise: see `tight_box`.
+        mixture: how often `mixed` draws each of STRATEGIES, in proportion.
 
     Raises:
         EmptyMaskError: no pixel is True.
     """
     if strategy == "mixed":
-        strategy = STRATEGIES[rng.integers(len(STRATEGIES))]
+        shares = np.array(mixture) / sum(mixture)
+        strategy = STRATEGIES[rng.choice(len(STRATEGIES), p=shares)]
     if strategy == "interactive":
         strategy, num_points = ("random", "bbox")[rng.integers(2)], 1
     if strategy == "bbox":

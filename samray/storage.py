@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +330,26 @@ def whole_folder(path: Place) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_folder(
+    source: Place, target: Place, names: Iterable[str] | None = None, link: bool = False
+) -> None:
+    """Copy the files of a folder, whole or not at all.
+
+    Args:
+        names: of the files; unset: all.
+        link: on one disk share the bytes instead; for files that are never changed in place.
+    """
+    with whole_folder(target) as temporary:
+        for name in list_folder(source) if names is None else names:
+            here = local_copy(source / name)
+            try:
+                if not link:
+                    raise OSError
+                os.link(here, temporary / name)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(here, temporary / name)
 
 
 def remove_folder(path: Place) -> None:

@@ -4,11 +4,13 @@ This file only wraps the loop in Ray; a run's state lives in its RUN folder and 
 which would go on unasked with a run of the same name and prefers the latest to the best.
 """
 
+import functools
 import os
 import sys
 import threading
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from torch import distributed as dist
 from tqdm import tqdm
 
 from samray import cluster
@@ -33,18 +36,33 @@ from samray.embeddings import EmbeddingCache
 from samray.encode import encode_missing
 from samray.errors import CheckpointError, ConfigError, SamrayError
 from samray.finetuning import FineTuning
-from samray.loop import Worker, train_loop
+from samray.loop import Report, Worker, train_loop
 from samray.model import build_model, load_weights
 from samray.shipped import load_shipped
-from samray.storage import Place, remove_folder, require_folder, resolve
+from samray.storage import Place, copy_folder, remove_folder, require_folder, resolve
 from samray.weights import digest_of, fetch_official, load_state_dict
 
 
-def fit(config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trial:
+    """What a sweep gives to one of its runs.
+
+    Attributes:
+        base: folder of the weights that all trials start from.
+        report: hears of every step and epoch, in place of a progress bar.
+    """
+
+    base: Place
+    report: Report
+
+
+def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     """Fine-tune a model and keep its best checkpoint.
 
     Args:
         config: its `model`, `prompts`, `loss`, `train`, `scaling` and `embeddings` sections.
+        trial: for a run of a sweep. A single worker's loop then runs in the calling process
+            (Ray Train's local mode), which saves the start of another.
 
     Returns:
         The run's report, as written to RUN/run.json.
@@ -69,7 +87,10 @@ def fit(config: Config) -> dict[str, Any]:
             f"note: {config.scaling.num_workers} workers share batches of "
             f"{config.train.batch_size} images; raise --batch-size to keep all of them busy"
         )
-    base, config = _base_checkpoint(config)
+    if trial is None:
+        base, config = base_checkpoint(config)
+    else:
+        config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
         print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
@@ -79,7 +100,10 @@ def fit(config: Config) -> dict[str, Any]:
     cluster.require_shared(output, "--output-dir")
     run = resumed or RunFolder.create(output, config, dataset.digest)
     if not run.base.exists():
-        save_checkpoint(run.base, base.weights, config, base.progress)
+        if trial is None:
+            save_checkpoint(run.base, base.weights, config, base.progress)
+        else:
+            copy_folder(trial.base, run.base, link=True)
     cache_dir = None
     if config.model.freeze_image_encoder:
         cache_dir = embeddings_folder(config, dataset)
@@ -88,7 +112,7 @@ def fit(config: Config) -> dict[str, Any]:
         device = config.scaling.device
         encoding = encode_missing(dataset, records, run.base, cache_dir, reserve, device)
         run.update(embeddings=encoding.as_dict())
-    _train(config, run, dataset, cache_dir, resources)
+    _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
     run = RunFolder(output)  # the workers have written to it
     run.update(status="finished")
     return run.state
@@ -103,28 +127,31 @@ def embeddings_folder(config: Config, dataset: PreparedDataset) -> Place:
 
 def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     """Run the plain torch loop in one of Ray Train's workers."""
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
+    if dist.is_initialized():
+        worker = Worker(dist.get_rank(), dist.get_world_size(), ray.train.torch.get_device())
+    else:  # in a trial's own process, where Tune lets nobody ask Ray Train
+        worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
     torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
     cache = None
     if arguments["cache_dir"] is not None:
         cache = EmbeddingCache(arguments["cache_dir"], load_checkpoint(run.base).model())
-    board = arguments["board"]
     config = arguments["config"]
     train_loop(
         config,
         run,
         lambda sam: FineTuning(config, dataset, cache, sam),
         worker,
-        report=lambda event: board.put.remote(event),
+        arguments["report"],
     )
-    ray.train.report({"epochs": len(run.state["epochs"])})
 
 
-def _base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
-    """Return the weights to start from, and the config with what follows from them."""
+def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
+    """Return the weights to start from, and the config with what follows from them.
+
+    Raises:
+        SamrayError: they cannot be had, or are another model's.
+    """
     model_type, source = config.model.type, config.model.checkpoint
     if source == "none":
         name = f"random weights, seed {config.train.seed}"
@@ -164,13 +191,15 @@ def _train(
     dataset: PreparedDataset,
     cache_dir: Place | None,
     resources: cluster.Resources,
+    report: Report | None,
 ) -> None:
-    """Start the workers, show their progress, and translate their failures."""
-    board = Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    """Start the workers, pass on what they report, and translate their failures."""
     ray_folder = run.path / "ray"
     worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.use_gpu:
-        worker_resources["GPU"] = 1
+        worker_resources["GPU"] = config.scaling.gpus_per_worker
+    here = report is not None and resources.num_workers == 1
+    board = None if here else Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -179,10 +208,11 @@ def _train(
             "dataset": dataset.folder,
             "cache_dir": cache_dir,
             "threads": resources.cpus_per_worker,
-            "board": board,
+            "use_gpu": resources.use_gpu,
+            "report": report if here else functools.partial(_pin, board),
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
+            num_workers=0 if here else resources.num_workers,  # 0: in this process
             use_gpu=resources.use_gpu,
             resources_per_worker=worker_resources,
         ),
@@ -191,8 +221,16 @@ def _train(
             name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(ray_folder)
         ),
     )
+    if here:
+        trainer.fit()
+        return
     done = threading.Event()
-    viewer = threading.Thread(target=_show_progress, args=(board, config, run, done), daemon=True)
+    show = (
+        functools.partial(_pass_on, report)
+        if report
+        else functools.partial(_show_progress, config, run)
+    )
+    viewer = threading.Thread(target=show, args=(board, done), daemon=True)
     viewer.start()
     try:
         trainer.fit()
@@ -233,7 +271,20 @@ class Board:
         return events
 
 
-def _show_progress(board: Any, config: Config, run: RunFolder, done: threading.Event) -> None:
+def _pin(board: Any, event: dict[str, Any]) -> None:
+    board.put.remote(event)
+
+
+def _pass_on(report: Report, board: Any, done: threading.Event) -> None:
+    """Tell a trial what its workers pin."""
+    last = False
+    while not last:
+        last = done.wait(0.2)
+        for event in ray.get(board.take.remote()):
+            report(event)
+
+
+def _show_progress(config: Config, run: RunFolder, board: Any, done: threading.Event) -> None:
     """A bar on a terminal, a line an epoch elsewhere."""
     epochs = config.train.num_epochs
     finished = len(run.state["epochs"])

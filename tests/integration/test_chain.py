@@ -55,8 +55,8 @@ def test_a_run_explains_itself(first_run, prepared):
     assert state["embeddings"] is None
     assert [epoch["step"] for epoch in state["epochs"]] == [steps, 2 * steps]
     for epoch in state["epochs"]:
-        three = [epoch[f"val_iou_{name}"] for name in ("center", "random", "bbox")]
-        assert epoch["val_iou"] == pytest.approx(sum(three) / 3)
+        four = [epoch[f"val_iou_{name}"] for name in ("center", "random", "bbox", "clicks")]
+        assert epoch["val_iou"] == pytest.approx(sum(four) / 4)
         assert 0 <= epoch["val_dice"] <= 1
     best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
     checkpoint = load_checkpoint(first_run)
@@ -104,7 +104,12 @@ def test_evaluate_compares_base_with_tuned(tuned_run, prepared, tmp_path, run_cl
     labels = set(PreparedDataset(prepared).manifest["labels"])
     for model in ("base", "tuned"):
         for value in ("iou", "dice"):
-            assert set(evaluation[model][value]["strategy"]) == {"center", "random", "bbox"}
+            assert set(evaluation[model][value]["strategy"]) == {
+                "center",
+                "random",
+                "bbox",
+                "clicks",
+            }
             assert set(evaluation[model][value]["label"]) <= labels
             assert all(0 <= v <= 1 for v in evaluation[model][value]["strategy"].values())
         for name, (low, high) in evaluation[model]["iou_ci95"]["strategy"].items():

@@ -1,0 +1,8 @@
+"""`samray promote` as a Ray job: `python -m jobs.promote --config YAML ...`."""
+
+import sys
+
+from samray.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("promote"))

@@ -1,0 +1,8 @@
+"""`samray tune` as a Ray job: `python -m jobs.tune --config YAML ...`."""
+
+import sys
+
+from samray.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("tune"))

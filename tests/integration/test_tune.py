@@ -1,0 +1,297 @@
+"""A real sweep on a real Ray: trials, crashes, kills, refusals, and what follows from it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from samray.checkpoint import load_checkpoint
+from samray.config import load_config
+from samray.errors import ConfigError, SamrayError
+from samray.model import build_model
+from samray.tune import search_space, sweep
+
+SPACE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}}
+
+
+@pytest.fixture(scope="module")
+def own_prepared(prepared, tmp_path_factory):
+    """`prepared` without embeddings, so that encoding can be counted."""
+    folder = tmp_path_factory.mktemp("tune") / "prepared"
+    shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("embeddings"))
+    return folder
+
+
+def config_file(folder: Path, **tune) -> Path:
+    settings = {
+        "train": {"num_epochs": 3, "batch_size": 8},
+        "tune": {"search_space": SPACE, "num_trials": 4, "grace_epochs": 1, **tune},
+    }
+    path = folder / "tune.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(own_prepared, tmp_path_factory, run_cli):
+    """A sweep of five trials, two of which cannot learn: their learning rate is absurd."""
+    folder = tmp_path_factory.mktemp("swept")
+    space = {
+        "train.learning_rate": {"grid_search": [1.0e-4, 1.0e-3, 1.0e12]},
+        "prompts.mixture.bbox": {"uniform": [0.0, 2.0]},
+    }
+    path = config_file(folder, search_space=space, num_trials=3)
+    arguments = ("--data-dir", own_prepared, "--output-dir", folder / "sweep", "--config", path)
+    status, out, err = run_cli("tune", *arguments)
+    assert status == 0, err
+    return folder / "sweep", out, arguments
+
+
+def test_a_crashed_trial_is_told_and_the_others_finish(swept):
+    output, out, _ = swept
+    state = json.loads((output / "sweep.json").read_text())
+    assert state["status"] == "finished"
+    by_rate = {trial["settings"]["train.learning_rate"]: trial for trial in state["trials"]}
+    assert by_rate[1e12]["status"] == "failed"
+    assert "no longer a finite number" in by_rate[1e12]["reason"]
+    assert "no longer a finite number" in out
+    for rate in (1e-4, 1e-3):
+        assert by_rate[rate]["status"] in ("finished", "stopped")
+        run = json.loads((output / by_rate[rate]["run"] / "run.json").read_text())
+        assert run["status"] == by_rate[rate]["status"]
+        assert max(e["val_iou"] for e in run["epochs"]) == by_rate[rate]["score"]
+        config = load_config(output / by_rate[rate]["run"] / "config.yaml")
+        assert config.train.learning_rate == rate
+        assert config.prompts.mixture.bbox == by_rate[rate]["settings"]["prompts.mixture.bbox"]
+    best = max((t for t in state["trials"] if t["score"] is not None), key=lambda t: t["score"])
+    assert state["best"] == best["run"]
+
+
+def test_each_image_is_encoded_once_for_all_trials(swept, own_prepared):
+    state = json.loads((swept[0] / "sweep.json").read_text())
+    manifest = json.loads((own_prepared / "manifest.json").read_text())
+    images = sum(len(members) for members in manifest["splits"].values())
+    assert state["embeddings"]["encoded"] == images
+    assert len(list((own_prepared / "embeddings").rglob("*.npy"))) == images
+    for trial in state["trials"]:
+        run = json.loads((swept[0] / trial["run"] / "run.json").read_text())
+        assert run["embeddings"]["encoded"] == 0
+
+
+def test_the_report_speaks_of_test_and_of_cost(swept):
+    output, _, _ = swept
+    state = json.loads((output / "sweep.json").read_text())
+    for model in ("base", "best"):
+        assert set(state["test"][model]["iou"]["strategy"]) == {
+            *("center", "random", "bbox", "clicks")
+        }
+    assert state["cost"]["epochs"] == sum(t["epochs"] for t in state["trials"])
+    page = (output / "report.html").read_text()
+    for trial in state["trials"]:
+        assert trial["trial_id"] in page
+    assert f"{state['test']['best']['miou']:.3f}" in page
+    assert "<script" not in page
+    assert list((output / "tune").rglob("events.out.tfevents*"))
+
+
+def test_the_same_command_again_repeats_nothing(swept, run_cli):
+    output, _, arguments = swept
+    before = {path: path.stat().st_mtime_ns for path in (output / "trials").rglob("*")}
+    status, _, err = run_cli("tune", *arguments)
+    assert status == 0, err
+    assert before == {path: path.stat().st_mtime_ns for path in (output / "trials").rglob("*")}
+
+
+def test_another_sweep_under_the_same_output_is_refused(swept, run_cli):
+    _, _, arguments = swept
+    for word in ("train.batch_size=4", "tune.seed=1", "tune.num_trials=6"):
+        status, _, err = run_cli("tune", *arguments, word)
+        assert status == 2
+        assert "holds another sweep" in err
+        assert word.split("=")[0].split(".")[1] in err
+
+
+def test_a_sweep_stands_for_its_best_run(swept, own_prepared, tmp_path, run_cli):
+    output, _, _ = swept
+    state = json.loads((output / "sweep.json").read_text())
+    assert load_checkpoint(output).path.parts[-4:-2] == tuple(state["best"].split("/"))
+    status, _, err = run_cli(
+        "evaluate", "--data-dir", own_prepared, "--checkpoint", output, "--output-dir", tmp_path
+    )
+    assert status == 0, err
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["tuned"]["miou"] == pytest.approx(state["test"]["best"]["miou"], abs=1e-6)
+
+
+def test_promote_list_and_roll_back(swept, tmp_path, run_cli):
+    output, _, _ = swept
+    store = tmp_path / "models"
+    versions = []
+    for _ in range(2):
+        status, out, err = run_cli(
+            "promote", output, "--name", "drawn", "--store", store, "--force"
+        )
+        assert status == 0, err
+        versions.append((store / "drawn" / "current").read_text().strip())
+        assert versions[-1] in out
+    status, out, _ = run_cli("models", "--store", store)
+    assert status == 0
+    assert f"* {versions[1]}" in out
+    assert f"  {versions[0]}" in out
+    status, out, _ = run_cli("promote", "--rollback", "--name", "drawn", "--store", store)
+    assert status == 0
+    assert (store / "drawn" / "current").read_text().strip() == versions[0]
+    best, stored = load_checkpoint(output), load_checkpoint(store / "drawn")
+    assert all(torch.equal(stored.weights[name], best.weights[name]) for name in best.weights)
+    record = json.loads((store / "drawn" / versions[1] / "promotion.json").read_text())
+    assert record["previous"] == versions[0]
+    assert record["base"]["digest"] == best.progress["base"]["digest"]
+    assert set(record["metrics"]) == {"base", "tuned", "current"}
+
+
+def test_a_bad_checkpoint_is_refused_unless_forced(swept, tmp_path, run_cli):
+    output, _, _ = swept
+    state = json.loads((output / "sweep.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(output / state["best"], run, symlinks=True)
+    folder = load_checkpoint(run).path
+    weights = dict(load_checkpoint(run).weights)
+    random = build_model("tiny", 1).state_dict()
+    weights |= {name: random[name] for name in weights if name.startswith("mask_decoder")}
+    (folder / "weights.pth").unlink()  # it may be linked with the sweep's
+    torch.save(weights, folder / "weights.pth")
+    store = tmp_path / "models"
+    status, _, err = run_cli("promote", run, "--name", "drawn", "--store", store)
+    assert status == 2
+    assert "worse than its base" in err
+    assert "forgot clicks" in err
+    assert not (store / "drawn").exists()
+    status, out, err = run_cli("promote", run, "--name", "drawn", "--store", store, "--force")
+    assert status == 0, err
+    assert "forced although it is worse" in out
+    (version,) = [path for path in (store / "drawn").iterdir() if path.is_dir()]
+    assert json.loads((version / "promotion.json").read_text())["guard"]["forced"] is True
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "search_space is empty"),
+        ({"train.learning_rte": {"choice": [1]}}, "did you mean learning_rate"),
+        ({"train": {"choice": [1]}}, "train"),
+        ({"scaling.num_workers": {"choice": [1]}}, "no setting of training"),
+        ({"train.num_epochs": {"choice": [1]}}, "what the trials are compared at"),
+        ({"model.checkpoint": {"choice": ["a"]}}, "one base"),
+        ({"prompts.point_selection": {"choice": ["centre"]}}, "'center'"),
+        ({"prompts.point_selection": {"chioce": ["center"]}}, "choice, grid_search"),
+        ({"prompts.point_selection": "center"}, "choice, grid_search"),
+        ({"prompts.point_selection": {"choice": []}}, "nothing to choose from"),
+        ({"train.learning_rate": {"loguniform": ["1e-5", 1]}}, "YAML reads 1e-5 as a text"),
+        ({"train.learning_rate": {"loguniform": [1.0e-3, 1.0e-5]}}, "below"),
+        ({"train.learning_rate": {"loguniform": [0, 1.0e-5]}}, "learning_rate"),
+        ({"train.learning_rate": {"uniform": [-1.0, 1.0]}}, "greater than 0"),
+        ({"train.learning_rate": {"uniform": [1.0]}}, "learning_rate"),
+        ({"prompts.num_points": {"randint": [0, 3]}}, "greater than or equal to 1"),
+    ],
+)
+def test_a_search_space_is_checked_before_anything_starts(space, message):
+    with pytest.raises(ConfigError) as caught:
+        search_space(load_config(options={"tune.search_space": space}))
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_of_a_search_space_at_once():
+    space = {"train.lr": {"choice": [1]}, "prompts.point_selection": {"choice": ["boxes"]}}
+    with pytest.raises(ConfigError) as caught:
+        search_space(load_config(options={"tune.search_space": space}))
+    assert "train.lr" in str(caught.value)
+    assert "boxes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("tune.metric", "val_miou", "reported by no trial; choose from val_iou"),
+        ("tune.num_trials", 3, "no multiple of the 2 points"),
+        ("scaling.cpus_per_worker", 4096, "do not fit the cluster"),
+        ("scaling.device", "gpu", "needs 1 GPUs"),
+        ("model.type", "vit_q", "vit_q"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, message):
+    if option == "scaling.device" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    settings = {
+        "tune.data_dir": str(prepared),
+        "tune.output_dir": str(tmp_path / "sweep"),
+        "tune.search_space": {"train.learning_rate": {"grid_search": [1e-4, 1e-3]}},
+    }
+    with pytest.raises(SamrayError) as caught:
+        sweep(load_config(options={**settings, option: value}))
+    assert message in str(caught.value)
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_a_killed_sweep_goes_on(own_prepared, tmp_path):
+    """kill -9 of the driver after the first trial has ended; then the same command."""
+    path = config_file(tmp_path, scheduler="none")
+    output = tmp_path / "sweep"
+    command = [
+        *(sys.executable, "-m", "jobs.tune", "--data-dir", str(own_prepared)),
+        *("--output-dir", str(output), "--config", str(path), "train.num_epochs=6"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("trial 1/"):
+            break
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert json.loads((output / "sweep.json").read_text())["status"] == "running"
+    _wait_until_quiet(output)
+    runs = {p.parent.name: json.loads(p.read_text()) for p in output.glob("trials/*/run.json")}
+    done = {name: run for name, run in runs.items() if len(run["epochs"]) == 6}
+    assert done
+    assert len(done) < 4
+    embeddings = {p: p.stat().st_mtime_ns for p in (own_prepared / "embeddings").rglob("*.npy")}
+    again = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=400
+    )
+    assert again.returncode == 0, again.stderr
+    state = json.loads((output / "sweep.json").read_text())
+    assert state["status"] == "finished"
+    assert state["interrupted"] is True
+    assert {trial["status"] for trial in state["trials"]} == {"finished"}
+    names = {trial["trial_id"] for trial in state["trials"]}
+    assert len(names) == 4
+    assert set(runs) <= names
+    for name, before in done.items():  # not repeated: the very epochs, seconds and all
+        after = json.loads((output / "trials" / name / "run.json").read_text())
+        assert after["epochs"] == before["epochs"]
+    assert embeddings == {
+        p: p.stat().st_mtime_ns for p in (own_prepared / "embeddings").rglob("*.npy")
+    }
+
+
+def _wait_until_quiet(folder: Path) -> None:
+    """Until the killed driver's Ray has taken its trials down, too."""
+    deadline = time.monotonic() + 60
+    seen = None
+    while time.monotonic() < deadline:
+        now = {p: p.stat().st_mtime_ns for p in folder.glob("trials/*/run.json")}
+        if now == seen:
+            return
+        seen = now
+        time.sleep(4)
