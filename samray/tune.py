@@ -339,12 +339,13 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
         if not first_step:
             first_step.append(round(time.perf_counter() - started, 2))
         if event["event"] == "epoch":
-            scores = {key: event[key] for key in ("epoch", "loss", *METRICS)}
-            tune.report({**scores, "seconds": event["seconds"], "startup_seconds": first_step[0]})
+            tell(event, startup_seconds=first_step[0])
+
+    def tell(epoch: dict[str, Any], **more: float) -> None:
+        tune.report({**{key: epoch[key] for key in ("epoch", "loss", "seconds", *METRICS)}, **more})
 
     if resume and (epochs := RunFolder(run_path).state["epochs"]):
-        report({"event": "epoch", **epochs[-1]})  # Tune may not have heard of it
-        first_step.clear()
+        tell(epochs[-1])  # Tune may not have heard of it
     own = {"train.output_dir": str(run_path), "train.resume": resume}
     fit(with_settings(config, {**chosen, **own}, "trial"), Trial(output / "base", report))
 
