@@ -446,6 +446,42 @@ def _run_models(config: Config) -> None:
         print("no models yet")
 
 
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        dest="serve.checkpoint",
+        metavar="RUN",
+        help="a RUN, SWEEP, checkpoint folder or ViT weights file; without it, `tiny`",
+    )
+    parser.add_argument(
+        "--store", dest="serve.store", metavar="DIR", help="serve what is current in this store"
+    )
+    parser.add_argument(
+        "--model", dest="serve.model", metavar="NAME", help="this model of the store alone"
+    )
+    parser.add_argument("--host", dest="serve.host", metavar="ADDRESS", help="default: 127.0.0.1")
+    parser.add_argument("--port", dest="serve.port", type=int, metavar="N", help="default: 8000")
+    parser.add_argument(
+        "--token-file",
+        dest="serve.token_file",
+        metavar="FILE",
+        help="clients must send this token; else $SAMRAY_TOKEN",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        dest="serve.cors_origins",
+        action="append",
+        metavar="URL",
+        help="pages of this origin may ask, too; may be given again",
+    )
+
+
+def _run_serve(config: Config) -> None:
+    from samray.endpoint import serve_here
+
+    serve_here(config.serve)
+
+
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _paths(parser, "evaluate", "prepared dataset", "folder for evaluation.json and report.html")
     parser.add_argument("--checkpoint", dest="evaluate.checkpoint", metavar="RUN")
@@ -591,6 +627,15 @@ STAGES: dict[str, Stage] = {
         "  samray models --store models",
         _store_options,
         _run_models,
+    ),
+    "serve": Stage(
+        "serve a model over HTTP, with a page where you click and see the mask",
+        "  samray serve\n"
+        "  samray serve --checkpoint run --port 8000\n"
+        "  samray serve --store models --model nuts --host 0.0.0.0 --token-file token.txt\n"
+        "On a Ray cluster: serve deploy configs/serve.yaml. Ctrl-C ends it.",
+        _serve_options,
+        _run_serve,
     ),
     "pretrain": Stage(
         "train `tiny` from nothing, on drawn scenes; no Ray needed",

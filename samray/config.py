@@ -332,6 +332,51 @@ class PromoteConfig(Section):
         return self
 
 
+class ServeConfig(Section):
+    """`samray serve`: the endpoint. Also the arguments in `configs/serve.yaml`."""
+
+    checkpoint: str | None = None
+    """A RUN, SWEEP, checkpoint folder or ViT weights file; unset, without a store: `tiny`."""
+    store: str | None = None
+    """A store of models, whose `current` versions are served, new ones as they are promoted."""
+    model: str | None = None
+    """Name of the one model of the store to serve; unset: all."""
+    host: str = "127.0.0.1"
+    """Address to listen on; others than this machine's own need a token."""
+    port: int = Field(8000, ge=1, le=65535)
+    """TCP port."""
+    token_file: str | None = None
+    """File with the token that clients must send; else $SAMRAY_TOKEN, else none."""
+    cors_origins: tuple[str, ...] = ()
+    """Pages of these origins may ask, e.g. https://annotate.example.org."""
+    decoder_replicas: int = Field(1, ge=1)
+    """Processes that answer prompts; each image and model has its own among them."""
+    encoder_replicas: int = Field(1, ge=1)
+    """Processes that encode images, at most."""
+    encode_batch: int = Field(4, ge=1)
+    """Images encoded together, at most."""
+    cpus_per_replica: float = Field(0.5, gt=0)
+    """CPUs that Ray sets aside for each of those processes."""
+    gpus_per_replica: float = Field(0.0, ge=0, le=1)
+    """Share of a GPU for each of those processes."""
+    threads: int = Field(1, ge=1)
+    """Threads of torch in each of those processes."""
+    embedding_cache_mb: int = Field(512, ge=1)
+    """Embeddings a decoder keeps, in MiB; `tiny` needs 1/16 an image, ViTs 2."""
+    logits_cache_mb: int = Field(128, ge=1)
+    """Answers a decoder keeps for correction clicks, in MiB."""
+    image_cache_mb: int = Field(1024, ge=1)
+    """Image files kept, in MiB."""
+    max_body_mb: float = Field(64.0, gt=0)
+    """Larger requests are refused while they arrive, in MiB."""
+    max_megapixels: float = Field(100.0, gt=0, le=170)
+    """Larger images are refused by their header."""
+    max_in_flight: int = Field(64, ge=1)
+    """Requests that may wait for masks; more are answered 429."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """An answer that takes longer is given up."""
+
+
 class EvaluateConfig(Section):
     """`samray evaluate`: base against tuned."""
 
@@ -387,6 +432,7 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
+    serve: ServeConfig = ServeConfig()
     predict: PredictConfig = PredictConfig()
 
 

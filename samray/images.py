@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from samray.errors import AnnotationError
 from samray.storage import Place, read_bytes
@@ -60,6 +60,31 @@ def decode_and_stretch(
         if upright.mode in DEEP_MODES:
             return _stretch(np.asarray(upright))
         return np.asarray(upright.convert("RGB")), None
+
+
+def size_from_header(raw: bytes) -> tuple[int, int]:
+    """Return an image's (H, W) as people see it, without decoding its pixels.
+
+    Raises:
+        AnnotationError: field `format`, it is none that samray reads; field `size`, it is beyond
+            any limit of samray's; field `image`, it is damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = Image.open(io.BytesIO(raw), formats=FORMATS)
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except UnidentifiedImageError as exc:
+            raise AnnotationError(
+                "format", "is no JPEG, PNG, BMP, TIFF or WebP file by its content"
+            ) from exc
+        except Image.DecompressionBombError as exc:
+            raise AnnotationError("size", f"has more than {MAX_MEGAPIXELS:g} megapixels") from exc
+        # Pillow's parsers raise almost anything on damaged files.
+        except Exception as exc:
+            raise AnnotationError("image", "is damaged; its header cannot be read") from exc
+    height, width = picture.size[::-1]
+    return (width, height) if turned else (height, width)
 
 
 def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Shipped text stays true: every command in the README parses, and every file it names exists."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from samray import cli
-from samray.config import load_config
+from samray.config import ServeConfig, load_config
 from samray.errors import SamrayError
 
 ROOT = Path(__file__).parents[1]
@@ -42,12 +44,25 @@ def test_a_command_of_the_readme_is_understood(command, monkeypatch, capsys):
     assert re.search(r"does not exist|cannot be read", message), message
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+RUNS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "serve")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
 def test_shipped_configs_load(path):
     try:
         load_config(path)
     except SamrayError as exc:
         pytest.fail(str(exc))
+
+
+def test_the_config_of_serve_deploy_is_ray_serves_and_ours():
+    from ray.serve.schema import ServeDeploySchema
+
+    content = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(content).applications
+    assert ServeConfig.model_validate(application.args) == ServeConfig()
+    module, function = application.import_path.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_files_that_the_readme_names_exist():

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from samray.config import Config, load_config, required, save_config
 from samray.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+_FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for path in _FOLDER.glob("*.yaml") if path.stem != "serve")  # Ray Serve's
 
 
 def write(folder: Path, text: str) -> Path:

@@ -1,0 +1,262 @@
+"""What crosses HTTP: requests, answers and errors of API v1, checked field by field. No Ray.
+
+Coordinates are absolute pixels, (x, y), of the image as people see it (EXIF applied).
+"""
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+IMAGE_ID = r"^sha256:[0-9a-f]{64}$"
+MAX_PROMPTS, MAX_POINTS = 256, 64  # a request, and each of its prompts
+
+# code -> (status, whether the same request may succeed later)
+CODES = {
+    "bad_request": (400, False),
+    "invalid_image": (400, False),
+    "unauthorized": (401, False),
+    "forbidden": (403, False),
+    "not_found": (404, False),
+    "unknown_image": (404, False),
+    "unknown_model": (404, False),
+    "unknown_mask_token": (404, False),
+    "method_not_allowed": (405, False),
+    "too_large": (413, False),
+    "unsupported_format": (415, False),
+    "invalid_request": (422, False),
+    "too_busy": (429, True),
+    "internal": (500, True),
+    "not_ready": (503, True),
+    "timed_out": (503, True),
+}
+
+
+class ApiError(Exception):
+    """A refusal that a client is told; what it says is all that it learns."""
+
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
+        super().__init__(code, message, field)
+        self.code, self.message, self.field = code, message, field
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return CODES[self.code][0]
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        """Return the one shape that every error has."""
+        return {
+            "error": {
+                "code": self.code,
+                "message": self.message,
+                "field": self.field,
+                "request_id": request_id,
+                "retryable": CODES[self.code][1],
+            }
+        }
+
+
+def _decoded(text: str) -> str:
+    try:
+        base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise ValueError("is not base64") from exc
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ImageContent(_Strict):
+    """An image's file, in the request."""
+
+    base64: Annotated[str, Field(min_length=1), AfterValidator(_decoded)]
+    """A whole JPEG, PNG, BMP, TIFF or WebP file."""
+
+
+Coordinate = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class PromptRequest(_Strict):
+    """What points at one object: points, a box, an earlier answer, or several of them."""
+
+    id: Annotated[str, StringConstraints(max_length=200)] | None = None
+    """Given back with the answer."""
+    point_coords: Annotated[list[tuple[Coordinate, Coordinate]], Field(max_length=MAX_POINTS)] = []
+    """(x, y) pixels of the image as people see it."""
+    point_labels: Annotated[list[Literal[0, 1]], Field(max_length=MAX_POINTS)] | None = None
+    """1: belongs to the object, 0: does not. Without it, every point belongs."""
+    box: tuple[Coordinate, Coordinate, Coordinate, Coordinate] | None = None
+    """x1, y1, x2, y2."""
+    mask_token: Annotated[str, StringConstraints(max_length=100)] | None = None
+    """Of an earlier answer on this image by this model, which the new points correct."""
+
+    @model_validator(mode="after")
+    def _point_at_something(self) -> "PromptRequest":
+        if not self.point_coords and self.box is None:
+            raise ValueError("needs point_coords or a box")
+        if self.point_labels is not None and len(self.point_labels) != len(self.point_coords):
+            raise ValueError(
+                f"has {len(self.point_coords)} point_coords and {len(self.point_labels)} "
+                "point_labels; it needs a label for each point"
+            )
+        if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise ValueError("box must be x1, y1, x2, y2 with x1 < x2 and y1 < y2")
+        return self
+
+    def require_inside(self, size: tuple[int, int], field: str) -> list[tuple[str, str]]:
+        """Return (field, message) for each coordinate outside an image of (H, W)."""
+        height, width = size
+        mistakes = []
+        for number, (x, y) in enumerate(self.point_coords):
+            if not (0 <= x < width and 0 <= y < height):
+                where = f"{field}.point_coords[{number}]"
+                mistakes.append((where, f"[{x:g}, {y:g}] lies outside {width} x {height} pixels"))
+        if self.box is not None:
+            x1, y1, x2, y2 = self.box
+            if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
+                mistakes.append((f"{field}.box", f"lies outside {width} x {height} pixels"))
+        return mistakes
+
+
+class PredictRequest(_Strict):
+    """`POST /v1/predict`."""
+
+    image: ImageContent | None = None
+    """The image itself; or image_id; or, in multipart, a file named `image`."""
+    image_id: Annotated[str, StringConstraints(pattern=IMAGE_ID)] | None = None
+    """Of an image that the server has been given before."""
+    model: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """One of `GET /v1/models`; unset: the first."""
+    prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS)]
+    """One an object; they are decoded together."""
+    multimask_output: bool | None = None
+    """Three masks a prompt or one; unset: three for a single point alone."""
+    mask_format: Literal["polygon", "rle", "png", "labelme", "none"] = "polygon"
+    """polygon: outlines; rle: COCO's compressed counts; png: 1 bit a pixel, base64; labelme:
+    shapes, and a whole file of the best masks; none: scores, areas and boxes alone."""
+    label: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "object"
+    """For LabelMe's shapes."""
+    polygon_tolerance: Annotated[float, Field(ge=0, le=50)] = 0.5
+    """Pixels by which a polygon may leave the mask's outline."""
+    min_area: Annotated[int, Field(ge=0)] = 0
+    """Parts of a mask smaller than this many pixels are left out; never the largest."""
+
+
+class ModelAnswer(BaseModel):
+    """Which model answered."""
+
+    name: str
+    version: str
+    checkpoint_digest: str
+
+
+class MaskAnswer(BaseModel):
+    """One mask; which of the last five is there follows `mask_format`."""
+
+    score: float
+    area: int
+    bbox: tuple[float, float, float, float]
+    format: str
+    mask_token: str
+    polygons: list[dict[str, Any]] | None = None
+    rle: dict[str, Any] | None = None
+    png: str | None = None
+    shapes: list[dict[str, Any]] | None = None
+
+
+class PromptAnswer(BaseModel):
+    """The masks of one prompt, the best first."""
+
+    id: str | None
+    masks: list[MaskAnswer]
+
+
+class PredictAnswer(BaseModel):
+    """`POST /v1/predict`."""
+
+    image_id: str
+    width: int
+    height: int
+    model: ModelAnswer
+    results: list[PromptAnswer]
+    labelme: dict[str, Any] | None = None
+    cache: Literal["hit", "miss"]
+    timing_ms: dict[str, float]
+    request_id: str
+
+
+class ImageAnswer(BaseModel):
+    """`POST /v1/images`."""
+
+    image_id: str
+    width: int
+    height: int
+    cache: Literal["hit", "miss"]
+    timing_ms: dict[str, float]
+    request_id: str
+
+
+class ErrorContent(BaseModel):
+    """What went wrong; all mistakes are in the message, the first one's place in `field`."""
+
+    code: str
+    message: str
+    field: str | None
+    request_id: str
+    retryable: bool
+
+
+class ErrorAnswer(BaseModel):
+    """The one shape of every error."""
+
+    error: ErrorContent
+
+
+def read_request(content: bytes | str) -> PredictRequest:
+    """Parse and check a request.
+
+    Raises:
+        ApiError: bad_request if it is not JSON, invalid_request with every mistake otherwise.
+    """
+    try:
+        return PredictRequest.model_validate_json(content)
+    except ValidationError as exc:
+        errors = exc.errors(include_url=False, include_input=False, include_context=False)
+        if errors[0]["type"] == "json_invalid":
+            raise ApiError("bad_request", "the body is not JSON") from exc
+        raise mistakes_error(
+            [(_path(error["loc"]), _plain(error["msg"])) for error in errors]
+        ) from exc
+
+
+def mistakes_error(mistakes: list[tuple[str, str]]) -> ApiError:
+    """One invalid_request for all (field, message)."""
+    text = "; ".join(f"{field or 'request'}: {message}" for field, message in mistakes[:20])
+    if len(mistakes) > 20:
+        text += f"; and {len(mistakes) - 20} more"
+    return ApiError("invalid_request", text, mistakes[0][0] or None)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`prompts[0].box` for ("prompts", 0, "box")."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _plain(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
