@@ -96,8 +96,9 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
     except SamrayError as exc:
         print(f"samray {stage}: error: {exc}", file=sys.stderr)
         return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        print(f"samray {stage}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as exc:
+        hint = f"; {exc}" if exc.args else ""
+        print(f"samray {stage}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -405,7 +406,7 @@ def _promote_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_promote(config: Config) -> None:
-    from samray.promote import promote, roll_back
+    from samray.promote import MIN_IMAGES, promote, roll_back
 
     if config.promote.rollback:
         version = roll_back(config)
@@ -413,6 +414,8 @@ def _run_promote(config: Config) -> None:
         return
     version = promote(config)
     metrics, guard = version.record["metrics"], version.record["guard"]
+    if guard["num_images"] < MIN_IMAGES:
+        print(f"note: {guard['num_images']} test photos are few to judge by; prepare more")
     print("test mIoU over the prompt matrix")
     for model in metrics:
         low, high = metrics[model]["miou_ci95"]
@@ -433,9 +436,9 @@ def _run_models(config: Config) -> None:
     store = ModelStore(require_folder(resolve(folder, "--store"), "--store"))
     names = [config.promote.name] if config.promote.name else store.names()
     for name in names:
-        current = store.current(name)
-        print(f"{name}{'' if store.versions(name) else ': no such model'}")
-        for version in store.versions(name):
+        current, versions = store.current(name), store.require_versions(name)
+        print(name)
+        for version in versions:
             mark = "*" if current and version.version == current.version else " "
             record = version.record
             base, tuned = (record["metrics"][model]["miou"] for model in ("base", "tuned"))

@@ -16,6 +16,8 @@ from samray.storage import Place, require_folder, resolve
 from samray.store import ModelStore, Version, require_name, require_store
 from samray.train import embeddings_folder
 
+MIN_IMAGES = 5  # for an interval by resampling them
+
 # The rows of the prompt matrix that a strategy trains for; the others are off-target.
 _ON_TARGET = {
     "center": {"center"},
@@ -76,7 +78,11 @@ def promote(config: Config) -> Version:
         "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
         "split": "test",
         "metrics": {model: summary(scores[model]) for model in checkpoints},
-        "guard": {"refused": reasons, "forced": bool(reasons)},
+        "guard": {
+            "refused": reasons,
+            "forced": bool(reasons),
+            "num_images": len({record.source for record in records}),
+        },
         "previous": current.version if current else None,
     }
     return store.add(name, tuned, record)
@@ -89,7 +95,8 @@ def guard(
 
     Worse than base or current version is a model if the 95 % interval of the mean paired difference
     over the prompt matrix, whole images resampled, lies below zero. And no row of the matrix that
-    it was not trained for may lose more than `max_forgetting` against the base.
+    it was not trained for may lose more than `max_forgetting` against the base. Fewer than
+    MIN_IMAGES give no interval worth the name; then a loss of `max_forgetting` counts as worse.
 
     Args:
         scores: of `base`, `tuned` and perhaps `current`, in the same order.
@@ -104,11 +111,17 @@ def guard(
             continue
         difference = ious["tuned"] - ious[other]
         low, high = bootstrap_interval(sources, difference.tolist())
-        if high < 0:
+        num_images = len(set(sources))
+        grounds = f"95 % interval {low:+.3f} to {high:+.3f}"
+        worse = high < 0
+        if num_images < MIN_IMAGES:
+            grounds = f"with {num_images} test photos, too few for an interval"
+            worse = difference.mean() < -max_forgetting
+        if worse:
             reasons.append(
                 f"it is worse than {_TITLES[other]}: mIoU over the prompt matrix "
                 f"{ious['tuned'].mean():.3f} against {ious[other].mean():.3f}, difference "
-                f"{difference.mean():+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+                f"{difference.mean():+.3f} ({grounds})"
             )
     for row in off_target:
         those = np.array([score.strategy == row for score in scores["tuned"]])

@@ -76,6 +76,20 @@ class ModelStore:
                 found.append(Version(name, version, folder / version, record))
         return found
 
+    def require_versions(self, name: str) -> list[Version]:
+        """Return a model's versions.
+
+        Raises:
+            StoreError: there is no such model.
+        """
+        found = self.versions(name)
+        if not found:
+            raise StoreError(
+                f"--name: {self.folder} has no model {name!r}; it has "
+                f"{', '.join(self.names()) or 'none yet'}"
+            )
+        return found
+
     def current(self, name: str) -> Version | None:
         """Return the version in use, or None before the first promotion.
 
@@ -130,7 +144,7 @@ class ModelStore:
         Raises:
             StoreError: there is none.
         """
-        versions = {version.version: version for version in self.versions(name)}
+        versions = {version.version: version for version in self.require_versions(name)}
         if to is None:
             current = self.current(name)
             to = current.record["previous"] if current else None
@@ -138,8 +152,7 @@ class ModelStore:
                 raise StoreError(f"{self.folder}: {name} has no version before the current one")
         if to not in versions:
             raise StoreError(
-                f"{self.folder}: {name} has no version {to!r}; it has "
-                f"{', '.join(versions) or 'none at all'}"
+                f"{self.folder}: {name} has no version {to!r}; it has {', '.join(versions)}"
             )
         self.set_current(name, to)
         return versions[to]

@@ -162,7 +162,7 @@ def search_space(config: Config) -> dict[str, Any]:
     if not written:
         raise ConfigError(
             "tune.search_space is empty; name the settings to search, e.g. "
-            "{train.learning_rate: {loguniform: [1e-5, 1e-2]}}; see configs/tune.yaml"
+            "{train.learning_rate: {loguniform: [1.0e-5, 1.0e-2]}}; see configs/tune.yaml"
         )
     space: dict[str, Any] = {}
     mistakes = []
@@ -210,7 +210,7 @@ def _domain(config: Config, dotted: str, spec: Any) -> Any:
         last = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
         ends += [domain.lower, last]
     for value in ends:
-        with_settings(config, {dotted: value}, word)
+        with_settings(config, {dotted: value}, f"{word} can draw {value!r}")
     return domain
 
 
@@ -290,6 +290,7 @@ def _run_trials(plan: Plan, space: dict[str, Any]) -> list[dict[str, Any]]:
     )
     folder = plan.output / "tune"
     if tune.Tuner.can_restore(str(folder)):
+        print(f"going on with the sweep in {plan.output}", flush=True)
         tuner = tune.Tuner.restore(str(folder), trainable, param_space=space)
     else:
         tuner = tune.Tuner(
@@ -317,7 +318,8 @@ def _run_trials(plan: Plan, space: dict[str, Any]) -> list[dict[str, Any]]:
     results = tuner.fit()
     trials = [_row(plan, result) for result in results]
     if any(trial["status"] == "unfinished" for trial in trials) or len(trials) < plan.num_trials:
-        raise KeyboardInterrupt  # Tune ends quietly at Ctrl-C; the same command goes on
+        # Tune itself ends quietly at Ctrl-C.
+        raise KeyboardInterrupt("the same command goes on where it stopped")
     return sorted(trials, key=lambda trial: trial["trial_id"])
 
 
@@ -372,8 +374,12 @@ def _grid_points(space: dict[str, Any]) -> int:
 
 def _searcher(plan: Plan, space: dict[str, Any]) -> Searcher | BasicVariantGenerator:
     settings = plan.config.tune
-    default = _default_point(plan.config, space) if settings.try_default else None
-    points = [default] if default and plan.num_trials > 1 else None
+    default = None
+    if settings.try_default and plan.num_trials > 1:
+        default = _default_point(plan.config, space)
+        if default is None:
+            print("note: the config as it stands is no trial: the search space does not hold it")
+    points = [default] if default else None
     if settings.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
@@ -429,8 +435,6 @@ class Progress(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, num_trials: int, metric: str) -> None:
         self.num_trials, self.metric = num_trials, metric
-        self.best: dict[str, float] = {}
-        self.ended: set[str] = set()
 
     @functools.cached_property
     def bar(self) -> Any:
@@ -442,32 +446,27 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "bar"}
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Keep the trial's best score."""
-        score = result.get(self.metric)
-        if score is not None:
-            self.best[trial.trial_id] = max(score, self.best.get(trial.trial_id, score))
-
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell how it went."""
         epochs = trial.last_result.get("epoch", 0)
-        self._tell(trial, f"{self.metric} {self.best.get(trial.trial_id, 0):.3f}, {epochs} epochs")
+        plural = "" if epochs == 1 else "s"
+        self._tell(trials, trial, f"{self.metric} {self._best(trial):.3f}, {epochs} epoch{plural}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell that it failed."""
-        self._tell(trial, "failed")
+        self._tell(trials, trial, "failed")
 
-    def _tell(self, trial: Any, outcome: str) -> None:
-        if trial.trial_id in self.ended:
-            return
-        self.ended.add(trial.trial_id)
+    def _best(self, trial: Any) -> float:
+        """A trial's best score, as far as Tune was told."""
+        return float(trial.metric_analysis.get(self.metric, {}).get("max", 0.0))
+
+    def _tell(self, trials: list[Any], trial: Any, outcome: str) -> None:
+        ended = [other for other in trials if other.is_finished() or other is trial]
         chosen = ", ".join(f"{key.split('.')[-1]} {_short(v)}" for key, v in trial.config.items())
-        top = f"; best so far {max(self.best.values()):.3f}" if self.best else ""
-        self.bar.update()
-        place = f"trial {len(self.ended)}/{self.num_trials} {trial.trial_id}"
-        self.bar.write(f"{place}: {outcome} ({chosen}){top}", file=sys.stdout)
+        best = max(self._best(other) for other in ended)
+        self.bar.update(len(ended) - self.bar.n)
+        place = f"trial {len(ended)}/{self.num_trials} {trial.trial_id}"
+        self.bar.write(f"{place}: {outcome} ({chosen}); best so far {best:.3f}", file=sys.stdout)
 
 
 def _short(value: Any) -> str:

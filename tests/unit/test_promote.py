@@ -51,6 +51,14 @@ def test_one_bad_image_of_many_instances_is_no_proof():
     assert guard({"base": base, "tuned": tuned}, [], 1.0) == []
 
 
+def test_few_photos_prove_little():
+    """Two photos that lose the same give an interval of no width, which proves nothing."""
+    base, slightly, clearly = (scores(shift, images=2) for shift in (0.0, -0.013, -0.03))
+    assert guard({"base": base, "tuned": slightly}, [], 0.02) == []
+    (reason,) = guard({"base": base, "tuned": clearly}, [], 0.02)
+    assert "2 test photos, too few for an interval" in reason
+
+
 def test_forgetting_counts_off_target_only():
     given = {"base": scores(), "tuned": scores(-0.05, row="clicks")}
     given["tuned"] = [

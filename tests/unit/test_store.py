@@ -65,6 +65,8 @@ def test_rolling_back_and_forth(store, checkpoint):
     assert store.current("nuts") == third
     with pytest.raises(StoreError, match="has no version 'gone'; it has"):
         store.roll_back("nuts", "gone")
+    with pytest.raises(StoreError, match="no model 'fig'; it has nuts"):
+        store.roll_back("fig")
 
 
 def test_promotions_at_once_lose_nothing(store, checkpoint):
