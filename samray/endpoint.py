@@ -20,6 +20,7 @@ from importlib import resources as package_files
 from pathlib import Path
 from typing import Any
 
+import requests
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -548,8 +549,12 @@ def serve_here(settings: ServeConfig) -> None:
     try:
         serve.start(http_options=options, logging_config={"log_level": "WARNING"})
         serve.run(application, name="samray", route_prefix="/")
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"serving http://{host}:{settings.port}/  (Ctrl-C ends it)", flush=True)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        host = f"[{host}]" if ":" in host else host
+        address = f"http://{host}:{settings.port}/"
+        while requests.get(f"{address}v1/readyz", timeout=60).status_code != 200:
+            time.sleep(0.2)  # models are being loaded
+        print(f"serving {address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     finally:
         serve.shutdown()
