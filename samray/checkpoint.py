@@ -155,7 +155,7 @@ def find_run(path: Place) -> Place:
         if (folder / "run.json").is_file():
             return folder
     state = "holds no run.json" if path.exists() else "does not exist"
-    raise CheckpointError(f"{path}: {state}; pass a RUN or a SWEEP, which hold the base, too")
+    raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP; both hold the base")
 
 
 def find_checkpoint(path: Place) -> Place:
