@@ -54,6 +54,7 @@ def data(photos, s3_server, bucket):
     return f"{bucket}/data"
 
 
+@pytest.mark.slow
 def test_the_whole_way_in_s3(done, data, bucket, prepared):
     folder = f"{bucket}/prepared"
     assert "24 images" in done("prepare", "--data-dir", data, "--output-dir", folder)

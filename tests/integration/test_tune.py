@@ -240,6 +240,7 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
     assert not (tmp_path / "sweep" / "sweep.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(own_prepared, tmp_path):
     """kill -9 of the driver after the first trial has ended; then the same command."""
     path = config_file(tmp_path, scheduler="none")
