@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass
 
 from samray import __version__
-from samray.checkpoint import Checkpoint, find_run, load_checkpoint
+from samray.checkpoint import Checkpoint, find_checkpoint, find_run, load_checkpoint
 from samray.config import ServeConfig
 from samray.errors import ConfigError, SamrayError
 from samray.shipped import load_shipped
@@ -64,7 +64,7 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
         digest = digest_of(shipped.weights)
         return {"tiny": ModelRef("tiny", f"shipped-{__version__}", None, digest, "tiny")}
     path = resolve(settings.checkpoint, "--checkpoint")
-    folders = {settings.model or "tuned": load_checkpoint(path).path}
+    folders = {settings.model or "tuned": find_checkpoint(path)}
     with contextlib.suppress(SamrayError):  # a bare weights file has no base
         folders["base"] = find_run(path) / "base"
     refs = {}

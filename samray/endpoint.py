@@ -51,7 +51,7 @@ from samray.storage import require_folder, resolve
 TOKEN_VARIABLE = "SAMRAY_TOKEN"
 STORE_POLL_SECONDS = 1.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ACCESS_LOG = logging.getLogger("samray.access")
+ACCESS_LOG = logging.getLogger("samray.access")  # a line of JSON a request, to stderr
 
 
 class Gate:
@@ -102,11 +102,13 @@ class Gate:
         except ApiError as exc:
             await error_response(exc, request_id)(scope, receive, send_on)
         finally:
-            ingress.answered(scope, request_id, status, time.perf_counter() - started)
+            # Without a status so far, an error of ours is on its way to FastAPI's outermost layer.
+            ingress.answered(scope, request_id, status or 500, time.perf_counter() - started)
 
 
 def error_response(error: ApiError, request_id: str) -> JSONResponse:
-    """The one shape of every error."""
+    """The one shape of every error; counted by its reason."""
+    serve.get_replica_context().servable_object.rejects.inc(tags={"code": error.code})
     headers = {"Retry-After": "1"} if error.code in ("too_busy", "not_ready") else {}
     if error.code == "unauthorized":
         headers["WWW-Authenticate"] = "Bearer"
@@ -231,6 +233,10 @@ class Ingress:
         self.in_flight = 0
         self.requests = Counter("samray_requests", "answers, by status", ("path", "status"))
         self.rejects = Counter("samray_rejects", "refusals, by reason", ("code",))
+        if not ACCESS_LOG.handlers:
+            ACCESS_LOG.addHandler(logging.StreamHandler())
+        ACCESS_LOG.setLevel(logging.INFO)
+        ACCESS_LOG.propagate = False
         self.watching = asyncio.get_event_loop().create_task(self._watch_models())
 
     async def _watch_models(self) -> None:

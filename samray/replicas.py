@@ -297,16 +297,15 @@ class Decoder:
         ]
         results: list[dict[str, Any]] = [{} for _ in prompts]
         best_shapes: list[list[dict[str, Any]]] = [[] for _ in prompts]
-        fresh = [number for number, logits in enumerate(earlier) if logits is None]
-        correcting = [number for number, logits in enumerate(earlier) if logits is not None]
-        for numbers in (fresh, correcting):
+        known = {number: logits for number, logits in enumerate(earlier) if logits is not None}
+        fresh = [number for number in range(len(prompts)) if number not in known]
+        for numbers in (fresh, list(known)):
             chosen = [prompts[number] for number in numbers]
             for group, places in group_prompts(chosen, [0] * len(chosen), [size], img_size):
                 group = group.to(sam.device)
-                if numbers is correcting:
-                    group = group.with_answer(
-                        torch.stack([earlier[numbers[p]] for p in places]).to(sam.device)  # type: ignore[misc]
-                    )
+                if numbers is not fresh:
+                    logits = torch.stack([known[numbers[place]] for place in places])
+                    group = group.with_answer(logits.to(sam.device))
                 multimask = request.multimask_output
                 if multimask is None:
                     multimask = group.ambiguous
