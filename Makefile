@@ -2,13 +2,15 @@
 # make test    set up if needed, then the everyday tests
 # make check   lint and types
 # make s3      a real S3 server on this machine, to try things with
+# make chromium  Debian's browser, which the test of the page drives (without it that test is skipped)
 # make venv    the set-up alone
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := --config configs/demo.yaml
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: demo test test-all check format s3 wheel venv clean
+.PHONY: demo test test-all check format s3 chromium wheel venv clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -42,6 +44,10 @@ format: $(STAMP)
 
 s3: $(STAMP)
 	$(BIN)/python tests/s3.py
+
+chromium:
+	command -v chromium || { $(SUDO) apt-get update -qq -o Acquire::Retries=5 && \
+	  $(SUDO) apt-get install -y -qq -o Acquire::Retries=5 --no-install-recommends chromium; }
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
