@@ -170,7 +170,8 @@ def _describe_api() -> dict[str, Any]:
         document["components"]["schemas"] |= schema.pop("$defs")
         document["components"]["schemas"]["PredictRequest"] = schema
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"token": []}]
+        if serve.get_replica_context().servable_object.token is not None:
+            document["security"] = [{"token": []}]
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -310,12 +311,12 @@ class Ingress:
         policy += "script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
         return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
-    @app.get("/v1/healthz")
+    @app.get("/v1/healthz", openapi_extra={"security": []})
     async def healthz(self) -> dict[str, str]:
         """Answer as long as this process lives."""
         return {"status": "ok"}
 
-    @app.get("/v1/readyz", responses=_errors())
+    @app.get("/v1/readyz", responses=_errors(), openapi_extra={"security": []})
     async def readyz(self) -> dict[str, str]:
         """Answer 200 once a model is loaded."""
         if not self.ready:
@@ -340,7 +341,7 @@ class Ingress:
     @app.post(
         "/v1/images",
         response_model=ImageAnswer,
-        responses=_errors(400, 415),
+        responses=_errors(400, 404, 415),
         openapi_extra=_IMAGE_BODY,
     )
     async def images(self, request: Request, model: str | None = None) -> Any:

@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -433,6 +435,20 @@ def test_strangers_are_not_served_without_a_token(monkeypatch):
     monkeypatch.delenv("SAMRAY_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="others could ask; set a token"):
         serve_here(ServeConfig(host="0.0.0.0", port=free_port()))
+
+
+def test_requests_made_from_the_openapi_document(url, tmp_path):
+    """No status or body that the document does not promise, whatever is sent."""
+    document = tmp_path / "openapi.json"
+    document.write_text(call(url, "GET", "/openapi.json").text)
+    # What the document cannot say, such as "a JPEG", may be refused: positive data is not judged.
+    command = [
+        Path(sys.executable).with_name("schemathesis"), "run", document, "--url", url,
+        "--header", f"Authorization: Bearer {TOKEN}", "--generation-deterministic",
+        "--exclude-checks", "positive_data_acceptance", "--max-examples", "60", "--no-color",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 @pytest.mark.parametrize(
