@@ -9,7 +9,22 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from samray.api import PromptRequest
+from samray.prompts import Prompt
 from samray.rasterize import mask_to_shapes
+
+
+def prompt_of(request: PromptRequest) -> Prompt:
+    """Return a request's prompt as the model's side knows it; without labels every point belongs.
+
+    An earlier answer that it names is left aside.
+    """
+    coords = request.point_coords
+    return Prompt(
+        np.array(coords, np.float32) if coords else None,
+        np.array(request.point_labels or [1] * len(coords), np.int64) if coords else None,
+        np.array(request.box, np.float32) if request.box else None,
+    )
 
 
 def drop_small_parts(mask: np.ndarray, min_area: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -233,12 +234,25 @@ def read_request(content: bytes | str) -> PredictRequest:
     try:
         return PredictRequest.model_validate_json(content)
     except ValidationError as exc:
-        errors = exc.errors(include_url=False, include_input=False, include_context=False)
-        if errors[0]["type"] == "json_invalid":
+        if exc.errors()[0]["type"] == "json_invalid":
             raise ApiError("bad_request", "the body is not JSON") from exc
-        raise mistakes_error(
-            [(_path(error["loc"]), _plain(error["msg"])) for error in errors]
-        ) from exc
+        raise mistakes_error(_mistakes_of(exc)) from exc
+
+
+def read_prompts(content: bytes | str) -> list[PromptRequest]:
+    """Parse and check the JSON list of one image's prompts, by the rules of a request's.
+
+    Raises:
+        ApiError: invalid_request with every mistake, the first one's place in `field`.
+    """
+    try:
+        return _PROMPTS.validate_json(content)
+    except ValidationError as exc:
+        mistakes = [(f"prompts{where}", text) for where, text in _mistakes_of(exc)]
+        raise mistakes_error(mistakes) from exc
+
+
+_PROMPTS = TypeAdapter(Annotated[list[PromptRequest], Field(min_length=1)])
 
 
 def mistakes_error(mistakes: list[tuple[str, str]]) -> ApiError:
@@ -247,6 +261,12 @@ def mistakes_error(mistakes: list[tuple[str, str]]) -> ApiError:
     if len(mistakes) > 20:
         text += f"; and {len(mistakes) - 20} more"
     return ApiError("invalid_request", text, mistakes[0][0] or None)
+
+
+def _mistakes_of(exc: ValidationError) -> list[tuple[str, str]]:
+    """(field, message) of each."""
+    errors = exc.errors(include_url=False, include_input=False, include_context=False)
+    return [(_path(error["loc"]), _plain(error["msg"])) for error in errors]
 
 
 def _path(location: tuple[int | str, ...]) -> str:

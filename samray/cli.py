@@ -182,11 +182,7 @@ def _run_prepare(config: Config) -> None:
         )
     kinds = ("unlabelled", "empty", "warnings", "rejected")
     print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
-    shown = 10
-    for problem in manifest["rejected"][:shown]:
-        print(f"  rejected {problem['file']}: {problem['field']}: {problem['reason']}")
-    if len(manifest["rejected"]) > shown:
-        print(f"  and {len(manifest['rejected']) - shown} more, all listed in manifest.json")
+    _print_rejected(manifest["rejected"], "manifest.json")
     print(f"prepared dataset: {config.prepare.output_dir}/manifest.json")
 
 
@@ -516,7 +512,19 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="without it, `tiny` as it comes with samray",
     )
-    parser.add_argument("--image-path", dest="predict.image_path", metavar="IMAGE")
+    parser.add_argument(
+        "--image-path",
+        dest="predict.image_path",
+        metavar="IMAGE",
+        help="an image; or a folder of images, to segment all objects in them",
+    )
+    parser.add_argument(
+        "--prompts",
+        dest="predict.prompts",
+        metavar="FILE",
+        help='JSON {"images/a.jpg": [{"point_coords": [[X, Y]], "box": [X1, Y1, X2, Y2]}, ...], '
+        "...}: what to segment in which image",
+    )
     for option, key in (("--point", "points"), ("--negative-point", "negative_points")):
         parser.add_argument(
             option,
@@ -542,10 +550,30 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_predict(config: Config) -> None:
-    from samray.predictor import predict
+    settings = config.predict
+    if settings.prompts is None and (settings.points or settings.negative_points or settings.box):
+        from samray.predictor import predict
 
-    for kind, path in predict(config).items():
-        print(f"{kind}: {path}")
+        for kind, path in predict(config).items():
+            print(f"{kind}: {path}")
+        return
+    from samray.batch_predict import predict_images
+
+    summary = predict_images(config)
+    earlier = f" ({summary['found']} were done before)" if summary["found"] else ""
+    print(f"{summary['images']} images{earlier}, {summary['objects']} objects")
+    print(f"{summary['skipped']} skipped, {len(summary['rejected'])} rejected")
+    output = config.predict.output_dir
+    _print_rejected(summary["rejected"], f"{output}/predictions.json")
+    print(f"results: {output}/predictions.json")
+
+
+def _print_rejected(rejected: list[dict[str, Any]], listed_in: str) -> None:
+    shown = 10
+    for problem in rejected[:shown]:
+        print(f"  rejected {problem['file']}: {problem['field']}: {problem['reason']}")
+    if len(rejected) > shown:
+        print(f"  and {len(rejected) - shown} more, all listed in {listed_in}")
 
 
 def _paths(parser: argparse.ArgumentParser, section: str, data: str, output: str) -> None:
@@ -655,10 +683,13 @@ STAGES: dict[str, Stage] = {
         _run_evaluate,
     ),
     "predict": Stage(
-        "segment one object of an image by points or a box",
+        "segment one object of an image by points or a box; or all objects of many images",
         "  samray predict --checkpoint run --image-path photo.jpg --point 120 80 \\\n"
         "                 --negative-point 30 40 --output-dir out\n"
         "  samray predict --checkpoint run --image-path photo.jpg --box 10 20 200 180 "
+        "--output-dir out\n"
+        "  samray predict --checkpoint run --image-path photos --output-dir out\n"
+        "  samray predict --checkpoint run --image-path photos --prompts prompts.json "
         "--output-dir out",
         _predict_options,
         _run_predict,

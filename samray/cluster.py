@@ -112,15 +112,38 @@ def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -
     Args:
         device: auto, cpu or gpu; auto takes GPUs where the cluster has any.
     """
-    num_gpus = 1 if device != "cpu" and _num_gpus() else 0
-    if device == "gpu" and not num_gpus:
-        raise ClusterError("scaling.device is gpu, but the cluster has no GPU; use auto or cpu")
+    num_gpus = gpus_per_actor(device)
     actors = [
         actor_class.options(num_cpus=1, num_gpus=num_gpus).remote(*arguments)
         for _ in range(pool_size(device, num_items))
     ]
     ray.get([actor.__ray_ready__.remote() for actor in actors])
     return ActorPool(actors)
+
+
+def gpus_per_actor(device: str) -> int:
+    """GPUs of an actor for independent items: one where the cluster has any and `device` allows.
+
+    Raises:
+        ClusterError: device is gpu, and there is none.
+    """
+    num_gpus = 1 if device != "cpu" and _num_gpus() else 0
+    if device == "gpu" and not num_gpus:
+        raise ClusterError("scaling.device is gpu, but the cluster has no GPU; use auto or cpu")
+    return num_gpus
+
+
+def quiet_ray_data() -> None:
+    """Set Ray Data up for tasks of ours, which have a progress bar of their own."""
+    import ray.data  # here, for it takes a second that most stages need not spend
+
+    # Our bar counts images; Ray Data's count blocks and come with a wall of log lines.
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Else half of a small cluster waits for an operator that has nothing to do: with two CPUs,
+    # one task at a time.
+    context.op_resource_reservation_enabled = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def stop_pool(pool: ActorPool) -> None:

@@ -395,12 +395,15 @@ class EvaluateConfig(Section):
 
 
 class PredictConfig(Section):
-    """`samray predict`: one image and its prompts to a mask."""
+    """`samray predict`: one image and its prompt to a mask; or many images to all their objects."""
 
     checkpoint: str | None = None
     """A RUN folder, a checkpoint folder or a ViT weights file; unset: `tiny` as it ships."""
     image_path: str | None = None
-    """The image."""
+    """The image; or a folder of images, in any layout."""
+    prompts: str | None = None
+    """JSON {"images/a.jpg": [prompt, ...], ...}, prompts as the endpoint's, names as seen from
+    `image_path`; without it, and without points and box, everything in the images is segmented."""
     points: tuple[tuple[float, float], ...] = ()
     """Foreground points (x, y) in pixels of the image as shown (EXIF applied)."""
     negative_points: tuple[tuple[float, float], ...] = ()
@@ -412,7 +415,18 @@ class PredictConfig(Section):
     label: str = "object"
     """Label to write in the LabelMe JSON."""
     output_dir: str | None = None
-    """Folder for mask, overlay and LabelMe JSON."""
+    """Folder for mask, overlay and LabelMe JSON; of many images, for label maps, CSV and LabelMe
+    JSON, in the folders that the images lie in."""
+    points_per_side: int = Field(32, ge=1, le=256)
+    """Everything: this many points across the image and down it are asked about."""
+    pred_iou_thresh: float | None = Field(None, ge=0, le=1)
+    """Everything: masks of lower predicted IoU are left out. Unset: SAM's 0.88; for `tiny`, whose
+    predictions are too low, TODO."""
+    stability_score_thresh: float | None = Field(None, ge=0, le=1)
+    """Everything: masks that change more with the logits' cutoff are left out. Unset: SAM's 0.95;
+    for `tiny` TODO."""
+    min_mask_region_area: int = Field(0, ge=0)
+    """Everything: parts and holes of a mask below this many pixels are removed."""
 
 
 class Config(Section):

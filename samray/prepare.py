@@ -7,7 +7,6 @@ all as they were, let Ray Data turn each chunk of the others into one Parquet sh
 
 import hashlib
 import json
-import logging
 import sys
 import traceback
 from collections import Counter, deque
@@ -297,13 +296,7 @@ def _chunk(prefix: str, entries: tuple[Entry, ...]) -> Chunk:
 def _run_chunks(chunks: list[Chunk], job: Job, title: str) -> list[Chunk]:
     if not chunks:
         return chunks
-    # Our bar counts images; Ray Data's count blocks and come with a wall of log lines.
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    # Else half of a small cluster waits for an operator that has nothing to do: with two CPUs,
-    # one task at a time.
-    context.op_resource_reservation_enabled = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    cluster.quiet_ray_data()
     shared = ray.put(job)
     work_of = [ray.put(chunk) for chunk in chunks]  # a task fetches its own and no other
 

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
 from samray.annotations import labelme_document
-from samray.answers import describe_mask, drop_small_parts
+from samray.answers import describe_mask, drop_small_parts, prompt_of
 from samray.api import ApiError, PredictRequest, mistakes_error
 from samray.batches import group_prompts
 from samray.catalogue import ModelRef
@@ -30,7 +30,6 @@ from samray.embeddings import encode_image
 from samray.errors import AnnotationError, SamrayError
 from samray.images import decode_image
 from samray.model import decode_prompts, encoder_digest
-from samray.prompts import Prompt
 from samray.transforms import masks_to_original
 
 MODELS_LOADED = 4  # by one replica; the least recently used goes
@@ -285,16 +284,7 @@ class Decoder:
         assert request is not None
         img_size = sam.image_encoder.img_size
         image_embedding = torch.from_numpy(embedding.astype(np.float32))[None].to(sam.device)
-        prompts = [
-            Prompt(
-                np.array(p.point_coords, np.float32) if p.point_coords else None,
-                np.array(p.point_labels or [1] * len(p.point_coords), np.int64)
-                if p.point_coords
-                else None,
-                np.array(p.box, np.float32) if p.box else None,
-            )
-            for p in request.prompts
-        ]
+        prompts = [prompt_of(prompt) for prompt in request.prompts]
         results: list[dict[str, Any]] = [{} for _ in prompts]
         best_shapes: list[list[dict[str, Any]]] = [[] for _ in prompts]
         known = {number: logits for number, logits in enumerate(earlier) if logits is not None}
