@@ -35,7 +35,6 @@ from samray.drawing import encode_picture
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.images import decode_image, read_image_file
 from samray.segmentation import (
-    SegmentedObject,
     answer_prompts,
     find_everything,
     generator_settings,
