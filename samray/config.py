@@ -421,10 +421,10 @@ class PredictConfig(Section):
     """Everything: this many points across the image and down it are asked about."""
     pred_iou_thresh: float | None = Field(None, ge=0, le=1)
     """Everything: masks of lower predicted IoU are left out. Unset: SAM's 0.88; for `tiny`, whose
-    predictions are too low, TODO."""
+    predictions are too low, 0.4."""
     stability_score_thresh: float | None = Field(None, ge=0, le=1)
     """Everything: masks that change more with the logits' cutoff are left out. Unset: SAM's 0.95;
-    for `tiny` TODO."""
+    for `tiny` 0.9."""
     min_mask_region_area: int = Field(0, ge=0)
     """Everything: parts and holes of a mask below this many pixels are removed."""
 
