@@ -144,3 +144,28 @@ def test_without_permission_to_write_nothing_is_prepared(samray, data, bucket):
     assert "no permission" in out
     assert len(out.splitlines()) == 1
     assert list_folder(resolve(bucket, "x")) == ["data"]
+
+
+@pytest.mark.slow
+def test_all_images_of_a_folder_are_segmented_in_s3(done, photos, s3_server, bucket):
+    client, name = s3_server.client(), bucket.removeprefix("s3://")
+    for number in range(3):
+        image = photos / "images" / f"sample_{number:05d}.jpg"
+        client.upload_file(str(image), name, f"images/sub/photo {number}.jpg")
+    out = f"{bucket}/out"
+    words = ["predict", "--image-path", f"{bucket}/images", "--output-dir", out]
+    words += ["predict.points_per_side=6", "predict.pred_iou_thresh=0.3"]
+    assert "3 images, " in done(*words)
+    summary = read_json(resolve(f"{out}/predictions.json", "out"))
+    assert summary["images"] == 3
+    assert summary["objects"] > 3
+    assert not summary["rejected"]
+    rows = 0
+    for number in range(3):
+        target = f"{out}/sub/photo {number}"
+        document = read_json(resolve(f"{target}.json", "out"))
+        assert document["imagePath"] == f"../../images/sub/photo {number}.jpg"
+        assert read_bytes(resolve(f"{target}_labels.png", "out"), 2**24).startswith(b"\x89PNG")
+        rows += len(read_bytes(resolve(f"{target}.csv", "out"), 2**24).splitlines()) - 1
+    assert rows == summary["objects"]
+    assert "3 were done before" in done(*words)

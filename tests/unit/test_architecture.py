@@ -9,7 +9,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TABLE = re.findall(r"^\| (`[^|]+\.py`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
 ORDER = [name for cell in TABLE for name in re.findall(r"`(\w+)\.py`", cell)]
-WITH_RAY = {"cluster", "prepare", "encode", "train", "tune", "evaluate", "replicas", "endpoint"}
+WITH_RAY = {
+    "cluster",
+    "prepare",
+    "encode",
+    "train",
+    "tune",
+    "evaluate",
+    "replicas",
+    "endpoint",
+    "batch_predict",
+}
 
 
 def imports_of(module):

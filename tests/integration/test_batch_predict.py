@@ -1,0 +1,177 @@
+"""`samray predict` on many images: from a folder to files that prepare reads again."""
+
+import csv
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+
+from samray.dataset import PreparedDataset
+
+FEW_POINTS = ("predict.points_per_side=6", "predict.pred_iou_thresh=0.3")
+
+
+@pytest.fixture
+def folder(photos, tmp_path):
+    """Six images in two folders."""
+    for number, place in enumerate(("one", "one", "two", "two", "two", "two")):
+        (tmp_path / "images" / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(
+            photos / "images" / f"sample_{number:05d}.jpg",
+            tmp_path / "images" / place / f"photo {number}.jpg",
+        )
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def predict(run_cli, ray_cluster):
+    """`predict(*words) -> stdout` of a call that succeeds."""
+
+    def run(*words):
+        status, out, err = run_cli("predict", *words, *FEW_POINTS)
+        assert status == 0, err
+        return out
+
+    return run
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_image_of_a_folder(folder, predict, run_cli, tmp_path):
+    out = tmp_path / "out"
+    text = predict("--image-path", folder, "--output-dir", out)
+    summary = json.loads((out / "predictions.json").read_text())
+    assert "6 images" in text
+    assert summary["images"] == 6
+    assert not summary["rejected"]
+    count = 0
+    for image in sorted(folder.rglob("*.jpg")):
+        target = out / image.relative_to(folder).parent / image.stem
+        document = json.loads((target.parent / f"{image.stem}.json").read_text())
+        numbers = cv2.imread(f"{target}_labels.png", cv2.IMREAD_UNCHANGED)
+        rows = read_table(f"{target}.csv")
+        assert numbers.dtype == np.uint16
+        assert numbers.shape == (document["imageHeight"], document["imageWidth"])
+        ids = {int(row["id"]) for row in rows}
+        assert ids == set(range(1, len(rows) + 1))
+        assert set(np.unique(numbers)) <= ids | {0}
+        assert {int(shape["description"]) for shape in document["shapes"]} == ids
+        assert (target.parent / document["imagePath"]).resolve() == image.resolve()
+        count += len(rows)
+    assert count == summary["objects"] > 3
+    # What was found is a dataset: the images copied beside it, as a user would.
+    shutil.copytree(folder, tmp_path / "round" / "images")
+    shutil.copytree(out, tmp_path / "round" / "out")
+    (tmp_path / "round/out/predictions.json").unlink()
+    images = sorted(f"images/{image.relative_to(folder)}" for image in folder.rglob("*.jpg"))
+    splits = {"train": images[:4], "val": images[4:5], "test": images[5:]}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    words = ["--data-dir", tmp_path / "round", "--output-dir", tmp_path / "prepared"]
+    status, _, err = run_cli("prepare", *words, "--split-file", tmp_path / "splits.json")
+    assert status == 0, err
+    records = PreparedDataset(tmp_path / "prepared").images
+    assert sum(len(record.instances) for record in records.values()) == count
+
+
+def test_a_second_call_does_only_what_is_left(folder, predict, tmp_path):
+    out = tmp_path / "out"
+    words = ("--image-path", folder, "--output-dir", out)
+    predict(*words)
+    kept, gone = out / "one/photo 0.json", out / "two/photo 2.csv"
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    assert "5 were done before" in predict(*words)
+    assert gone.is_file()
+    assert kept.stat().st_mtime_ns == before
+    assert "done before" not in predict(*words, "--label", "cell")
+    assert json.loads(kept.read_text())["shapes"][0]["label"] == "cell"
+
+
+def test_bad_images_are_listed_and_the_others_go_through(folder, predict, tmp_path):
+    (folder / "one/photo 1.jpg").write_bytes(b"text")
+    shutil.copy(folder / "one/photo 0.jpg", folder / "one/photo 0.jpeg")
+    (folder / "theirs.png").write_bytes(cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "theirs.json").write_text("{}")
+    text = predict("--image-path", folder, "--output-dir", out)
+    summary = json.loads((out / "predictions.json").read_text())
+    assert summary["images"] == 5
+    problems = {item["file"]: (item["field"], item["reason"]) for item in summary["rejected"]}
+    assert set(problems) == {"one/photo 1.jpg", "one/photo 0.jpg", "theirs.png"}
+    assert "format" in problems["one/photo 1.jpg"][1]
+    assert "photo 0.jpeg" in problems["one/photo 0.jpg"][1]
+    assert "not written by this command" in problems["theirs.png"][1]
+    assert (out / "theirs.json").read_text() == "{}"
+    for name in problems:
+        assert f"rejected {name}" in text
+
+
+def test_prompts_from_a_file(folder, predict, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    box = {"id": "a", "box": [20, 20, 120, 120]}
+    asked = {
+        "one/photo 0.jpg": [box, {"point_coords": [[60, 60], [2, 2]], "point_labels": [1, 0]}],
+        "one/photo 1.jpg": [{"box": [90, 90, 20, 20]}, {"point_coords": [[1, 2]], "colour": 1}],
+        "two/photo 2.jpg": [{"box": [20, 20, 99999, 120]}],
+        "../secret.jpg": [box],
+        "nowhere.jpg": [box],
+    }
+    prompts.write_text(json.dumps(asked))
+    out = tmp_path / "out"
+    predict("--image-path", folder, "--output-dir", out, "--prompts", prompts)
+    answer = json.loads((out / "one/photo 0.predictions.json").read_text())
+    assert next(result["id"] for result in answer["results"]) == "a"
+    assert len(answer["results"]) == 2
+    assert {"score", "area", "bbox", "rle"} <= answer["results"][0]["masks"][0].keys()
+    rows = read_table(out / "one/photo 0.csv")
+    assert len(rows) == 2
+    assert rows[0]["prompt_id"] == "a"
+    assert int(rows[0]["area"]) == answer["results"][0]["masks"][0]["area"]
+    summary = json.loads((out / "predictions.json").read_text())
+    problems = {item["file"]: f"{item['field']} {item['reason']}" for item in summary["rejected"]}
+    assert set(problems) == set(asked) - {"one/photo 0.jpg"}
+    assert "prompts[0]" in problems["one/photo 1.jpg"]
+    assert "colour" in problems["one/photo 1.jpg"]
+    assert "prompts[0].box" in problems["two/photo 2.jpg"]
+    assert "leads out" in problems["../secret.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("[]", "must hold an object"), ("{", "not JSON"), (None, "cannot be read")],
+)
+def test_a_file_of_prompts_that_is_none(content, named, folder, tmp_path, run_cli):
+    prompts = tmp_path / "prompts.json"
+    if content is not None:
+        prompts.write_text(content)
+    words = ["--image-path", folder, "--output-dir", tmp_path / "out", "--prompts", prompts]
+    status, _, err = run_cli("predict", *words)
+    assert status == 2
+    assert "--prompts" in err
+    assert str(prompts) in err
+    assert named in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
+    (tmp_path / "nothing").mkdir()
+    out = ["--output-dir", tmp_path / "out"]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text("{}")
+    for words, named in (
+        (["--image-path", tmp_path / "nowhere", *out], "does not exist"),
+        (["--image-path", tmp_path / "nothing", *out], "no image"),
+        (["--image-path", folder, "--output-dir", folder], "choose another folder"),
+        (["--image-path", folder, *out, "--prompts", prompts, "--point", 3, 3], "leave those out"),
+        (["--image-path", folder, *out, "predict.tile=200"], "--tile"),
+    ):
+        status, _, err = run_cli("predict", *words)
+        assert status == 2, err
+        assert named in err
+        assert not (tmp_path / "out").exists()
