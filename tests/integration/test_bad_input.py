@@ -700,7 +700,6 @@ def image(photos) -> Path:
 @pytest.mark.parametrize(
     ("prompt", "named"),
     [
-        ([], ("--point", "--box")),
         (["--point", 9000, 5], ("--point 9000 5", "outside the image")),
         (["--point", -1, 5], ("--point -1 5", "outside the image")),
         (["--point", "nan", 5], ("predict.points", "finite", "nan")),
