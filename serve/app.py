@@ -1,11 +1,10 @@
-"""The endpoint for `serve deploy configs/serve.yaml`: `import_path: serve.app:build`."""
+"""The endpoint as `serve build` wants it, an application: `serve build serve.app:app -o my.yaml`.
 
-from ray.serve import Application
+The YAML lists the deployments, to set their replicas and resources one by one. For most, the
+shorter `configs/serve.yaml` is enough, which needs samray itself alone on the cluster's nodes.
+"""
 
 from samray.config import ServeConfig
 from samray.endpoint import build_app
 
-
-def build(arguments: ServeConfig) -> Application:
-    """Return the application; `args` of the YAML are the settings of `samray serve`."""
-    return build_app(arguments)
+app = build_app(ServeConfig())

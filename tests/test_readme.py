@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,19 @@ def test_the_config_of_serve_deploy_is_ray_serves_and_ours():
     (application,) = ServeDeploySchema.model_validate(content).applications
     assert ServeConfig.model_validate(application.args) == ServeConfig()
     module, function = application.import_path.split(":")
+    assert module.startswith("samray."), "nodes have what pip installed, not this folder"
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_serve_build_lists_every_deployment(tmp_path):
+    command = [Path(sys.executable).with_name("serve"), "build", "serve.app:app"]
+    done = subprocess.run(
+        [*command, "-o", tmp_path / "built.yaml"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (application,) = yaml.safe_load((tmp_path / "built.yaml").read_text())["applications"]
+    names = {deployment["name"] for deployment in application["deployments"]}
+    assert names == {"Ingress", "Decoder", "Encoder", "ImageVault"}
 
 
 def test_files_that_the_readme_names_exist():

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import ray
+import requests
+import yaml
 
 pytestmark = pytest.mark.slow
 
@@ -184,3 +186,40 @@ def test_an_output_folder_that_a_node_does_not_see_is_refused_before_any_work(
 
 def test_ray_is_the_pinned_one():
     assert ray.__version__ in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_endpoint_is_deployed_and_answers(cluster, photos, tmp_path):
+    """`serve deploy` with the shipped file, on a port of our own; and from another folder."""
+    environment, _ = cluster
+    (port,) = free_ports(1)
+    content = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
+    content["http_options"]["port"] = port
+    content["proxy_location"] = "HeadOnly"  # both nodes have the same ports here
+    content["applications"][0]["args"]["cpus_per_replica"] = 0.2
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(content))
+    environment = {**environment, "RAY_DASHBOARD_ADDRESS": environment["RAY_API_SERVER_ADDRESS"]}
+    done = subprocess.run(
+        ["serve", "deploy", config], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(requests.ConnectionError):
+            if requests.get(f"http://127.0.0.1:{port}/v1/readyz", timeout=30).status_code == 200:
+                break
+        if time.monotonic() > deadline:
+            status = subprocess.run(["serve", "status"], env=environment, capture_output=True)
+            pytest.fail(status.stdout.decode())
+        time.sleep(1)
+    photo = sorted((photos / "images").iterdir())[0].read_bytes()
+    prompts = json.dumps({"prompts": [{"point_coords": [[100, 80]]}], "mask_format": "rle"})
+    answer = requests.post(
+        f"http://127.0.0.1:{port}/v1/predict",
+        files={"image": photo},
+        data={"request": prompts},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"]["name"] == "tiny"
+    subprocess.run(["serve", "shutdown", "-y"], env=environment, check=True, capture_output=True)
