@@ -3,6 +3,9 @@
     python benchmarks/serve.py click      [--model-type tiny|vit_b]   one warm click
     python benchmarks/serve.py throughput [--clients 32 --clicks 20]  requests a second
     python benchmarks/serve.py encodes                                how often an image is encoded
+    python benchmarks/serve.py swap       2,000 clicks across a promotion: who answered, and truly?
+    python benchmarks/serve.py kill       kill -9 of a decoder, an ingress and the proxy, under load
+    python benchmarks/serve.py soak       [--minutes 10] at 80 % of capacity, then one at 300 %
 
 All with the same weights on the same machine, one torch thread a process. `naive` is FastAPI around
 `SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one
@@ -14,7 +17,9 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,6 +28,8 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +40,20 @@ from PIL import Image
 
 from samray.sample_data import write_sample_data
 
+TWO_MODELS = {"first": 0.0, "second": 0.02}  # noise on the shipped decoder's weights
+
 
 def main() -> None:
     """Run one part, or, as a child, one of the servers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["click", "throughput", "encodes", "naive", "lru"])
+    parser.add_argument("what", choices=[*PARTS, "naive", "lru"])
     parser.add_argument("--model-type", default="tiny", choices=["tiny", "vit_b"])
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--clicks", type=int, default=20)
     parser.add_argument("--decoders", type=int, nargs="+", default=[1])
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--port", type=int, help="of a child")
     parser.add_argument("--weights", help="of a child, or a RUN; unset: tiny as it ships")
     arguments = parser.parse_args()
@@ -52,9 +62,7 @@ def main() -> None:
         other_server(arguments.what, arguments.weights, arguments.port)
         return
     with tempfile.TemporaryDirectory(prefix="samray-benchmark-") as folder:
-        {"click": click, "throughput": throughput, "encodes": encodes}[arguments.what](
-            Path(folder), arguments
-        )
+        PARTS[arguments.what](Path(folder), arguments)
 
 
 def click(root: Path, arguments: argparse.Namespace) -> None:
@@ -116,6 +124,280 @@ def encodes(root: Path, arguments: argparse.Namespace) -> None:
         print(f"20 images, 100 requests, 3 decoders: hit rate {found / 100:.2f} (0.80 is possible)")
 
 
+def swap(root: Path, _: argparse.Namespace) -> None:
+    """A promotion after 500 of 2,000 clicks: who answered, and whether with that model's mask."""
+    from pycocotools import mask as coco_mask
+
+    from samray.checkpoint import load_checkpoint
+    from samray.store import ModelStore
+
+    store, (raw,) = ModelStore(root / "store"), photos(root, 1)
+    masks = {name: own_masks(root / name, noise, raw) for name, noise in TWO_MODELS.items()}
+    record: dict[str, Any] = {"previous": None, "metrics": {}, "guard": {}}
+    versions = [store.add("drawn", load_checkpoint(root / "first"), record)]
+    command = [*samray_command(None, 2), f"serve.store={root / 'store'}", "serve.model=drawn"]
+    with Server(command, root) as url:
+        image_id = requests.post(f"{url}/v1/images", data=raw, timeout=60).json()["image_id"]
+
+        def promote() -> None:
+            versions.append(store.add("drawn", load_checkpoint(root / "second"), record))
+
+        answers = asyncio.run(
+            click_for(url, [image_id], clients=8, number=2000, after=(500, promote))
+        )
+    by_version: dict[str, int] = {}
+    ious = []
+    for answer in answers:
+        if answer.status == 200:
+            version = answer.body["model"]["version"]
+            by_version[version] = by_version.get(version, 0) + 1
+            name = "first" if version == versions[0].version else "second"
+            expected = masks[name][answer.number % 20]
+            rle = answer.body["results"][0]["masks"][0]["rle"]
+            mask = coco_mask.decode({**rle, "counts": rle["counts"].encode()}).astype(bool)
+            union = np.count_nonzero(mask | expected)
+            ious.append(np.count_nonzero(mask & expected) / union if union else 1.0)
+    apart = [
+        np.count_nonzero(a & b) / np.count_nonzero(a | b)
+        for a, b in zip(masks["first"], masks["second"], strict=True)
+    ]
+    failed = sum(answer.status != 200 for answer in answers)
+    print(f"{len(answers)} clicks across a promotion: {failed} failed, answered by {by_version}")
+    print(f"IoU with that model's own mask: at least {min(ious):.4f}; the two models' masks differ")
+    print(f"  (IoU {statistics.mean(apart):.2f} on average)")
+
+
+def own_masks(folder: Path, noise: float, raw: bytes) -> list[np.ndarray]:
+    """Write a checkpoint, the shipped decoder with noise; return its masks of 20 clicks."""
+    import torch
+
+    from samray.checkpoint import save_checkpoint
+    from samray.config import load_config
+    from samray.predictor import Predictor
+    from samray.prompts import Prompt
+    from samray.shipped import load_shipped
+
+    shipped = load_shipped()
+    torch.manual_seed(0)
+    weights = {
+        name: value + noise * torch.randn_like(value) if name.startswith("mask_decoder") else value
+        for name, value in shipped.weights.items()
+    }
+    save_checkpoint(folder, weights, load_config(), {"epoch": 1, "base": shipped.progress["base"]})
+    predictor = Predictor.from_checkpoint(str(folder))
+    predictor.set_image(np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")))
+    points = [np.array(point(n)["point_coords"], np.float32) for n in range(20)]
+    return [predictor.predict(Prompt(at, np.array([1]))).best for at in points]
+
+
+def kill(root: Path, _: argparse.Namespace) -> None:
+    """40 s of clicks by 4 clients; after 6 s one part dies. What failed, and for how long."""
+    with Server(samray_command(None, 2), root) as url:
+        files = photos(root, 8)
+        ids = [
+            requests.post(f"{url}/v1/images", data=raw, timeout=60).json()["image_id"]
+            for raw in files
+        ]
+        for part in ("ServeReplica:samray:Decoder", "ServeReplica:samray:Ingress", "ProxyActor"):
+            victims = [pid for pid, name in processes_below(os.getpid()) if part in name]
+            killed: list[float] = []
+
+            def strike(victim: int = victims[0], killed: list[float] = killed) -> None:
+                time.sleep(6)
+                os.kill(victim, signal.SIGKILL)
+                killed.append(time.perf_counter())
+
+            threading.Thread(target=strike).start()
+            answers = asyncio.run(click_for(url, ids, clients=4, seconds=40))
+            bad = [answer for answer in answers if answer.status != 200]
+            kinds = sorted({f"{answer.status} {answer.reason()}" for answer in bad})
+            good = sorted(answer.ended for answer in answers if answer.status == 200)
+            pause = max(b - a for a, b in itertools.pairwise(good))
+            back = max((answer.ended for answer in bad), default=killed[0]) - killed[0]
+            print(
+                f"kill -9 of {part.split(':')[-1]}: {len(answers)} clicks, {len(bad)} failed "
+                f"{kinds}, the last {back:.1f} s after; longest pause {pause:.1f} s"
+            )
+
+
+def soak(root: Path, arguments: argparse.Namespace) -> None:
+    """At 80 % of what it can for some minutes, then at 300 % for one; memory, errors, health."""
+    with Server(samray_command(None), root) as url:
+        ids = [
+            requests.post(f"{url}/v1/images", data=raw, timeout=60).json()["image_id"]
+            for raw in photos(root, 16)
+        ]
+        asyncio.run(click_for(url, ids, clients=16, seconds=10))
+        started = time.perf_counter()
+        answers = asyncio.run(click_for(url, ids, clients=16, seconds=30))
+        capacity = len(answers) / (time.perf_counter() - started)
+        print(f"capacity, 16 clients: {capacity:.1f} clicks/s", flush=True)
+        memory: list[float] = []
+        stop = threading.Event()
+
+        def weigh() -> None:
+            while not stop.wait(10):
+                memory.append(memory_below(os.getpid()) / 2**20)
+
+        weighing = threading.Thread(target=weigh)
+        weighing.start()
+        answers = asyncio.run(click_steadily(url, ids, 0.8 * capacity, 60 * arguments.minutes))
+        stop.set()
+        weighing.join()
+        print(f"{arguments.minutes:g} minutes at 80 %: {told(answers)}")
+        sixth = max(1, len(memory) // 6)
+        early, late = statistics.mean(memory[sixth : 2 * sixth]), statistics.mean(memory[-sixth:])
+        print(f"  memory {early:.0f} MiB early, {late:.0f} MiB at the end: {late / early - 1:+.1%}")
+        health: list[float] = []
+        stop.clear()
+
+        def ask_health() -> None:
+            while not stop.wait(0.5):
+                asked = time.perf_counter()
+                requests.get(f"{url}/v1/healthz", timeout=60).raise_for_status()
+                health.append(time.perf_counter() - asked)
+
+        asking = threading.Thread(target=ask_health)
+        asking.start()
+        answers = asyncio.run(click_steadily(url, ids, 3 * capacity, 60, wait=False))
+        ended = time.perf_counter()
+        stop.set()
+        asking.join()
+        print(f"1 minute at 300 %: {told(answers)}")
+        print(f"  health answered {len(health)} times, at most after {1000 * max(health):.0f} ms")
+        body = {"image_id": ids[0], "prompts": [point(0)], "mask_format": "rle"}
+        while requests.post(f"{url}/v1/predict", json=body, timeout=60).status_code != 200:
+            time.sleep(0.1)
+        print(f"  the next click was answered {time.perf_counter() - ended:.2f} s after the end")
+
+
+@dataclass
+class Answer:
+    """What one click came to; status 0 if there was no answer."""
+
+    number: int
+    started: float
+    ended: float
+    status: int
+    body: Any
+
+    def reason(self) -> str:
+        """The error's code, or the kind of failure."""
+        return str(self.body["error"]["code"]) if self.status else str(self.body)
+
+
+async def ask(session: aiohttp.ClientSession, url: str, image_id: str, number: int) -> Answer:
+    """Send one click on a known image."""
+    body = {"image_id": image_id, "prompts": [point(number)], "mask_format": "rle"}
+    started = time.perf_counter()
+    try:
+        async with session.post(f"{url}/v1/predict", json=body) as response:
+            answer = await response.json()
+            status = response.status
+    except (aiohttp.ClientError, TimeoutError) as exc:
+        status, answer = 0, type(exc).__name__
+    return Answer(number, started, time.perf_counter(), status, answer)
+
+
+async def click_for(
+    url: str,
+    ids: list[str],
+    clients: int,
+    number: int | None = None,
+    seconds: float | None = None,
+    after: tuple[int, Callable[[], None]] | None = None,
+) -> list[Answer]:
+    """Clients that click as soon as they are answered; `after` so many, something is done."""
+    answers: list[Answer] = []
+    sent = 0
+    stop = time.perf_counter() + seconds if seconds is not None else float("inf")
+    done: list[asyncio.Task[None]] = []
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        nonlocal sent
+        while time.perf_counter() < stop and (number is None or sent < number):
+            sent += 1
+            if after is not None and sent == after[0]:
+                done.append(asyncio.create_task(asyncio.to_thread(after[1])))
+            answers.append(await ask(session, url, ids[sent % len(ids)], sent))
+            if answers[-1].status != 200:
+                await asyncio.sleep(0.1)
+
+    async with patient_session() as session:
+        await asyncio.gather(*(client(session) for _ in range(clients)))
+    await asyncio.gather(*done)
+    return answers
+
+
+async def click_steadily(
+    url: str, ids: list[str], rate: float, seconds: float, wait: bool = True
+) -> list[Answer]:
+    """So many clicks a second, answered or not.
+
+    Args:
+        wait: for the last answers, before it returns.
+    """
+    started = time.perf_counter()
+    asked: list[asyncio.Task[Answer]] = []
+    async with patient_session() as session:
+        for number in range(int(rate * seconds)):
+            ahead = started + number / rate - time.perf_counter()
+            if ahead > 0:
+                await asyncio.sleep(ahead)
+            image_id = ids[number % len(ids)]
+            asked.append(asyncio.create_task(ask(session, url, image_id, number)))
+            if number % 10 == 0:
+                await asyncio.sleep(0)
+        if not wait:
+            for task in asked:
+                if not task.done():
+                    task.cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    return [answer for answer in answers if isinstance(answer, Answer)]
+
+
+def patient_session() -> aiohttp.ClientSession:
+    """A session without a limit of connections."""
+    timeout = aiohttp.ClientTimeout(total=1800)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
+
+def told(answers: list[Answer]) -> str:
+    """How many of each status, and how fast the good ones."""
+    counts: dict[int, int] = {}
+    for answer in answers:
+        counts[answer.status] = counts.get(answer.status, 0) + 1
+    good = [1000 * (answer.ended - answer.started) for answer in answers if answer.status == 200]
+    p50, p95, p99 = np.percentile(good, [50, 95, 99])
+    return f"statuses {counts}, answered in p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f} ms"
+
+
+def processes_below(parent: int) -> list[tuple[int, str]]:
+    """All processes that a process started, and those they started, with their names."""
+    listed = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    rows = [
+        (int(pid), int(ppid), name) for pid, ppid, name in (line.split(None, 2) for line in listed)
+    ]
+    family = {parent}
+    while more := {pid for pid, ppid, _ in rows if ppid in family} - family:
+        family |= more
+    return [(pid, name) for pid, _, name in rows if pid in family - {parent}]
+
+
+def memory_below(parent: int) -> int:
+    """Bytes that those processes hold, what they share counted once."""
+    total = 0
+    for pid, _ in processes_below(parent):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
 async def load(url: str, files: list[bytes], clicks: int, kind: str) -> float:
     """Each client sends its image's clicks one after another; return requests a second."""
 
@@ -129,9 +411,7 @@ async def load(url: str, files: list[bytes], clicks: int, kind: str) -> float:
                 if kind == "samray" or kind == "lru":  # it needs the image once
                     image = {"image_id": answer["image_id"]}
 
-    timeout = aiohttp.ClientTimeout(total=1800)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    async with patient_session() as session:
         await client(session, files[0] + b"warm")
         started = time.perf_counter()
         await asyncio.gather(*(client(session, raw) for raw in files))
@@ -279,6 +559,15 @@ class Server:
         self.process.terminate()
         self.process.wait()
 
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "click": click,
+    "throughput": throughput,
+    "encodes": encodes,
+    "swap": swap,
+    "kill": kill,
+    "soak": soak,
+}
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ Coordinates are absolute pixels, (x, y), of the image as people see it (EXIF app
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,7 @@ CODES = {
     "invalid_request": (422, False),
     "too_busy": (429, True),
     "internal": (500, True),
+    "bad_gateway": (502, True),
     "not_ready": (503, True),
     "timed_out": (503, True),
 }
@@ -86,6 +87,7 @@ class ImageContent(_Strict):
     """A whole JPEG, PNG, BMP, TIFF or WebP file."""
 
 
+Content = TypeVar("Content", bound=BaseModel)
 Coordinate = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
@@ -226,13 +228,18 @@ class ErrorAnswer(BaseModel):
 
 
 def read_request(content: bytes | str) -> PredictRequest:
-    """Parse and check a request.
+    """Parse and check a `PredictRequest`; see `read_json`."""
+    return read_json(PredictRequest, content)
+
+
+def read_json(model: type[Content], content: bytes | str) -> Content:
+    """Parse and check a body.
 
     Raises:
         ApiError: bad_request if it is not JSON, invalid_request with every mistake otherwise.
     """
     try:
-        return PredictRequest.model_validate_json(content)
+        return model.model_validate_json(content)
     except ValidationError as exc:
         if exc.errors()[0]["type"] == "json_invalid":
             raise ApiError("bad_request", "the body is not JSON") from exc

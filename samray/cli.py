@@ -53,8 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, stage in STAGES.items():
         _add_stage(commands, name, stage)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    passed_on: list[str] = []
+    if given[:1] == ["labelme"] and "--" in given:
+        place = given.index("--")
+        given, passed_on = given[:place], given[place + 1 :]
     # argparse gives up on positional words between options; here they may stand anywhere.
-    options, words = parser.parse_known_args(arguments)
+    options, words = parser.parse_known_args(given)
+    if passed_on:
+        setattr(options, "labelme.arguments", passed_on)
     unknown = [word for word in words if word.startswith("-")]
     if unknown:
         parser.error(f"unknown option {' '.join(unknown)}; see samray {options.stage} --help")
@@ -473,12 +480,45 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="pages of this origin may ask, too; may be given again",
     )
+    parser.add_argument(
+        "--label-studio-url",
+        dest="serve.label_studio_url",
+        metavar="URL",
+        help="fetch the pictures of /compat/labelstudio from this address, and no other",
+    )
+    parser.add_argument(
+        "--label-studio-key-file",
+        dest="serve.label_studio_key_file",
+        metavar="FILE",
+        help="your access token in Label Studio, to fetch them with; else $LABEL_STUDIO_API_KEY",
+    )
 
 
 def _run_serve(config: Config) -> None:
     from samray.endpoint import serve_here
 
     serve_here(config.serve)
+
+
+def _labelme_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        dest="labelme.url",
+        metavar="URL",
+        help="the endpoint that `samray serve` started; default: http://127.0.0.1:8000",
+    )
+    parser.add_argument(
+        "--token-file",
+        dest="labelme.token_file",
+        metavar="FILE",
+        help="the endpoint's token; else $SAMRAY_TOKEN",
+    )
+
+
+def _run_labelme(config: Config) -> None:
+    from samray.labelme_plugin import start
+
+    start(config.labelme)
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -664,9 +704,17 @@ STAGES: dict[str, Stage] = {
         "  samray serve\n"
         "  samray serve --checkpoint run --port 8000\n"
         "  samray serve --store models --model nuts --host 0.0.0.0 --token-file token.txt\n"
+        "  samray serve --label-studio-url http://127.0.0.1:8080 --label-studio-key-file key.txt\n"
         "On a Ray cluster: serve deploy configs/serve.yaml. Ctrl-C ends it.",
         _serve_options,
         _run_serve,
+    ),
+    "labelme": Stage(
+        "start your labelme with an endpoint behind its AI tools",
+        "  samray labelme --url http://127.0.0.1:8000 -- photos --output annotations\n"
+        "What follows -- is labelme's own. In labelme choose AI-Points or AI-Box, then click.",
+        _labelme_options,
+        _run_labelme,
     ),
     "pretrain": Stage(
         "train `tiny` from nothing, on drawn scenes; no Ray needed",

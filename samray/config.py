@@ -349,6 +349,12 @@ class ServeConfig(Section):
     """File with the token that clients must send; else $SAMRAY_TOKEN, else none."""
     cors_origins: tuple[str, ...] = ()
     """Pages of these origins may ask, e.g. https://annotate.example.org."""
+    label_studio_url: str | None = None
+    """Address of Label Studio, the only one that its pictures are fetched from."""
+    label_studio_key_file: str | None = None
+    """File with an access token of Label Studio's; else $LABEL_STUDIO_API_KEY, else none."""
+    label_studio_timeout_seconds: float = Field(20.0, gt=0)
+    """A picture that takes longer is given up."""
     decoder_replicas: int = Field(1, ge=1)
     """Processes that answer prompts; each image and model has its own among them."""
     encoder_replicas: int = Field(1, ge=1)
@@ -375,6 +381,17 @@ class ServeConfig(Section):
     """Requests that may wait for masks; more are answered 429."""
     timeout_seconds: float = Field(60.0, gt=0)
     """An answer that takes longer is given up."""
+
+
+class LabelmeConfig(Section):
+    """`samray labelme`: labelme with an endpoint behind its AI tools."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Address of the endpoint."""
+    token_file: str | None = None
+    """File with the endpoint's token; else $SAMRAY_TOKEN, else none."""
+    arguments: tuple[str, ...] = ()
+    """Words for labelme's own command line."""
 
 
 class EvaluateConfig(Section):
@@ -447,6 +464,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()
+    labelme: LabelmeConfig = LabelmeConfig()
     predict: PredictConfig = PredictConfig()
 
 

@@ -7,6 +7,8 @@ client -> Ingress (FastAPI: limits, errors, which model) -> Decoder (embeddings,
 
 import asyncio
 import base64
+import binascii
+import concurrent.futures
 import hashlib
 import json
 import logging
@@ -16,6 +18,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from importlib import resources as package_files
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.context import _get_serve_request_context
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -32,13 +36,14 @@ from ray.util.metrics import Counter
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from samray import __version__, cluster
+from samray import __version__, cluster, labelstudio
 from samray.api import (
     ApiError,
     ErrorAnswer,
     ImageAnswer,
     PredictAnswer,
     PredictRequest,
+    read_json,
     read_request,
 )
 from samray.catalogue import ModelRef, read_catalogue
@@ -50,6 +55,9 @@ from samray.storage import require_folder, resolve
 
 TOKEN_VARIABLE = "SAMRAY_TOKEN"
 STORE_POLL_SECONDS = 1.0
+RETRY_SECONDS = 0.1
+FETCHES = 16  # pictures on their way from Label Studio at once; more are answered 429
+KNOWN_PICTURES, KNOWN_SECONDS = 1024, 600  # addresses whose image is not fetched for each click
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ACCESS_LOG = logging.getLogger("samray.access")  # a line of JSON a request, to stderr
 
@@ -214,6 +222,36 @@ async def _multipart(request: Request) -> tuple[bytes | None, str | None]:
         raise ApiError("bad_request", "the body is no whole multipart form") from exc
 
 
+def _basic_password(header: bytes) -> bytes:
+    """The password of HTTP Basic, which is all that Label Studio can send; empty for others."""
+    scheme, _, content = header.partition(b" ")
+    if scheme.lower() != b"basic":
+        return b""
+    try:
+        return base64.b64decode(content.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
+
+
+async def _picture_bytes(ingress: "Ingress", address: str, field: str) -> bytes:
+    """A picture that Label Studio's task names, in it or at Label Studio."""
+    if address.startswith("data:"):
+        return await asyncio.to_thread(labelstudio.read_data_url, address, field)
+    if ingress.pictures is None:
+        message = (
+            f"{field}: pictures are fetched from Label Studio alone; start the endpoint with its "
+            "address, samray serve --label-studio-url URL"
+        )
+        raise ApiError("invalid_request", message, field)
+    # A client that hangs up ends its waiting and not the thread, so threads are what is counted.
+    ingress.fetching = [fetch for fetch in ingress.fetching if not fetch.done()]
+    if len(ingress.fetching) >= FETCHES:
+        raise ApiError("too_busy", "too many pictures are being fetched; try again soon")
+    fetch = ingress.fetchers.submit(ingress.pictures.fetch, address, field)
+    ingress.fetching.append(fetch)
+    return await asyncio.wrap_future(fetch)
+
+
 @serve.deployment(max_ongoing_requests=512)
 @serve.ingress(app)
 class Ingress:
@@ -225,13 +263,18 @@ class Ingress:
         token: str | None,
         decoder: DeploymentHandle,
         vault: DeploymentHandle,
+        pictures: labelstudio.PictureSource | None,
     ) -> None:
-        self.settings, self.token = settings, token
+        self.settings, self.token, self.pictures = settings, token, pictures
         self.decoder, self.vault = decoder, vault
         self.max_body = int(settings.max_body_mb * 2**20)
         self.catalogue: dict[str, ModelRef] = {}
         self.ready = False
         self.in_flight = 0
+        # Of their own, so that a Label Studio that stalls takes no thread from other requests.
+        self.fetchers = concurrent.futures.ThreadPoolExecutor(FETCHES)
+        self.fetching: list[concurrent.futures.Future[bytes]] = []
+        self.known: OrderedDict[str, tuple[str, tuple[int, int], float]] = OrderedDict()
         self.requests = Counter("samray_requests", "answers, by status", ("path", "status"))
         self.rejects = Counter("samray_rejects", "refusals, by reason", ("code",))
         if not ACCESS_LOG.handlers:
@@ -242,16 +285,36 @@ class Ingress:
 
     async def _watch_models(self) -> None:
         """Learn which models there are; for a store, again and again."""
+        told: set[str] = set()
         while True:
             try:
                 catalogue = await asyncio.to_thread(read_catalogue, self.settings, self.catalogue)
+                loaded = {}
                 for name, ref in catalogue.items():
-                    if self.catalogue.get(name) != ref:
-                        await self._decoder(ref, "").warm_up.remote(ref)
-                self.catalogue, self.ready = catalogue, bool(catalogue)
+                    known = self.catalogue.get(name)
+                    if known == ref or await self._can_load(ref, told):
+                        loaded[name] = ref
+                    elif known is not None:
+                        loaded[name] = known
+                self.catalogue, self.ready = loaded, bool(loaded)
+                told.discard("")
             except Exception:  # the store may be away for a while; what is loaded goes on
-                ACCESS_LOG.exception("models could not be read; the last known ones stay")
+                if "" not in told:
+                    ACCESS_LOG.exception("models could not be read; the last known ones stay")
+                told.add("")
             await asyncio.sleep(STORE_POLL_SECONDS)
+
+    async def _can_load(self, ref: ModelRef, told: set[str]) -> bool:
+        """Let a Decoder load a new version; a broken one is told once and keeps out no other."""
+        try:
+            await self._decoder(ref, "").warm_up.remote(ref)
+        except Exception:
+            if ref.version not in told:
+                message = "%s %s cannot be loaded; what was loaded before stays"
+                ACCESS_LOG.exception(message, ref.name, ref.version)
+            told.add(ref.version)
+            return False
+        return True
 
     def _decoder(self, ref: ModelRef, image_id: str) -> DeploymentHandle:
         return self.decoder.options(session_id=f"{image_id}{ref.digest}")
@@ -276,15 +339,21 @@ class Ingress:
         """
         headers = dict(scope["headers"])
         path = scope["path"]
-        if path not in ("/", "/v1/healthz", "/v1/readyz"):
+        if path not in ("/", "/v1/healthz", "/v1/readyz", f"{labelstudio.PREFIX}/health"):
             if self.token is None:
                 client = (scope.get("client") or ("",))[0]
                 if client not in LOOPBACK:
                     raise ApiError("forbidden", "without a token only this machine is served")
             else:
                 given = headers.get(b"authorization", b"")
-                if not secrets.compare_digest(given, f"Bearer {self.token}".encode()):
-                    raise ApiError("unauthorized", "send Authorization: Bearer TOKEN")
+                allowed = secrets.compare_digest(given, f"Bearer {self.token}".encode())
+                way = "send Authorization: Bearer TOKEN"
+                if path.startswith(f"{labelstudio.PREFIX}/"):
+                    password = _basic_password(given)
+                    allowed |= secrets.compare_digest(password, self.token.encode())
+                    way = "give the token as the password of Basic Auth"
+                if not allowed:
+                    raise ApiError("unauthorized", way)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
             raise ApiError("too_large", f"the body has more than {self.max_body} bytes")
@@ -400,6 +469,86 @@ class Ingress:
         answer = await self._ask(Call(image_id, ref, slim))
         return self._finished(answer, image_id, ref, request.state.request_id, started)
 
+    # Label Studio's own routes: it says how they are called, so they stand in no document of ours.
+    @app.get(f"{labelstudio.PREFIX}/health", include_in_schema=False)
+    async def label_studio_health(self) -> dict[str, str]:
+        """Answer 200 once a model is loaded."""
+        self._model(None)
+        return {"status": "UP", "model_class": "samray"}
+
+    @app.post(f"{labelstudio.PREFIX}/setup", include_in_schema=False)
+    async def label_studio_setup(self) -> dict[str, str]:
+        """Name the model; each `predict` brings its own labelling config, so nothing is kept."""
+        return {"model_version": self._label_studio_version(self._model(None))}
+
+    @app.post(f"{labelstudio.PREFIX}/webhook", include_in_schema=False)
+    async def label_studio_webhook(self) -> dict[str, str]:
+        """Take note of nothing: what people label here trains no model."""
+        return {"status": "ignored"}
+
+    @app.post(f"{labelstudio.PREFIX}/predict", include_in_schema=False)
+    async def label_studio_predict(self, request: Request) -> dict[str, list[dict[str, Any]]]:
+        """Answer the regions drawn by a smart tool with one mask."""
+        body = await request.body()
+        asked = await asyncio.to_thread(read_json, labelstudio.PredictionRequest, body)
+        regions = asked.regions()
+        if not regions:  # Label Studio asks for whole tasks, too; an empty list stores nothing
+            return {"results": []}
+        to_name = next((region.to_name for region in regions if region.to_name), None)
+        output = await asyncio.to_thread(labelstudio.read_output, asked.label_config, to_name)
+        field = f"tasks[0].data.{output.data_key}"
+        address = asked.tasks[0].data.get(output.data_key)
+        if not isinstance(address, str) or not address:
+            message = f"{field}: needs the address of a picture"
+            raise ApiError("invalid_request", message, field)
+        ref = self._model(None)
+        version = self._label_studio_version(ref)
+        nothing = {"result": [], "score": 0.0, "model_version": version}
+        for fresh in (False, True):
+            image_id, size = await self._label_studio_image(address, field, fresh)
+            prompt = labelstudio.read_prompt(regions, size, output.to_name)
+            if prompt is None:
+                return {"results": [nothing]}
+            try:
+                call = Call(image_id, ref, labelstudio.request_for(prompt, output))
+                answer = await self._ask(call)
+                break
+            except ApiError as exc:
+                if exc.code != "unknown_image" or fresh:  # else the vault has forgotten it
+                    raise ApiError(exc.code, exc.message, field) from exc
+        label = labelstudio.choose_label(regions, output)
+        mask = answer["results"][0]["masks"][0]
+        made = await asyncio.to_thread(
+            labelstudio.build_prediction, mask, size, output, label, version
+        )
+        return {"results": [made]}
+
+    def _label_studio_version(self, ref: ModelRef) -> str:
+        return f"{ref.name} {ref.version}"
+
+    async def _label_studio_image(
+        self, address: str, field: str, fresh: bool
+    ) -> tuple[str, tuple[int, int]]:
+        """Return id and (H, W) of a task's picture, which the vault then has."""
+        known = self.known.get(address)
+        if known is not None and not fresh and time.monotonic() < known[2]:
+            return known[0], known[1]
+        raw = await _picture_bytes(self, address, field)
+        try:
+            image_id = await self._keep(raw)
+        except ApiError as exc:
+            hint = ""
+            if exc.code == "unsupported_format" and not address.startswith("data:"):
+                hint = "; if it is a page to log in, check Label Studio's key"
+            raise ApiError(exc.code, f"{field}: {exc.message}{hint}", field) from exc
+        size = size_from_header(raw)
+        if not address.startswith("data:"):
+            self.known[address] = (image_id, size, time.monotonic() + KNOWN_SECONDS)
+            self.known.move_to_end(address)
+            while len(self.known) > KNOWN_PICTURES:
+                self.known.popitem(last=False)
+        return image_id, size
+
     def _model(self, name: str | None) -> ModelRef:
         if not self.catalogue:
             raise ApiError("not_ready", "models are still being loaded")
@@ -425,14 +574,19 @@ class Ingress:
         return image_id
 
     async def _ask(self, call: Call) -> dict[str, Any]:
-        """Let a Decoder answer, unless too many wait already."""
+        """Let a Decoder answer, unless too many wait already; another if one dies meanwhile."""
         if self.in_flight >= self.settings.max_in_flight:
             raise ApiError("too_busy", "too many requests wait; try again soon")
         self.in_flight += 1
         try:
             decoder = self._decoder(call.model, call.image_id)
             async with asyncio.timeout(self.settings.timeout_seconds):
-                answer: dict[str, Any] = await decoder.answer.remote(call)
+                while True:
+                    try:
+                        answer: dict[str, Any] = await decoder.answer.remote(call)
+                        break
+                    except RayActorError:  # it, or its Encoder; Serve starts another
+                        await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError as exc:
             raise ApiError("timed_out", "the answer took too long; try again") from exc
         except BackPressureError as exc:
@@ -502,6 +656,7 @@ def build_app(settings: ServeConfig) -> serve.Application:
         require_folder(resolve(settings.store, "--store"), "--store")
     read_catalogue(settings, {})  # refuse now what no replica could load
     token = read_token(settings)
+    pictures = labelstudio.read_source(settings)
     options = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
     vault = ImageVault.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0}
@@ -522,7 +677,7 @@ def build_app(settings: ServeConfig) -> serve.Application:
     ingress = Ingress.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0}
     )
-    application: serve.Application = ingress.bind(settings, token, decoder, vault)
+    application: serve.Application = ingress.bind(settings, token, decoder, vault, pictures)
     return application
 
 
@@ -549,6 +704,8 @@ def serve_here(settings: ServeConfig) -> None:
     application = build_app(settings)
     # Our handlers never block, so they need no thread of their own; more requests pass without.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    # A proxy that died is missed after three checks, of which Ray makes one in ten seconds.
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     cluster.start()
     options = {
         "host": settings.host,

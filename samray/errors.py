@@ -9,6 +9,7 @@
      +- StorageError      a bucket, or what is in it, cannot be read or written
      +- DownloadError     official weights could not be fetched whole
      +- ClusterError      Ray has not what the run asks for
+     +- EndpointError     an endpoint does not answer, or refuses
      +- TrainingError     training itself went wrong (a loss that is not a number)
 
 All are the user's to mend, so the command line prints their one line and ends with
@@ -64,6 +65,18 @@ class DownloadError(SamrayError, OSError):
 
 class ClusterError(SamrayError, RuntimeError):
     """The Ray cluster lacks what the run asks for."""
+
+
+class EndpointError(SamrayError, OSError):
+    """An endpoint that samray asks as a client does not answer, or refuses.
+
+    Args:
+        code: of its refusal, where it has one.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class TrainingError(SamrayError, RuntimeError):

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import requests
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from serving import TOKEN, free_port, serving
 
 from samray.api import MAX_POINTS, MAX_PROMPTS
-from samray.checkpoint import save_checkpoint
+from samray.checkpoint import load_checkpoint, save_checkpoint
 from samray.config import ServeConfig, load_config
 from samray.dataset import PreparedDataset
 from samray.endpoint import build_app, serve_here
@@ -32,14 +33,6 @@ from samray.prompts import Prompt
 from samray.shipped import load_shipped
 from samray.store import ModelStore
 
-TOKEN = "a token of enough letters"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
 
 def checkpoint_like_shipped(folder, shift=0.0):
     """A checkpoint folder with the shipped weights, the mask decoder's moved a little if asked."""
@@ -50,8 +43,6 @@ def checkpoint_like_shipped(folder, shift=0.0):
     }
     progress = {"epoch": 1, "base": shipped.progress["base"]}
     save_checkpoint(folder, weights, load_config(), progress)
-    from samray.checkpoint import load_checkpoint
-
     return load_checkpoint(folder)
 
 
@@ -70,8 +61,6 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(ray_cluster, store, tmp_path_factory):
     """An endpoint with a token, two decoders and small limits."""
-    from ray import serve
-
     token_file = tmp_path_factory.mktemp("token") / "token.txt"
     token_file.write_text(TOKEN + "\n")
     settings = ServeConfig(
@@ -84,16 +73,8 @@ def url(ray_cluster, store, tmp_path_factory):
         max_in_flight=24,
         cpus_per_replica=0.2,
     )
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90})
-    serve.run(build_app(settings), name="samray", route_prefix="/")
-    address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
-    while requests.get(f"{address}/v1/readyz", timeout=30).status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    yield address
-    serve.shutdown()
+    with serving(settings) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +387,91 @@ def test_a_promotion_reaches_clients_and_none_fails(url, store, photo, tmp_path)
     assert all(len(masks) == 1 for masks in by_version.values())
     assert len(set.union(*by_version.values())) == 2
     assert (version.version, version.record["checkpoint_digest"]) in by_version
+
+
+def test_a_version_that_cannot_be_loaded_is_not_taken(url, store, photo, tmp_path):
+    """The one before goes on answering, and another model that comes later is served."""
+    before = predict(url, photo, prompts=[point()]).json()["model"]
+    good = store.current("drawn")
+    version = promoted(store, checkpoint_like_shipped(tmp_path / "third", shift=0.03))
+    weights = store.folder / "drawn" / version.version / "weights.pth"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    deadline = time.monotonic() + 60
+    while not any(version.version in text for text in log_texts(logs)):  # until it was tried
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for _ in range(5):
+        answer = predict(url, photo, prompts=[point()])
+        assert answer.status_code == 200
+        assert answer.json()["model"] == before
+    store.add("other", load_checkpoint(good.folder), good.record)
+    while predict(url, photo, prompts=[point()], model="other").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    store.set_current("drawn", good.version)
+    shutil.rmtree(store.folder / "other")
+
+
+def log_texts(logs):
+    """What Ray's processes have written so far."""
+    paths = [path for path in logs.rglob("*") if path.suffix in (".err", ".out", ".log")]
+    return [path.read_text(errors="replace") for path in paths if path.is_file()]
+
+
+def test_requests_are_counted_and_logged(url, photo):
+    """Prometheus finds what happened; the log has one line of JSON a request, with its id."""
+    for _ in range(2):
+        answer = predict(url, photo, prompts=[point()]).json()
+    assert answer["cache"] == "hit"
+    refused = refusal(call(url, "GET", "/v1/nothing"), 404, "not_found")
+    (node,) = ray.nodes()
+    wanted = (
+        'samray_requests_total{', 'samray_rejects_total{', 'code="not_found"',
+        'samray_embedding_lookups_total{', 'result="hit"', 'result="miss"',
+        "samray_decode_ms_bucket", "samray_encode_ms_bucket", "samray_encode_batch_size_bucket",
+    )  # fmt: skip
+    deadline = time.monotonic() + 90  # Ray gathers them every few seconds
+    missing = wanted
+    while missing:
+        text = requests.get(f"http://127.0.0.1:{node['MetricsExportPort']}", timeout=60).text
+        missing = [word for word in wanted if word not in text]
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    lines = [
+        json.loads(line[line.index("{") :])
+        for text in log_texts(logs)
+        for line in text.splitlines()
+        if answer["request_id"] in line or refused["request_id"] in line
+        if '"status"' in line
+    ]
+    by_id = {line["request_id"]: line for line in lines}
+    assert by_id[answer["request_id"]]["status"] == 200
+    assert by_id[answer["request_id"]]["path"] == "/v1/predict"
+    assert by_id[refused["request_id"]]["status"] == 404
+    assert not any(TOKEN in json.dumps(line) for line in lines)
+
+
+def test_a_killed_decoder_costs_no_answer(url, photo):
+    """Clicks go on while all Decoders die: they wait for the next, which encodes again."""
+    image_id = call(url, "POST", "/v1/images", data=photo).json()["image_id"]
+    request = {"image_id": image_id, "prompts": [point(90, 80)], "mask_format": "rle"}
+    before = predict(url, **request).json()["results"][0]["masks"][0]["rle"]
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if "#Decoder#" in actor["name"]
+    ]
+    assert len(names) == 2
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(predict, url, **request) for _ in range(100)]
+        for name in names:
+            ray.kill(ray.get_actor(name, namespace="serve"), no_restart=True)  # as kill -9
+        answers = [task.result() for task in asked]
+    assert {response.status_code for response in answers} == {200}
+    masks = [response.json()["results"][0]["masks"][0]["rle"] for response in answers]
+    assert masks == [before] * 100
 
 
 def test_a_flood_is_refused_and_health_still_answers(url, photo):

@@ -4,20 +4,17 @@ import base64
 import json
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
+from serving import TOKEN, serving
 
 from samray.config import ServeConfig, load_config
 from samray.dataset import PreparedDataset
-from samray.endpoint import build_app
 from samray.prepare import prepare
 
-TOKEN = "a token of enough letters"
 SECONDS = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -30,23 +27,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def address(ray_cluster, tmp_path_factory):
     """`tiny`, behind a token."""
-    from ray import serve
-
     token_file = tmp_path_factory.mktemp("token") / "token.txt"
     token_file.write_text(TOKEN)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90})
     settings = ServeConfig(token_file=str(token_file), cpus_per_replica=0.2)
-    serve.run(build_app(settings), name="samray", route_prefix="/")
-    url = f"http://127.0.0.1:{port}/"
-    deadline = time.monotonic() + 120
-    while requests.get(f"{url}v1/readyz", timeout=30).status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    yield url
-    serve.shutdown()
+    with serving(settings) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture

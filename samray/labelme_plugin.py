@@ -1,0 +1,264 @@
+"""labelme with the endpoint behind its AI tools: `samray labelme`. No Ray.
+
+labelme runs its models in its own process, through osam. `model_type` is such a model whose work
+is done by an endpoint: the image is uploaded once, clicks and boxes are sent as they are made.
+"""
+
+import base64
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from PIL import Image
+
+from samray.config import LabelmeConfig
+from samray.errors import ConfigError, EndpointError
+
+NAME = "samray:latest"  # osam's form of a model's name
+TITLE = "samray"  # in labelme's list
+TOKEN_VARIABLE = "SAMRAY_TOKEN"
+PATIENCE = (5, 120)  # seconds to connect, and for an answer
+PAUSE_SECONDS = 5.0  # after a failure; labelme asks anew with each move of the mouse
+
+
+class Endpoint:
+    """A samray endpoint, as a client sees it."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.url = url.rstrip("/")
+        self.session = requests.Session()
+        if token is not None:
+            self.session.headers["Authorization"] = f"Bearer {token}"
+
+    def require_samray(self) -> None:
+        """Ask for the models, which only a samray endpoint has and only its token opens.
+
+        Raises:
+            EndpointError: nothing answers, something else does, or the token is wrong.
+        """
+        models = self._call("GET", "/v1/models").get("models")
+        if not isinstance(models, list):
+            raise EndpointError(f"{self.url} is no samray endpoint; `samray serve` starts one")
+        if not models:
+            raise EndpointError(f"{self.url} still loads its models; try again soon")
+
+    def upload(self, image: np.ndarray) -> str:
+        """Send an image; return its id.
+
+        Args:
+            image: H x W x 3 uint8 RGB.
+        """
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="PNG", compress_level=1)
+        return str(self._call("POST", "/v1/images", data=file.getvalue())["image_id"])
+
+    def predict(self, image_id: str, prompt: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the best mask, H x W bool, and its `MaskAnswer`.
+
+        Raises:
+            EndpointError: it does not answer with a mask; `code` is `unknown_image` if the image
+                must be uploaded again.
+        """
+        body = {"image_id": image_id, "prompts": [prompt], "mask_format": "png"}
+        answer = self._call("POST", "/v1/predict", json=body)["results"][0]["masks"][0]
+        picture = Image.open(io.BytesIO(base64.b64decode(answer["png"])), formats=("PNG",))
+        return np.asarray(picture.convert("1")), answer
+
+    def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        try:
+            response = self.session.request(method, self.url + path, timeout=PATIENCE, **content)
+        except requests.RequestException as exc:
+            if isinstance(exc, ValueError):  # InvalidURL and its like
+                raise EndpointError(f"{self.url} is no address; http://HOST:PORT is one") from exc
+            reason = "it took too long" if isinstance(exc, requests.Timeout) else "no connection"
+            raise EndpointError(
+                f"{self.url} does not answer ({reason}); is `samray serve` running there?"
+            ) from exc
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if response.ok and isinstance(answer, dict):
+            return answer
+        error = answer.get("error") if isinstance(answer, dict) else None
+        if not isinstance(error, dict):
+            raise EndpointError(f"{self.url} is no samray endpoint; `samray serve` starts one")
+        if error.get("code") == "unauthorized":
+            raise EndpointError(
+                f"{self.url} wants another token; give --token-file, or ${TOKEN_VARIABLE}"
+            )
+        raise EndpointError(f"{self.url}: {error.get('message')}", str(error.get("code")))
+
+
+def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
+    """Return an osam model class that answers by the endpoint.
+
+    Args:
+        tell: shows the user what went wrong. Nothing is raised, for labelme ends with any error
+            of a model, and with it what is not yet saved.
+    """
+    import osam
+
+    class Upload(osam.types.ImageEmbedding):  # type: ignore[misc]
+        """Stands for the embedding, which stays at the endpoint; labelme keeps it per image."""
+
+        image_id: str | None = None
+
+    class SamrayModel(osam.types.Model):  # type: ignore[misc]
+        """Forwards prompts; has no weights of its own, so osam finds nothing to download."""
+
+        name = NAME
+        metadata = osam.types.ModelMetadata(
+            license_name="MIT", license_url="", source_url=endpoint.url, license_spdx="MIT"
+        )
+        _blobs: dict[str, Any] = {}  # noqa: RUF012
+        silent_until = 0.0
+
+        def encode_image(self, image: np.ndarray) -> Upload:
+            """Wait with the upload until the first click, where a failure can be told."""
+            nothing = np.zeros((1, 1, 1), np.float32)
+            return Upload(
+                original_height=image.shape[0], original_width=image.shape[1], embedding=nothing
+            )
+
+        def generate(self, request: Any) -> Any:
+            """Answer points or a box with the best mask, cut to its box."""
+            annotations = []
+            if time.monotonic() >= self.silent_until:
+                try:
+                    annotations = self._answer(request)
+                except EndpointError as exc:
+                    self.silent_until = time.monotonic() + PAUSE_SECONDS
+                    tell(str(exc))
+            return osam.types.GenerateResponse(model=self.name, annotations=annotations)
+
+        def _answer(self, request: Any) -> list[Any]:
+            prompt, image = request.prompt, request.image
+            if image is None or prompt is None or prompt.points is None:
+                raise EndpointError("samray answers clicks and boxes on an image, not text")
+            embedding = request.image_embedding
+            upload = embedding if isinstance(embedding, Upload) else self.encode_image(image)
+            asked = read_prompt(prompt.points, prompt.point_labels, image.shape[:2])
+            if asked is None:
+                return []
+            known = upload.image_id is not None
+            if upload.image_id is None:
+                upload.image_id = endpoint.upload(image)
+            try:
+                mask, answer = endpoint.predict(upload.image_id, asked)
+            except EndpointError as exc:
+                if exc.code != "unknown_image" or not known:
+                    raise
+                upload.image_id = endpoint.upload(image)  # restarted, or its cache was full
+                mask, answer = endpoint.predict(upload.image_id, asked)
+            if not mask.any():
+                return []
+            x1, y1, x2, y2 = (int(value) for value in answer["bbox"])
+            box = osam.types.BoundingBox(xmin=x1, ymin=y1, xmax=x2 - 1, ymax=y2 - 1)
+            part = np.ascontiguousarray(mask[y1:y2, x1:x2])
+            score = answer["score"]
+            return [osam.types.Annotation(bounding_box=box, mask=part, score=score)]
+
+    return SamrayModel
+
+
+def read_prompt(
+    points: np.ndarray, labels: np.ndarray, size: tuple[int, int]
+) -> dict[str, Any] | None:
+    """Turn osam's points into a prompt of API v1; None if they show nothing.
+
+    Args:
+        points: N x 2, (x, y) pixels; labelme lets them lie on the border.
+        labels: N; 1 belongs to the object, 0 does not, 2 and 3 are corners of a box.
+        size: (H, W).
+    """
+    inside = np.clip(points, 0, [np.nextafter(size[1], 0), np.nextafter(size[0], 0)])
+    clicks = labels < 2
+    prompt: dict[str, Any] = {}
+    if clicks.any():
+        prompt["point_coords"] = inside[clicks].tolist()
+        prompt["point_labels"] = labels[clicks].tolist()
+    if (~clicks).any():
+        corners = np.clip(points[~clicks], 0, [size[1], size[0]])
+        low, high = corners.min(axis=0), corners.max(axis=0)
+        if (low < high).all():
+            prompt["box"] = [*low.tolist(), *high.tolist()]
+    return prompt if "box" in prompt or (labels == 1).any() else None
+
+
+def start(settings: LabelmeConfig) -> None:
+    """Run the user's labelme with the endpoint as its first model, until it is closed.
+
+    Raises:
+        ConfigError: the token file cannot be read, or there is no labelme, or none of the kind.
+        EndpointError: the endpoint does not answer, or refuses.
+    """
+    endpoint = Endpoint(settings.url, _read_token(settings.token_file))
+    try:
+        import osam
+        from labelme import __version__
+        from labelme.__main__ import main
+        from labelme.widgets._ai_assisted_annotation_widget import AiAssistedAnnotationWidget
+        from PyQt5 import QtCore, QtWidgets
+
+        available = AiAssistedAnnotationWidget._available_models
+    except ImportError as exc:
+        if (exc.name or "").split(".")[0] in ("labelme", "osam") and "." not in (exc.name or ""):
+            raise ConfigError("labelme is not installed here; pip install labelme") from exc
+        raise ConfigError(
+            f"this labelme cannot be used ({_first_words(exc)}); "
+            "it was tried with 6.3.1: pip install labelme==6.3.1"
+        ) from exc
+    endpoint.require_samray()
+    showing = False
+
+    def tell(message: str) -> None:
+        """Show a message once labelme has drawn; for it also asks for masks while it draws."""
+        nonlocal showing
+        print(f"samray: {message}", file=sys.stderr)
+        if not showing:
+            showing = True
+            QtCore.QTimer.singleShot(0, lambda: show(message))
+
+    def show(message: str) -> None:
+        nonlocal showing
+        QtWidgets.QMessageBox.warning(None, TITLE, message)
+        showing = False
+
+    osam.apis.registered_model_types.append(model_type(endpoint, tell))
+    AiAssistedAnnotationWidget._available_models = [(NAME, TITLE), *available]
+    begin = AiAssistedAnnotationWidget.__init__
+
+    def begin_with_samray(
+        self: Any,
+        default_model: str,
+        on_model_changed: Callable[[str], None],
+        *words: Any,
+        **options: Any,
+    ) -> None:
+        begin(self, TITLE, on_model_changed, *words, **options)
+        on_model_changed(NAME)  # Qt does not tell when the first of the list is chosen
+
+    AiAssistedAnnotationWidget.__init__ = begin_with_samray
+    print(f"labelme {__version__} with {endpoint.url}", flush=True)
+    sys.argv = ["labelme", *settings.arguments]
+    main()
+
+
+def _read_token(path: str | None) -> str | None:
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip() or None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except OSError as exc:
+        raise ConfigError(f"--token-file: cannot be read ({exc.strerror})") from exc
+
+
+def _first_words(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:160]

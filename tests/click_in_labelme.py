@@ -1,0 +1,65 @@
+"""`samray labelme` with a hand that clicks: the real program, driven in place of its event loop.
+
+Words: the endpoint's address, its token file, a photo, an output folder, labelme's mode, and the
+clicks, each `x,y` in shares of the photo. The last line printed is JSON of what came of it.
+"""
+
+import json
+import sys
+
+from PyQt5 import QtCore, QtWidgets
+from PyQt5.QtTest import QTest
+
+from samray.cli import main
+
+url, token_file, photo, output, mode, *clicks = sys.argv[1:]
+
+
+def drive(*_):
+    from labelme.app import MainWindow
+
+    app = QtWidgets.QApplication.instance()
+    window = next(w for w in app.topLevelWidgets() if isinstance(w, MainWindow))
+    for _ in range(50):
+        app.processEvents()
+        QTest.qWait(20)
+        if not window._canvas_widgets.canvas.pixmap.isNull():
+            break
+    canvas = window._canvas_widgets.canvas
+    combo = window._ai_annotation._model_combo
+    result = {"model": canvas.get_ai_model_name(), "title": combo.currentText()}
+    window._switch_canvas_mode(edit=False, create_mode=mode)
+    size = canvas.pixmap.width(), canvas.pixmap.height()
+    warnings = []
+    QtWidgets.QMessageBox.warning = lambda *words: warnings.append(words[2])
+    canvas.new_shape.disconnect()  # it would open the dialog for the label and wait
+
+    def place(click):
+        x, y = (float(part) for part in click.split(","))
+        spot = QtCore.QPointF(x * size[0], y * size[1]) + canvas._compute_image_origin_offset()
+        return (spot * canvas.scale).toPoint()
+
+    for number, click in enumerate(clicks):
+        last = number == len(clicks) - 1 and mode == "ai_points_to_shape"
+        held = QtCore.Qt.ControlModifier if last else QtCore.Qt.NoModifier
+        QTest.mouseMove(canvas, place(click))
+        QTest.mouseClick(canvas, QtCore.Qt.LeftButton, held, place(click))
+        app.processEvents()
+        canvas.repaint()  # labelme asks for a mask whenever it draws
+    QTest.qWait(50)
+    result["warnings"] = warnings
+    result["size"] = size
+    result["shapes"] = [
+        {
+            "shape_type": shape.shape_type,
+            "points": [[point.x(), point.y()] for point in shape.points],
+        }
+        for shape in canvas.shapes
+    ]
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+QtWidgets.QApplication.exec_ = drive
+words = ["labelme", "--url", url, "--token-file", token_file, "--", photo, "--output", output]
+sys.exit(main([*words, "--logger-level", "error"]))
