@@ -191,33 +191,46 @@ def own_masks(folder: Path, noise: float, raw: bytes) -> list[np.ndarray]:
 
 
 def kill(root: Path, _: argparse.Namespace) -> None:
-    """40 s of clicks by 4 clients; after 6 s one part dies. What failed, and for how long."""
+    """Some seconds of clicks by 4 clients; after 6 one part dies. What failed, and for how long."""
+    import ray
+
     with Server(samray_command(None, 2), root) as url:
-        files = photos(root, 8)
-        ids = [
-            requests.post(f"{url}/v1/images", data=raw, timeout=60).json()["image_id"]
-            for raw in files
-        ]
-        for part in ("ServeReplica:samray:Decoder", "ServeReplica:samray:Ingress", "ProxyActor"):
-            victims = [pid for pid, name in processes_below(os.getpid()) if part in name]
-            killed: list[float] = []
+        for part in ("Decoder", "Encoder", "Ingress"):
+            strike_under_load(url, root, f"ServeReplica:samray:{part}")
+        strike_under_load(url, root, "ServeController")
+    # On a cluster there are proxies, and more of them than this one.
+    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
+    own = ray.init(address="local", num_cpus=4, log_to_driver=False).address_info["gcs_address"]
+    with Server(samray_command(None, 2), root, {"RAY_ADDRESS": own}) as url:
+        strike_under_load(url, root, "ProxyActor")
 
-            def strike(victim: int = victims[0], killed: list[float] = killed) -> None:
-                time.sleep(6)
-                os.kill(victim, signal.SIGKILL)
-                killed.append(time.perf_counter())
 
-            threading.Thread(target=strike).start()
-            answers = asyncio.run(click_for(url, ids, clients=4, seconds=40))
-            bad = [answer for answer in answers if answer.status != 200]
-            kinds = sorted({f"{answer.status} {answer.reason()}" for answer in bad})
-            good = sorted(answer.ended for answer in answers if answer.status == 200)
-            pause = max(b - a for a, b in itertools.pairwise(good))
-            back = max((answer.ended for answer in bad), default=killed[0]) - killed[0]
-            print(
-                f"kill -9 of {part.split(':')[-1]}: {len(answers)} clicks, {len(bad)} failed "
-                f"{kinds}, the last {back:.1f} s after; longest pause {pause:.1f} s"
-            )
+def strike_under_load(url: str, root: Path, part: str) -> None:
+    """Kill one process of that name, and print what it cost."""
+    ids = [
+        requests.post(f"{url}/v1/images", data=raw, timeout=60).json()["image_id"]
+        for raw in photos(root, 8)
+    ]
+    victim = next(pid for pid, name in processes_below(os.getpid()) if part in name)
+    killed: list[float] = []
+
+    def strike() -> None:
+        time.sleep(6)
+        os.kill(victim, signal.SIGKILL)
+        killed.append(time.perf_counter())
+
+    threading.Thread(target=strike).start()
+    answers = asyncio.run(click_for(url, ids, clients=4, seconds=40))
+    bad = [answer for answer in answers if answer.status != 200]
+    kinds = sorted({f"{answer.status} {answer.reason()}" for answer in bad})
+    good = sorted(answer.ended for answer in answers if answer.status == 200)
+    pause = max(b - a for a, b in itertools.pairwise(good))
+    back = max((answer.ended for answer in bad), default=killed[0]) - killed[0]
+    print(
+        f"kill -9 of {part.split(':')[-1]}: {len(answers)} clicks, {len(bad)} failed {kinds}, "
+        f"the last {back:.1f} s after; longest pause {pause:.1f} s",
+        flush=True,
+    )
 
 
 def soak(root: Path, arguments: argparse.Namespace) -> None:
@@ -536,15 +549,20 @@ def samray_command(weights: str | None, decoders: int = 1) -> list[str]:
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, command: list[str], root: Path) -> None:
+    def __init__(
+        self, command: list[str], root: Path, environment: dict[str, str] | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.command, self.root = [*command, "--port", str(self.port)], root
+        self.environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> str:
         with open(self.root / "server.log", "ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env=self.environment
+            )
         url = f"http://127.0.0.1:{self.port}"
         while True:
             assert self.process.poll() is None, (self.root / "server.log").read_text()

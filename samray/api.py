@@ -32,6 +32,7 @@ CODES = {
     "unknown_model": (404, False),
     "unknown_mask_token": (404, False),
     "method_not_allowed": (405, False),
+    "too_slow": (408, True),
     "too_large": (413, False),
     "unsupported_format": (415, False),
     "invalid_request": (422, False),

@@ -29,7 +29,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.context import _get_serve_request_context
+from ray.serve._private.http_util import start_asgi_http_server
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
@@ -55,6 +56,8 @@ from samray.storage import require_folder, resolve
 
 TOKEN_VARIABLE = "SAMRAY_TOKEN"
 STORE_POLL_SECONDS = 1.0
+LISTEN_SECONDS = 60
+BODIES = 16  # of the largest size may be in memory at once; more are answered 429
 RETRY_SECONDS = 0.1
 FETCHES = 16  # pictures on their way from Label Studio at once; more are answered 429
 KNOWN_PICTURES, KNOWN_SECONDS = 1024, 600  # addresses whose image is not fetched for each click
@@ -77,7 +80,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         ingress: Ingress = serve.get_replica_context().servable_object
-        request_id = _get_serve_request_context().request_id or uuid.uuid4().hex
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = request_id or uuid.uuid4().hex  # Serve gives one to each that comes without
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.perf_counter(), 0
 
@@ -91,14 +95,26 @@ class Gate:
                 ]
             await send(message)
 
-        received = 0
+        received, arrived = 0, False
+        deadline = asyncio.get_running_loop().time() + ingress.settings.timeout_seconds
 
         async def receive_some() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, arrived
+            if arrived:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as exc:
+                raise ApiError("too_slow", "the request took too long to arrive") from exc
+            arrived = not message.get("more_body", False)
+            size = len(message.get("body", b""))
+            received += size
+            ingress.body_bytes += size
             if received > ingress.max_body:
                 raise ApiError("too_large", f"the body has more than {ingress.max_body} bytes")
+            if ingress.body_bytes > ingress.max_bodies:
+                raise ApiError("too_busy", "too much is being sent at once; try again soon")
             return message
 
         try:
@@ -110,6 +126,7 @@ class Gate:
         except ApiError as exc:
             await error_response(exc, request_id)(scope, receive, send_on)
         finally:
+            ingress.body_bytes -= received
             # Without a status so far, an error of ours is on its way to FastAPI's outermost layer.
             ingress.answered(scope, request_id, status or 500, time.perf_counter() - started)
 
@@ -124,7 +141,9 @@ def error_response(error: ApiError, request_id: str) -> JSONResponse:
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": ErrorAnswer} for code in (*codes, 401, 403, 413, 422, 429, 500, 503)}
+    return {
+        code: {"model": ErrorAnswer} for code in (*codes, 401, 403, 408, 413, 422, 429, 500, 503)
+    }
 
 
 _BODY = {
@@ -264,10 +283,12 @@ class Ingress:
         decoder: DeploymentHandle,
         vault: DeploymentHandle,
         pictures: labelstudio.PictureSource | None,
+        listen: bool,
     ) -> None:
         self.settings, self.token, self.pictures = settings, token, pictures
         self.decoder, self.vault = decoder, vault
         self.max_body = int(settings.max_body_mb * 2**20)
+        self.max_bodies, self.body_bytes = BODIES * self.max_body, 0
         self.catalogue: dict[str, ModelRef] = {}
         self.ready = False
         self.in_flight = 0
@@ -281,7 +302,31 @@ class Ingress:
             ACCESS_LOG.addHandler(logging.StreamHandler())
         ACCESS_LOG.setLevel(logging.INFO)
         ACCESS_LOG.propagate = False
-        self.watching = asyncio.get_event_loop().create_task(self._watch_models())
+        loop = asyncio.get_event_loop()
+        self.watching = loop.create_task(self._watch_models())
+        self.listening = loop.create_task(self._listen()) if listen else None
+
+    async def _listen(self) -> None:
+        """Take requests from the network right here, without Serve's proxy in front.
+
+        The proxy is a process of its own, in which each request waits twice.
+        """
+        while serve.get_replica_context().servable_object is None:
+            await asyncio.sleep(0.01)  # until Serve has made all of this replica
+        options = HTTPOptions(host=self.settings.host, port=self.settings.port)
+        # Shared, for after a kill the port is still held for a minute by connections that were.
+        serving, _ = await start_asgi_http_server(
+            self._asgi_app,  # type: ignore[attr-defined]  # Serve's decorator sets it
+            options,
+            event_loop=asyncio.get_running_loop(),
+            enable_so_reuseport=True,
+        )
+        await serving
+
+    def check_health(self) -> None:
+        """Have Serve replace a replica that stopped listening."""
+        if self.listening is not None and self.listening.done():
+            raise RuntimeError("this replica does not listen any more")
 
     async def _watch_models(self) -> None:
         """Learn which models there are; for a store, again and again."""
@@ -644,8 +689,12 @@ def read_token(settings: ServeConfig) -> str | None:
     return token
 
 
-def build_app(settings: ServeConfig) -> serve.Application:
+def build_app(settings: ServeConfig, listen: bool = False) -> serve.Application:
     """Return the application, for `serve.run` and for `serve deploy configs/serve.yaml`.
+
+    Args:
+        listen: have the Ingress take requests at the settings' host and port by itself; else
+            Serve's proxies do, which find it wherever in a cluster it is.
 
     Raises:
         ConfigError: no model can be served under these settings.
@@ -675,9 +724,10 @@ def build_app(settings: ServeConfig) -> serve.Application:
         max_queued_requests=settings.max_in_flight,
     ).bind(settings, encoder, vault)
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": 0}
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=1,  # clients wait while nobody notices that it died
     )
-    application: serve.Application = ingress.bind(settings, token, decoder, vault, pictures)
+    application: serve.Application = ingress.bind(settings, token, decoder, vault, pictures, listen)
     return application
 
 
@@ -701,11 +751,11 @@ def serve_here(settings: ServeConfig) -> None:
                 f"--port {settings.port} on {settings.host} cannot be had ({exc.strerror}); "
                 "choose another --port"
             ) from exc
-    application = build_app(settings)
+    alone = not os.environ.get("RAY_ADDRESS")
+    application = build_app(settings, listen=alone)
     # Our handlers never block, so they need no thread of their own; more requests pass without.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-    # A proxy that died is missed after three checks, of which Ray makes one in ten seconds.
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+    os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")  # its ports are Serve's choice
     cluster.start()
     options = {
         "host": settings.host,
@@ -713,14 +763,31 @@ def serve_here(settings: ServeConfig) -> None:
         "request_timeout_s": settings.timeout_seconds + 30,
     }
     try:
-        serve.start(http_options=options, logging_config={"log_level": "WARNING"})
+        serve.start(
+            proxy_location="Disabled" if alone else "EveryNode",
+            http_options=options,
+            logging_config={"log_level": "WARNING"},
+        )
         serve.run(application, name="samray", route_prefix="/")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{settings.port}/"
-        while requests.get(f"{address}v1/readyz", timeout=60).status_code != 200:
-            time.sleep(0.2)  # models are being loaded
+        _wait_until_ready(address)
         print(f"serving {address}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     finally:
         serve.shutdown()
+
+
+def _wait_until_ready(address: str) -> None:
+    deadline = time.monotonic() + LISTEN_SECONDS
+    while True:
+        try:
+            if requests.get(f"{address}v1/readyz", timeout=60).status_code == 200:
+                return
+        except requests.ConnectionError:  # not listening yet
+            if time.monotonic() > deadline:
+                raise
+        else:
+            deadline = float("inf")  # models are being loaded
+        time.sleep(0.2)

@@ -21,21 +21,35 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(settings: ServeConfig, host: str = "127.0.0.1") -> Iterator[str]:
-    """Start the endpoint on a free port; give its address here once its models are loaded."""
+def serving(settings: ServeConfig, proxies: bool = False, **options: object) -> Iterator[str]:
+    """Start the endpoint on a free port; give its address here once its models are loaded.
+
+    Args:
+        proxies: behind Serve's proxies, as on a cluster, and not listening by itself.
+        options: of those proxies.
+    """
     from ray import serve
 
     from samray.endpoint import build_app
 
-    port = free_port()
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": 90})
+    settings = settings.model_copy(update={"port": free_port()})
+    options = {"host": "127.0.0.1", "port": settings.port, "request_timeout_s": 90, **options}
+    serve.start(proxy_location="HeadOnly" if proxies else "Disabled", http_options=options)
     try:
-        serve.run(build_app(settings), name="samray", route_prefix="/")
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
-        while requests.get(f"{address}/v1/readyz", timeout=30).status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        serve.run(build_app(settings, listen=not proxies), name="samray", route_prefix="/")
+        address = f"http://127.0.0.1:{settings.port}"
+        wait_until_ready(address)
         yield address
     finally:
         serve.shutdown()
+
+
+def wait_until_ready(address: str, seconds: float = 120) -> None:
+    """Return once the models are loaded."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(requests.ConnectionError):
+            if requests.get(f"{address}/v1/readyz", timeout=30).status_code == 200:
+                return
+        assert time.monotonic() < deadline, f"not ready after {seconds} s"
+        time.sleep(0.5)

@@ -155,7 +155,7 @@ def url(ray_cluster, studio, tmp_path_factory):
         max_megapixels=3,
         cpus_per_replica=0.2,
     )
-    with serving(settings) as address:
+    with serving(settings, proxies=True) as address:
         yield address
 
 

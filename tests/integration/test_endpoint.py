@@ -2,10 +2,14 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import re
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,13 +22,13 @@ import requests
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from serving import TOKEN, free_port, serving
+from serving import TOKEN, free_port, serving, wait_until_ready
 
 from samray.api import MAX_POINTS, MAX_PROMPTS
 from samray.checkpoint import load_checkpoint, save_checkpoint
 from samray.config import ServeConfig, load_config
 from samray.dataset import PreparedDataset
-from samray.endpoint import build_app, serve_here
+from samray.endpoint import BODIES, build_app, serve_here
 from samray.errors import ConfigError
 from samray.images import decode_image
 from samray.predictor import Predictor
@@ -32,6 +36,8 @@ from samray.prepare import prepare
 from samray.prompts import Prompt
 from samray.shipped import load_shipped
 from samray.store import ModelStore
+
+ROOT = Path(__file__).parents[2]
 
 
 def checkpoint_like_shipped(folder, shift=0.0):
@@ -320,6 +326,33 @@ def test_bodies_are_counted_as_they_come(url):
     refusal(call(url, "POST", "/v1/images", data=chunks), 413, "too_large")
 
 
+def test_what_arrives_at_once_is_counted_over_all_requests(url, photo):
+    """Bodies that are never finished fill no memory: past the bound they are refused."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    unfinished = f"{head}Content-Length: {2 * 2**20}\r\n\r\n".encode() + bytes(2 * 2**20 - 1)
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(BODIES + 4):
+            connections.append(socket.create_connection((host, int(port)), 60))
+            stack.enter_context(connections[-1])
+            with contextlib.suppress(ConnectionError):  # refused while it still sends
+                connections[-1].sendall(unfinished)
+        answered, deadline = [], time.monotonic() + 60
+        while len(answered) < 4:
+            answered, _, _ = select.select(connections, [], [], 1)
+            assert time.monotonic() < deadline
+        assert len(answered) < 8
+        answer = answered[0].recv(4096)
+        assert b" 429 " in answer.splitlines()[0]
+        assert b'"code":"too_busy"' in answer
+        assert call(url, "GET", "/v1/healthz").status_code == 200
+    deadline = time.monotonic() + 60
+    while call(url, "POST", "/v1/images", data=photo).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_who_may_ask(url):
     for path in ("/v1/models", "/openapi.json", "/v1/images/x", "/nowhere"):
         for token in (None, "wrong", TOKEN[:-1], TOKEN + "x"):
@@ -474,6 +507,25 @@ def test_a_killed_decoder_costs_no_answer(url, photo):
     assert masks == [before] * 100
 
 
+def test_a_killed_ingress_listens_again_at_once(url, photo):
+    """Also with connections open, whose remains hold the port for a minute after a kill."""
+    image_id = call(url, "POST", "/v1/images", data=photo).json()["image_id"]
+    (name,) = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if "#Ingress#" in actor["name"]
+    ]
+    with requests.Session() as session:
+        session.get(f"{url}/v1/healthz", timeout=60)
+        ray.kill(ray.get_actor(name, namespace="serve"), no_restart=True)  # as kill -9
+        with contextlib.suppress(requests.ConnectionError):
+            while True:  # until it is dead
+                requests.get(f"{url}/v1/healthz", timeout=60)
+        wait_until_ready(url, 50)
+    answer = predict(url, image_id=image_id, prompts=[point()]).json()
+    assert answer["cache"] == "hit", "what the others keep is not lost"
+
+
 def test_a_flood_is_refused_and_health_still_answers(url, photo):
     body = json.dumps(
         {
@@ -495,6 +547,41 @@ def test_a_flood_is_refused_and_health_still_answers(url, photo):
     assert refused.headers["Retry-After"] == "1"
     assert refusal(refused, 429, "too_busy")["retryable"] is True
     assert predict(url, photo, prompts=[point()]).status_code == 200
+
+
+def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path):
+    """`samray serve` as people start it: its one port, slow bodies refused, Ctrl-C ends it."""
+    port = free_port()
+    words = ["serve.timeout_seconds=3", "serve.cpus_per_replica=0.2", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.serve", *words], stdout=log, stderr=log, cwd=ROOT
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url)
+        own = ray.util.get_node_ip_address()
+        if not own.startswith("127."):
+            with pytest.raises(requests.ConnectionError):
+                requests.get(f"http://{own}:{port}/v1/healthz", timeout=60)
+        with socket.create_connection(("127.0.0.1", port), 60) as slow:
+            slow.sendall(b"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+            slow.settimeout(60)
+            answer = slow.recv(4096)
+        assert b" 408 " in answer.splitlines()[0]
+        assert b'"code":"too_slow"' in answer
+        answer = requests.post(f"{url}/v1/predict", json={}, timeout=60)
+        refusal(answer, 422, "invalid_request")
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+        text = (tmp_path / "log").read_text()
+        assert f"serving {url}/" in text
+        assert "Traceback" not in text
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"{url}/v1/healthz", timeout=60)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_strangers_are_not_served_without_a_token(monkeypatch):

@@ -14,7 +14,7 @@ def test_strangers_are_refused_where_a_cluster_listens_without_a_token(ray_clust
     own = ray.util.get_node_ip_address()
     if own.startswith("127."):
         pytest.skip("this machine has no address but its loopback")
-    with serving(ServeConfig(cpus_per_replica=0.2), host="0.0.0.0") as here:
+    with serving(ServeConfig(cpus_per_replica=0.2), proxies=True, host="0.0.0.0") as here:
         outside = here.replace("127.0.0.1", own)
         for method, path in (
             ("GET", "/v1/models"),
