@@ -359,8 +359,8 @@ class ServeConfig(Section):
     """Processes that answer prompts; each image and model has its own among them."""
     encoder_replicas: int = Field(1, ge=1)
     """Processes that encode images, at most."""
-    encode_batch: int = Field(4, ge=1)
-    """Images encoded together, at most."""
+    encode_batch: int | None = Field(None, ge=1)
+    """Images encoded together, at most; unset: 4 on a GPU, 1 without, where it saves nothing."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """CPUs that Ray sets aside for each of those processes."""
     gpus_per_replica: float = Field(0.0, ge=0, le=1)

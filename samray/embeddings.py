@@ -8,7 +8,7 @@ precision. One `.npy` a key: tensors in Parquet write 80 times slower and read 1
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class EmbeddingCache:
             np.save(file, embedding.astype(np.float16))
 
 
-@torch.inference_mode()
 def encode_image(sam: Any, image: np.ndarray) -> torch.Tensor:
     """Return the embedding of one image, on the model's device.
 
@@ -79,6 +78,19 @@ def encode_image(sam: Any, image: np.ndarray) -> torch.Tensor:
     Returns:
         C x h x w float32.
     """
-    pixels = image_to_input(image, sam.image_encoder.img_size).to(sam.device)
-    embedding: torch.Tensor = sam.image_encoder(pixels[None])[0]
-    return embedding
+    return encode_images(sam, [image])[0]
+
+
+@torch.inference_mode()
+def encode_images(sam: Any, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return the embeddings of B images of any sizes, encoded together.
+
+    Args:
+        images: H x W x 3 uint8 RGB, each.
+
+    Returns:
+        B x C x h x w float32, on the model's device.
+    """
+    inputs = [image_to_input(image, sam.image_encoder.img_size) for image in images]
+    embeddings: torch.Tensor = sam.image_encoder(torch.stack(inputs).to(sam.device))
+    return embeddings

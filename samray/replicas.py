@@ -26,7 +26,7 @@ from samray.api import ApiError, PredictRequest, mistakes_error
 from samray.batches import group_prompts
 from samray.catalogue import ModelRef
 from samray.config import ServeConfig
-from samray.embeddings import encode_image
+from samray.embeddings import encode_images
 from samray.errors import AnnotationError, SamrayError
 from samray.images import decode_image
 from samray.model import decode_prompts, encoder_digest
@@ -130,7 +130,8 @@ class Encoder:
         torch.set_num_threads(settings.threads)
         self.models = LoadedModels()
         self.sizes = Histogram("samray_encode_batch_size", "images encoded together", [1, 2, 4, 8])
-        self.encode.set_max_batch_size(settings.encode_batch)
+        on_gpu = self.models.device == "cuda"
+        self.encode.set_max_batch_size(settings.encode_batch or (4 if on_gpu else 1))
 
     async def warm_up(self, ref: ModelRef) -> None:
         """Load a model before the first request does."""
@@ -143,17 +144,26 @@ class Encoder:
         """Return C x h x w float16 and (H, W) for each file; for a bad file, what is wrong."""
         self.sizes.observe(len(files))
         sams = [(await self.models.get(ref))[0] for ref in refs]
-        return await asyncio.to_thread(
-            lambda: [self._encode(raw, sam) for raw, sam in zip(files, sams, strict=True)]
-        )
+        return await asyncio.to_thread(self._encode, files, sams)
 
-    def _encode(self, raw: bytes, sam: Any) -> tuple[np.ndarray, tuple[int, int]] | str:
-        try:
-            image = decode_image(raw)
-        except AnnotationError as exc:
-            return exc.reason
-        embedding = encode_image(sam, image).cpu().numpy().astype(np.float16)
-        return embedding, (image.shape[0], image.shape[1])
+    def _encode(
+        self, files: list[bytes], sams: list[Any]
+    ) -> list[tuple[np.ndarray, tuple[int, int]] | str]:
+        """Encode the images of one model together; a bad file spoils no other."""
+        made: list[tuple[np.ndarray, tuple[int, int]] | str] = [""] * len(files)
+        images: dict[int, np.ndarray] = {}
+        for place, raw in enumerate(files):
+            try:
+                images[place] = decode_image(raw)
+            except AnnotationError as exc:
+                made[place] = exc.reason
+        for sam in {id(sam): sam for sam in sams}.values():
+            places = [place for place in images if sams[place] is sam]
+            if places:
+                encoded = encode_images(sam, [images[place] for place in places])
+                for place, embedding in zip(places, encoded.cpu().numpy(), strict=True):
+                    made[place] = embedding.astype(np.float16), images[place].shape[:2]
+        return made
 
 
 @serve.deployment(

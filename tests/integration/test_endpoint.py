@@ -77,6 +77,7 @@ def url(ray_cluster, store, tmp_path_factory):
         max_body_mb=2,
         max_megapixels=3,
         max_in_flight=24,
+        encode_batch=4,
         cpus_per_replica=0.2,
     )
     with serving(settings) as address:
@@ -181,6 +182,24 @@ def test_sixteen_first_clicks_cost_one_encoding(url, photo):
     waits = {round(a["timing_ms"]["encode"], 2) for a in answers if a["cache"] == "miss"}
     assert waits  # all that missed waited for the one that encoded
     assert predict(url, encoded, prompts=[point()]).json()["cache"] == "hit"
+
+
+def test_images_encoded_together_answer_as_alone(url, photos):
+    """In one batch, and a file that breaks off in the middle among them."""
+    files = [path.read_bytes() for path in sorted((photos / "images").iterdir())[1:9]]
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        cut = pool.submit(call, url, "POST", "/v1/images", data=files[0][:9000])
+        good = [pool.submit(call, url, "POST", "/v1/images", data=file) for file in files]
+    refusal(cut.result(), 400, "invalid_image")
+    predictor = Predictor(load_shipped().model())
+    for file, task in zip(files, good, strict=True):
+        request = {"image_id": task.result().json()["image_id"], "mask_format": "rle"}
+        answer = predict(url, prompts=[point(60, 60)], **request).json()
+        predictor.set_image(decode_image(file))
+        best = predictor.predict(Prompt(np.array([[60, 60]], np.float32), np.array([1]))).best
+        mask = coco_mask.decode(answer["results"][0]["masks"][0]["rle"]).astype(bool)
+        union = np.count_nonzero(mask | best)
+        assert np.count_nonzero(mask & best) >= 0.99 * union
 
 
 def test_a_correction_builds_on_the_answer_before(url, photo):

@@ -8,7 +8,7 @@ from segment_anything import SamPredictor, sam_model_registry
 
 from samray.checkpoint import save_checkpoint
 from samray.config import ModelConfig, load_config
-from samray.embeddings import EmbeddingCache, encode_image
+from samray.embeddings import EmbeddingCache, encode_image, encode_images
 from samray.errors import CheckpointError
 from samray.model import (
     PARTS,
@@ -38,6 +38,17 @@ def prompts_for(size):
         "box": Prompt(box=box),
         "point_and_box": Prompt(two, np.array([1, 1]), box),
     }
+
+
+def test_images_encoded_together_are_as_those_encoded_alone():
+    sam = build_model("tiny").eval()
+    rng = np.random.default_rng(0)
+    sizes = [(90, 120), (300, 200), (64, 64)]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    together = encode_images(sam, images)
+    for image, embedding in zip(images, together, strict=True):
+        alone = encode_image(sam, image)
+        assert (alone - embedding).abs().max() <= TOLERANCE * alone.abs().max()
 
 
 def assert_equals_sam_predictor(sam, size):
