@@ -721,6 +721,9 @@ def build_app(settings: ServeConfig, listen: bool = False) -> serve.Application:
     decoder = Decoder.options(  # type: ignore[attr-defined]
         ray_actor_options=options,
         num_replicas=settings.decoder_replicas,
+        # More than the Ingress lets through: waiting inside costs nothing, while Serve's router
+        # asks a full replica again and again, which halved the answers per second.
+        max_ongoing_requests=2 * settings.max_in_flight,
         max_queued_requests=settings.max_in_flight,
     ).bind(settings, encoder, vault)
     ingress = Ingress.options(  # type: ignore[attr-defined]

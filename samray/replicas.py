@@ -167,7 +167,6 @@ class Encoder:
 
 
 @serve.deployment(
-    max_ongoing_requests=32,
     request_router_config=RequestRouterConfig(
         request_router_class="ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
     ),

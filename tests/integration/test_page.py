@@ -149,10 +149,11 @@ def test_clicks_become_a_dataset(page, photos, tmp_path):
     assert manifest["num_instances"] == 2
     assert manifest["rejected"] == []
     (record,) = PreparedDataset(tmp_path / "prepared").images.values()
-    shown = page.evaluate("state.objects.map((object) => Array.from(object.bitmap))")
-    height, width = page.evaluate("[canvas.height, canvas.width]")
-    for instance, pixels in zip(record.instances, shown, strict=True):
-        mask = np.array(pixels, dtype=bool).reshape(height, width)
+    boxes = page.evaluate("state.objects.map((object) => object.bbox)")
+    shown = page.evaluate("state.objects.map((object) => Array.from(object.pixels))")
+    for instance, (x1, y1, x2, y2), pixels in zip(record.instances, boxes, shown, strict=True):
+        mask = np.zeros(record.size, dtype=bool)
+        mask[y1:y2, x1:x2] = np.array(pixels, dtype=bool).reshape(y2 - y1, x2 - x1)
         np.testing.assert_array_equal(record.decode(instance), mask)
 
     coco = json.loads(Path(download(page, "coco").path()).read_text())
