@@ -339,7 +339,8 @@ class Decoder:
         for place in predicted.argsort(descending=True).tolist():
             mask = drop_small_parts(masks[place], request.min_area)
             token = secrets.token_urlsafe(12)
-            logits = low_res[place][None].cpu()
+            # A copy: a part would keep alive the answers to all prompts of the request.
+            logits = low_res[place][None].to("cpu", copy=True)
             key = (token, call.image_id, call.model.digest)
             self.logits.put(key, logits, logits.nbytes)
             described.append(
