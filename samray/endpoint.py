@@ -690,8 +690,17 @@ def read_token(settings: ServeConfig) -> str | None:
     return token
 
 
-def build_app(settings: ServeConfig, listen: bool = False) -> serve.Application:
-    """Return the application, for `serve.run` and for `serve deploy configs/serve.yaml`.
+def build_app(settings: ServeConfig) -> serve.Application:
+    """Return the application for `serve deploy configs/serve.yaml`, behind Serve's proxies.
+
+    Raises:
+        ConfigError: no model can be served under these settings.
+    """
+    return bind_app(settings, listen=False)  # Serve allows a builder one parameter only
+
+
+def bind_app(settings: ServeConfig, listen: bool) -> serve.Application:
+    """Return the application.
 
     Args:
         listen: have the Ingress take requests at the settings' host and port by itself; else
@@ -756,7 +765,7 @@ def serve_here(settings: ServeConfig) -> None:
                 "choose another --port"
             ) from exc
     alone = not os.environ.get("RAY_ADDRESS")
-    application = build_app(settings, listen=alone)
+    application = bind_app(settings, listen=alone)
     # Our handlers never block, so they need no thread of their own; more requests pass without.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")  # its ports are Serve's choice

@@ -30,13 +30,13 @@ def serving(settings: ServeConfig, proxies: bool = False, **options: object) -> 
     """
     from ray import serve
 
-    from samray.endpoint import build_app
+    from samray.endpoint import bind_app
 
     settings = settings.model_copy(update={"port": free_port()})
     options = {"host": "127.0.0.1", "port": settings.port, "request_timeout_s": 90, **options}
     serve.start(proxy_location="HeadOnly" if proxies else "Disabled", http_options=options)
     try:
-        serve.run(build_app(settings, listen=not proxies), name="samray", route_prefix="/")
+        serve.run(bind_app(settings, listen=not proxies), name="samray", route_prefix="/")
         address = f"http://127.0.0.1:{settings.port}"
         wait_until_ready(address)
         yield address
