@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 IMAGE_ID = r"^sha256:[0-9a-f]{64}$"
+IMAGE_NAME = r"^[^/\\\x00-\x1f]+$"  # a file's own name, no path
 MAX_PROMPTS, MAX_POINTS = 256, 64  # a request, and each of its prompts
 
 # code -> (status, whether the same request may succeed later)
@@ -152,6 +153,8 @@ class PredictRequest(_Strict):
     shapes, and a whole file of the best masks; none: scores, areas and boxes alone."""
     label: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "object"
     """For LabelMe's shapes."""
+    image_name: Annotated[str, StringConstraints(pattern=IMAGE_NAME, max_length=200)] | None = None
+    """For LabelMe's `imagePath`; unset: the name of the file sent in multipart, else the digest."""
     polygon_tolerance: Annotated[float, Field(ge=0, le=50)] = 0.5
     """Pixels by which a polygon may leave the mask's outline."""
     min_area: Annotated[int, Field(ge=0)] = 0

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -40,6 +41,7 @@ from starlette.requests import ClientDisconnect
 
 from samray import __version__, cluster, labelstudio
 from samray.api import (
+    IMAGE_NAME,
     ApiError,
     ErrorAnswer,
     ImageAnswer,
@@ -229,15 +231,17 @@ async def _internal(request: Request, error: Exception) -> JSONResponse:
 
 
 # Serve copies `app` while the class below is made: what its routes call must stand above.
-async def _multipart(request: Request) -> tuple[bytes | None, str | None]:
-    """The file `image` and the field `request` of a form."""
+async def _multipart(request: Request) -> tuple[bytes | None, str | None, str | None]:
+    """The file `image`, its name, and the field `request` of a form."""
     try:
         async with request.form(max_files=1, max_fields=4, max_part_size=8 * 2**20) as form:
             image, text = form.get("image"), form.get("request")
-            raw = None if image is None or isinstance(image, str) else await image.read()
+            raw, name = None, None
+            if image is not None and not isinstance(image, str):
+                raw, name = await image.read(), image.filename
             if text is not None and not isinstance(text, str):
                 text = (await text.read()).decode("utf-8", "replace")
-            return raw, text
+            return raw, name, text
     except (HTTPException, ClientDisconnect) as exc:
         raise ApiError("bad_request", "the body is no whole multipart form") from exc
 
@@ -465,7 +469,7 @@ class Ingress:
         ref = self._model(model)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            raw, _ = await _multipart(request)
+            raw, _, _ = await _multipart(request)
             if raw is None:
                 raise ApiError("invalid_request", "image: a file of this name is missing", "image")
         else:
@@ -496,8 +500,9 @@ class Ingress:
         started = time.perf_counter()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         raw: bytes | None = None
+        name: str | None = None
         if kind == "multipart/form-data":
-            raw, text = await _multipart(request)
+            raw, name, text = await _multipart(request)
             if text is None:
                 message = "request: a field of this name, JSON, is missing"
                 raise ApiError("invalid_request", message, "request")
@@ -511,6 +516,8 @@ class Ingress:
         if asked.image is not None:
             raw = await asyncio.to_thread(base64.b64decode, asked.image.base64)
         image_id = asked.image_id or await self._keep(raw or b"")
+        if asked.image_name is None and name and re.fullmatch(IMAGE_NAME, name[:200]):
+            asked = asked.model_copy(update={"image_name": name[:200]})
         slim = asked.model_copy(update={"image": None})
         answer = await self._ask(Call(image_id, ref, slim))
         return self._finished(answer, image_id, ref, request.state.request_id, started)

@@ -318,7 +318,7 @@ class Decoder:
         answer: dict[str, Any] = {"results": results}
         if request.mask_format == "labelme":
             shapes = [shape for found in best_shapes for shape in found]
-            name = f"{call.image_id.removeprefix('sha256:')[:16]}.png"
+            name = request.image_name or f"{call.image_id.removeprefix('sha256:')[:16]}.png"
             answer["labelme"] = labelme_document(name, size, shapes)
         return answer
 

@@ -250,6 +250,23 @@ def test_every_format_is_the_same_mask(url, photo, mask_format):
         assert ("rle" in mask) == (mask_format == "rle")
 
 
+@pytest.mark.parametrize(
+    ("sent", "asked", "name"),
+    [("a ü.jpg", None, "a ü.jpg"), ("a.jpg", "b.jpg", "b.jpg"), ("../a.jpg", None, None)],
+)
+def test_returned_labelme_names_the_image(url, photo, sent, asked, name):
+    """As it was called in the form, or as the request says; paths are left out."""
+    request = {"prompts": [point()], "mask_format": "labelme"}
+    request |= {"image_name": asked} if asked else {}
+    answer = call(
+        url,
+        "POST",
+        "/v1/predict",
+        files={"image": (sent, photo), "request": (None, json.dumps(request))},
+    ).json()
+    assert answer["labelme"]["imagePath"] == (name or f"{answer['image_id'][7:23]}.png")
+
+
 def test_returned_labelme_prepares_to_the_same_masks(url, photos, tmp_path):
     data = tmp_path / "answers"
     data.mkdir()
@@ -259,8 +276,8 @@ def test_returned_labelme_prepares_to_the_same_masks(url, photos, tmp_path):
         Image.open(path).convert("RGB").save(data / name, quality=95)
         raw = (data / name).read_bytes()
         request = {"prompts": [point(80, 90), {"box": [10, 10, 200, 180]}], "label": "thing"}
-        document = predict(url, raw, mask_format="labelme", **request).json()["labelme"]
-        document["imagePath"] = name
+        named = {"image_name": name, "mask_format": "labelme", **request}
+        document = predict(url, raw, **named).json()["labelme"]
         (data / f"{path.stem}.json").write_text(json.dumps(document))
         results = predict(url, raw, mask_format="rle", **request).json()["results"]
         masks[name] = [coco_mask.decode(r["masks"][0]["rle"]).astype(bool) for r in results]
