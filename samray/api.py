@@ -71,15 +71,20 @@ class ApiError(Exception):
 
 
 def _decoded(text: str) -> str:
+    """Without the line breaks that many tools make."""
+    text = "".join(text.split())
     try:
         base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as exc:
-        raise ValueError("is not base64") from exc
+        hint = "; leave out what stands before the comma" if text.startswith("data:") else ""
+        raise ValueError(f"is not base64{hint}") from exc
     return text
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ImageContent(_Strict):

@@ -149,7 +149,11 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     if image is None and image_path:
         image = find_by_stem(folder, PurePosixPath(image_path).stem, files)
     if image is None:
-        said = f"imagePath {image_path!r:.120} points nowhere" if image_path else "no imagePath"
+        said = (
+            f"imagePath {image_path!r:.120} points nowhere in here"
+            if image_path
+            else "no imagePath"
+        )
         raise AnnotationError(
             "imagePath", f"{said}, and there is no image named {stem}.*; add the image"
         )

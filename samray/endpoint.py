@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from importlib import resources as package_files
 from pathlib import Path
 from typing import Any
 
+import ray
 import requests
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -234,16 +236,21 @@ async def _internal(request: Request, error: Exception) -> JSONResponse:
 async def _multipart(request: Request) -> tuple[bytes | None, str | None, str | None]:
     """The file `image`, its name, and the field `request` of a form."""
     try:
-        async with request.form(max_files=1, max_fields=4, max_part_size=8 * 2**20) as form:
+        async with request.form(max_files=2, max_fields=2, max_part_size=8 * 2**20) as form:
             image, text = form.get("image"), form.get("request")
-            raw, name = None, None
-            if image is not None and not isinstance(image, str):
-                raw, name = await image.read(), image.filename
+            if len(form) != len(form.multi_items()) or form.keys() - {"image", "request"}:
+                message = "the form may hold one file `image` and one field `request`, nothing else"
+                raise ApiError("bad_request", message)
+            if isinstance(image, str):
+                message = "image: must be a file; with curl, -F image=@photo.jpg"
+                raise ApiError("invalid_request", message, "image")
+            raw, name = (None, None) if image is None else (await image.read(), image.filename)
             if text is not None and not isinstance(text, str):
                 text = (await text.read()).decode("utf-8", "replace")
             return raw, name, text
     except (HTTPException, ClientDisconnect) as exc:
-        raise ApiError("bad_request", "the body is no whole multipart form") from exc
+        message = "the body is no whole multipart form of one file `image` and one field `request`"
+        raise ApiError("bad_request", message) from exc
 
 
 def _basic_password(header: bytes) -> bytes:
@@ -396,7 +403,9 @@ class Ingress:
                     raise ApiError("forbidden", "without a token only this machine is served")
             else:
                 given = headers.get(b"authorization", b"")
-                allowed = secrets.compare_digest(given, f"Bearer {self.token}".encode())
+                scheme, _, credential = given.partition(b" ")
+                allowed = scheme.lower() == b"bearer"
+                allowed &= secrets.compare_digest(credential.strip(), self.token.encode())
                 way = "send Authorization: Bearer TOKEN"
                 if path.startswith(f"{labelstudio.PREFIX}/"):
                     password = _basic_password(given)
@@ -608,7 +617,10 @@ class Ingress:
         if name is None:
             return next(iter(self.catalogue.values()))
         if name not in self.catalogue:
-            raise ApiError("unknown_model", f"there is {', '.join(self.catalogue)}", "model")
+            there = ", ".join(self.catalogue)
+            raise ApiError(
+                "unknown_model", f"there is no model {name!r}; there is {there}", "model"
+            )
         return self.catalogue[name]
 
     async def _keep(self, raw: bytes) -> str:
@@ -635,11 +647,15 @@ class Ingress:
             decoder = self._decoder(call.model, call.image_id)
             async with asyncio.timeout(self.settings.timeout_seconds):
                 while True:
+                    response = decoder.answer.remote(call)
                     try:
-                        answer: dict[str, Any] = await decoder.answer.remote(call)
+                        answer: dict[str, Any] = await response
                         break
                     except RayActorError:  # it, or its Encoder; Serve starts another
                         await asyncio.sleep(RETRY_SECONDS)
+                    except asyncio.CancelledError:
+                        response.cancel()  # nobody waits for it any more; nor should others
+                        raise
         except TimeoutError as exc:
             raise ApiError("timed_out", "the answer took too long; try again") from exc
         except BackPressureError as exc:
@@ -718,6 +734,8 @@ def bind_app(settings: ServeConfig, listen: bool) -> serve.Application:
     """
     if settings.store is not None and settings.checkpoint is not None:
         raise ConfigError("give --checkpoint or --store, not both")
+    if settings.model is not None and settings.store is None and settings.checkpoint is None:
+        raise ConfigError("--model names a model of a --store, or a --checkpoint; give one of them")
     if settings.store is not None:
         require_folder(resolve(settings.store, "--store"), "--store")
     read_catalogue(settings, {})  # refuse now what no replica could load
@@ -777,6 +795,7 @@ def serve_here(settings: ServeConfig) -> None:
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")  # its ports are Serve's choice
     cluster.start()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     options = {
         "host": settings.host,
@@ -795,9 +814,14 @@ def serve_here(settings: ServeConfig) -> None:
         address = f"http://{host}:{settings.port}/"
         _wait_until_ready(address)
         print(f"serving {address}  (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        print("stopped", flush=True)
     finally:
-        serve.shutdown()
+        if alone:
+            ray.shutdown()  # all of it was ours
+        else:
+            serve.shutdown()
 
 
 def _wait_until_ready(address: str) -> None:

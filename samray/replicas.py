@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +184,8 @@ class Decoder:
         self.embeddings = ByteCache(settings.embedding_cache_mb * 2**20)
         self.logits = ByteCache(settings.logits_cache_mb * 2**20)
         self.encoding: dict[Any, asyncio.Future[Any]] = {}
-        self.working = asyncio.Semaphore(1)  # torch's threads serve one at a time
+        # Torch's threads serve one at a time; whoever gives up waiting leaves the queue.
+        self.worker = ThreadPoolExecutor(1)
         lookup = "embeddings asked for"
         self.lookups = Counter("samray_embedding_lookups", lookup, ("result",))
         self.decode_ms = Histogram("samray_decode_ms", "decoding", LATENCY)
@@ -224,10 +226,9 @@ class Decoder:
         if call.request is not None:
             self._require_inside(call.request, size)
             earlier = self._earlier_answers(call)
-            async with self.working:
-                began = time.perf_counter()
-                answer |= await asyncio.to_thread(self._decode, sam, embedding, size, call, earlier)
-            answer["decode_ms"] = 1000 * (time.perf_counter() - began)
+            answer |= await asyncio.get_running_loop().run_in_executor(
+                self.worker, self._decode, sam, embedding, size, call, earlier
+            )
             self.decode_ms.observe(answer["decode_ms"])
         return answer
 
@@ -289,7 +290,7 @@ class Decoder:
         earlier: list[torch.Tensor | None],
     ) -> dict[str, Any]:
         """All prompts of one layout in one batch; then their masks, each as asked for."""
-        request = call.request
+        request, began = call.request, time.perf_counter()
         assert request is not None
         img_size = sam.image_encoder.img_size
         image_embedding = torch.from_numpy(embedding.astype(np.float32))[None].to(sam.device)
@@ -320,6 +321,7 @@ class Decoder:
             shapes = [shape for found in best_shapes for shape in found]
             name = request.image_name or f"{call.image_id.removeprefix('sha256:')[:16]}.png"
             answer["labelme"] = labelme_document(name, size, shapes)
+        answer["decode_ms"] = 1000 * (time.perf_counter() - began)
         return answer
 
     def _masks(
@@ -359,6 +361,8 @@ class Decoder:
         return described, described[0].get("shapes", [])
 
     async def forget(self, image_id: str) -> None:
-        """Drop an image's embeddings."""
+        """Drop an image's embeddings, and the answers on it."""
         for key in [key for key in self.embeddings.entries if key[0] == image_id]:
             self.embeddings.drop(key)
+        for key in [key for key in self.logits.entries if key[1] == image_id]:
+            self.logits.drop(key)

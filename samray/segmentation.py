@@ -132,7 +132,7 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
         points_per_batch=max(1, min(POINTS_PER_BATCH, MAX_LOGITS // (3 * height * width))),
         output_mode="coco_rle",
     )
-    found = []
+    found: dict[tuple[Any, bytes], SegmentedObject] = {}
     for record in generator.generate(small):
         mask = np.ascontiguousarray(coco_mask.decode(record["segmentation"]))
         if mask.any():
@@ -140,9 +140,13 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
             if small is not image:
                 cropped = _enlarge(mask, cropped, scale)
             scores = float(record["predicted_iou"]), float(record["stability_score"])
-            found.append(_segmented(cropped, *scores))
-    require_countable(found)
-    return found
+            segmented = _segmented(cropped, *scores)
+            # SAM tells duplicates by their boxes, of which those of a single row or column are
+            # empty to it: the same mask many times over.
+            found.setdefault((segmented.box, segmented.counts), segmented)
+    objects = list(found.values())
+    require_countable(objects)
+    return objects
 
 
 def require_countable(objects: list[Any]) -> None:

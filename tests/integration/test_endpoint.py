@@ -175,10 +175,41 @@ def test_an_image_is_uploaded_once_and_found_again(url, photo):
         files={"image": ("x.jpg", raw), "request": (None, json.dumps({"prompts": [point()]}))},
     )
     assert multipart.json()["image_id"] == by_form["image_id"]
+    token = answer["results"][0]["masks"][0]["mask_token"]
     path = f"/v1/images/{by_form['image_id']}"
     assert call(url, "DELETE", path).status_code == 204
     refusal(call(url, "DELETE", path), 404, "unknown_image")
     refusal(predict(url, image_id=by_form["image_id"], prompts=[point()]), 404, "unknown_image")
+    again = predict(url, raw, prompts=[point(mask_token=token)])
+    refusal(again, 404, "unknown_mask_token")
+
+
+def test_images_come_as_tools_send_them(url, photo):
+    """Base64 in lines; a request that is a file of the form."""
+    lines = base64.encodebytes(photo).decode()
+    by_lines = call(
+        url, "POST", "/v1/predict", json={"image": {"base64": lines}, "prompts": [point()]}
+    )
+    request = json.dumps({"prompts": [point()]})
+    by_files = call(
+        url, "POST", "/v1/predict", files={"image": photo, "request": ("r.json", request)}
+    )
+    assert by_lines.json()["image_id"] == by_files.json()["image_id"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "code", "message"),
+    [
+        ([("image", ("a.jpg", b"x")), ("image", ("b.jpg", b"x"))], "bad_request", "one file"),
+        ([("image", ("a.jpg", b"x")), ("more", ("b.jpg", b"x"))], "bad_request", "one file"),
+        ([("image", (None, "a.jpg")), ("request", (None, "{}"))], "invalid_request", "a file"),
+        ([("request", (None, "{}"))] * 2, "bad_request", "one field"),
+    ],
+)
+def test_a_form_that_holds_something_else_is_told_so(url, parts, code, message):
+    answer = call(url, "POST", "/v1/predict", files=parts)
+    status = {"bad_request": 400, "invalid_request": 422}[code]
+    assert message in refusal(answer, status, code)["message"]
 
 
 def test_sixteen_first_clicks_cost_one_encoding(url, photo):
@@ -313,6 +344,9 @@ def test_returned_labelme_prepares_to_the_same_masks(url, photos, tmp_path):
         ({"prompts": [{"point_coords": [[1, 1]] * (MAX_POINTS + 1)}]}, "prompts[0].point_coords"),
         ({"prompts": [point()] * (MAX_PROMPTS + 1)}, "prompts"),
         ({"prompts": [point()], "mask_format": "jpeg"}, "mask_format"),
+        ({"prompts": [point("1", 2)]}, "prompts[0].point_coords"),
+        ({"prompts": [point()], "multimask_output": "yes"}, "multimask_output"),
+        ({"prompts": [point()], "image_name": "../a.jpg"}, "image_name"),
         ({"prompts": [point()], "polygon_tolerance": -1}, "polygon_tolerance"),
         ({"prompts": [point()], "image_url": "http://example.org/x.jpg"}, "image_url"),
         ({"prompts": [point()], "image_id": "/etc/passwd"}, "image_id"),
@@ -349,7 +383,8 @@ def test_what_is_no_image(url, photo):
     refusal(predict(url, photo[:300], prompts=[point()]), 400, "invalid_image")
     refusal(call(url, "POST", "/v1/images", data=b""), 415, "unsupported_format")
     refusal(call(url, "POST", "/v1/predict", data=b"{"), 400, "bad_request")
-    refusal(call(url, "POST", "/v1/images", files={"picture": ("x", b"x")}), 422, "invalid_request")
+    refusal(call(url, "POST", "/v1/images", files={"picture": ("x", b"x")}), 400, "bad_request")
+    refusal(call(url, "POST", "/v1/images", files={"request": "{}"}), 422, "invalid_request")
     not_base64 = call(
         url, "POST", "/v1/predict", json={"image": {"base64": "ä"}, "prompts": [point()]}
     )
@@ -406,6 +441,8 @@ def test_who_may_ask(url):
             response = call(url, "GET", path, token=token)
             refusal(response, 401, "unauthorized")
             assert response.headers["WWW-Authenticate"] == "Bearer"
+    lower = {"Authorization": f"bearer {TOKEN}"}
+    assert call(url, "GET", "/v1/models", token=None, headers=lower).status_code == 200
     for path in ("/", "/v1/healthz", "/v1/readyz"):
         assert call(url, "GET", path, token=None).status_code == 200
 
@@ -596,7 +633,7 @@ def test_a_flood_is_refused_and_health_still_answers(url, photo):
     assert predict(url, photo, prompts=[point()]).status_code == 200
 
 
-def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path):
+def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path, photo):
     """`samray serve` as people start it: its one port, slow bodies refused, a clean end."""
     port = free_port()
     words = ["serve.timeout_seconds=3", "serve.cpus_per_replica=0.2", "--port", str(port)]
@@ -618,8 +655,22 @@ def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path):
         assert b'"code":"too_slow"' in answer
         answer = requests.post(f"{url}/v1/predict", json={}, timeout=60)
         refusal(answer, 422, "invalid_request")
+        # What took too long holds up nobody: of those who wait for it, too, no work is done.
+        image_id = requests.post(f"{url}/v1/images", data=photo, timeout=60).json()["image_id"]
+        click = {"image_id": image_id, "prompts": [point()]}
+        heavy = {"image_id": image_id, "prompts": [point()] * 128, "mask_format": "png"}
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            sent = [
+                pool.submit(requests.post, f"{url}/v1/predict", json=heavy, timeout=90)
+                for _ in range(40)
+            ]
+            late = [task.result() for task in sent if task.result().status_code != 200]
+        assert len(late) > 10
+        for answer in late:
+            refusal(answer, 503, "timed_out")
+        assert requests.post(f"{url}/v1/predict", json=click, timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)  # as systemd and containers do; as Ctrl-C
-        assert process.wait(120) == 130
+        assert process.wait(120) == 0
         text = (tmp_path / "log").read_text()
         assert f"serving {url}/" in text
         assert "Traceback" not in text
@@ -656,6 +707,7 @@ def test_requests_made_from_the_openapi_document(url, tmp_path):
         ({"checkpoint": "/nowhere"}, "does not exist"),
         ({"store": "/nowhere"}, "--store"),
         ({"store": "/nowhere", "checkpoint": "run"}, "not both"),
+        ({"model": "mine"}, "--model names a model of a --store"),
         ({"token_file": "/nowhere"}, "--token-file"),
     ],
 )

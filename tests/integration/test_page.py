@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from serving import TOKEN, serving
 
 from samray.config import ServeConfig, load_config
@@ -99,6 +100,25 @@ def download(page, kind):
     return waiting.value
 
 
+def answer_dialog(page, button, accept):
+    """Press a button, and answer the question that comes of it."""
+    seen = []
+
+    def answer(dialog):
+        seen.append(dialog.message)
+        if accept:
+            dialog.accept()
+        else:
+            dialog.dismiss()
+
+    page.once("dialog", answer)
+    page.click(button)
+    deadline = time.monotonic() + 60
+    while not seen:
+        page.wait_for_timeout(50)
+        assert time.monotonic() < deadline
+
+
 def test_clicks_become_a_dataset(page, photos, tmp_path):
     photo = min((photos / "images").iterdir())
     drop(page, photo)
@@ -161,7 +181,18 @@ def test_clicks_become_a_dataset(page, photos, tmp_path):
     assert [entry["area"] for entry in coco["annotations"]] == page.evaluate(
         "state.objects.map((object) => object.area)"
     )
-    assert Path(download(page, "png").path()).read_bytes().startswith(b"\x89PNG")
+    found = np.asarray(Image.open(download(page, "png").path()).convert("RGB"))
+    expected = np.zeros(found.shape[:2], dtype=np.uint8)
+    for number, instance in enumerate(record.instances, 1):
+        expected[record.decode(instance)] = number
+    np.testing.assert_array_equal(found, np.dstack([expected] * 3))
+
+    # Finished work is not thrown away by opening another image, unless people say so.
+    answer_dialog(page, "#sample", accept=False)
+    assert page.locator("#objects li").count() == 2
+    answer_dialog(page, "#sample", accept=True)
+    wait(page, "state.name === 'drawn.png' && state.id !== null")
+    assert page.locator("#objects li").count() == 0
 
 
 def test_by_keyboard_alone(page):
