@@ -210,7 +210,7 @@ def start(settings: LabelmeConfig) -> None:
         available = AiAssistedAnnotationWidget._available_models
     except ImportError as exc:
         if (exc.name or "").split(".")[0] in ("labelme", "osam") and "." not in (exc.name or ""):
-            raise ConfigError("labelme is not installed here; pip install labelme") from exc
+            raise ConfigError("labelme is not installed here; pip install labelme==6.3.1") from exc
         raise ConfigError(
             f"this labelme cannot be used ({_first_words(exc)}); "
             "it was tried with 6.3.1: pip install labelme==6.3.1"
