@@ -82,6 +82,14 @@ def test_everything_is_found_in_drawn_things(sam, image):
         assert 0.8 < best.area / area < 1.25
 
 
+def test_a_single_pixel_is_one_object(sam):
+    """To SAM its box is empty, and no box like another; so it lists the one mask many times."""
+    pixel = np.full((1, 1, 3), 200, np.uint8)
+    assert len(MaskGenerator(sam, **SETTINGS).generate(pixel)) > 1
+    (found,) = find_everything(sam, pixel, SETTINGS)
+    assert (found.box, found.area) == ((0, 0, 1, 1), 1)
+
+
 def test_a_large_picture_is_searched_small_and_answered_in_its_own_pixels(sam, image, monkeypatch):
     monkeypatch.setattr(segmentation, "MAX_SEARCH_SIDE", 200)
     small = find_everything(sam, image, SETTINGS)
