@@ -22,7 +22,7 @@ import threading
 import time
 from pathlib import Path
 
-from samray.sample_data import write_sample_data
+from samray.data.sample_data import write_sample_data
 from samray.storage import Place, remove_folder, resolve, write_bytes
 
 NUM_DRAWN = 200
@@ -30,7 +30,7 @@ CALL = """
 import json, sys, time
 import ray
 from samray.config import load_config
-from samray.prepare import prepare
+from samray.data.prepare import prepare
 arguments = json.loads(sys.argv[1])
 options = {"address": "local", "num_cpus": arguments["cpus"], "log_to_driver": False}
 ray.init(**options, logging_level="ERROR")

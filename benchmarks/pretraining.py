@@ -15,10 +15,10 @@ import time
 import torch
 
 from samray.config import load_config, resolve_model
-from samray.loop import Worker, train_step
-from samray.model import build_model
-from samray.pretraining import DrawnScenes
-from samray.prompted_sam import PromptedSam
+from samray.sam.model import build_model
+from samray.training.loop import Worker, train_step
+from samray.training.pretraining import DrawnScenes
+from samray.training.step import PromptedSam
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco
 
-from samray.annotations import Annotation, read_annotation
+from samray.data.annotation import Annotation
+from samray.data.labelme import read_annotation
+from samray.data.sample_data import write_sample_data
 from samray.errors import AnnotationError
-from samray.rasterize import encode_rle, rasterize_instance
-from samray.sample_data import write_sample_data
+from samray.geometry.masks import encode_rle, rasterize_instance
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")  # labelme imports Qt; no screen is needed
 

@@ -38,7 +38,7 @@ import numpy as np
 import requests
 from PIL import Image
 
-from samray.sample_data import write_sample_data
+from samray.data.sample_data import write_sample_data
 
 TWO_MODELS = {"first": 0.0, "second": 0.02}  # noise on the shipped decoder's weights
 
@@ -128,8 +128,8 @@ def swap(root: Path, _: argparse.Namespace) -> None:
     """A promotion after 500 of 2,000 clicks: who answered, and whether with that model's mask."""
     from pycocotools import mask as coco_mask
 
-    from samray.checkpoint import load_checkpoint
-    from samray.store import ModelStore
+    from samray.sam.checkpoint import load_checkpoint
+    from samray.sam.store import ModelStore
 
     store, (raw,) = ModelStore(root / "store"), photos(root, 1)
     masks = {name: own_masks(root / name, noise, raw) for name, noise in TWO_MODELS.items()}
@@ -171,11 +171,11 @@ def own_masks(folder: Path, noise: float, raw: bytes) -> list[np.ndarray]:
     """Write a checkpoint, the shipped decoder with noise; return its masks of 20 clicks."""
     import torch
 
-    from samray.checkpoint import save_checkpoint
     from samray.config import load_config
-    from samray.predictor import Predictor
-    from samray.prompts import Prompt
-    from samray.shipped import load_shipped
+    from samray.geometry.prompts import Prompt
+    from samray.prediction.predictor import Predictor
+    from samray.sam.checkpoint import save_checkpoint
+    from samray.sam.shipped import load_shipped
 
     shipped = load_shipped()
     torch.manual_seed(0)
@@ -446,9 +446,9 @@ def weights_of(root: Path, arguments: argparse.Namespace) -> str | None:
     """The checkpoint that all sides serve; for vit_b random weights, whose time is the same."""
     if arguments.model_type == "tiny":
         return arguments.weights
-    from samray.checkpoint import save_checkpoint
     from samray.config import load_config
-    from samray.model import build_model
+    from samray.sam.checkpoint import save_checkpoint
+    from samray.sam.model import build_model
 
     config = load_config(options={"model.type": "vit_b"})
     save_checkpoint(root / "vit_b", build_model("vit_b").state_dict(), config, {})
@@ -459,7 +459,7 @@ def load_sam(weights: str | None) -> Any:
     """The model that all sides serve."""
     import torch
 
-    from samray.predictor import Predictor
+    from samray.prediction.predictor import Predictor
 
     torch.set_num_threads(1)
     return Predictor.from_checkpoint(weights).sam

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from samray.batches import mask_to_target
-from samray.checkpoint import load_checkpoint
-from samray.dataset import SPLITS, PreparedDataset
-from samray.embeddings import encode_image
-from samray.images import decode_image
-from samray.metrics import iou_and_dice
-from samray.model import low_res_size
-from samray.prompts import Prompt, draw_prompt
-from samray.scoring import click_through
-from samray.shipped import load_shipped
-from samray.transforms import masks_to_original
+from samray.data.dataset import SPLITS, PreparedDataset
+from samray.evaluation.metrics import iou_and_dice
+from samray.evaluation.scoring import click_through
+from samray.geometry.frames import masks_to_original
+from samray.geometry.images import decode_image
+from samray.geometry.prompts import Prompt, draw_prompt
+from samray.sam.checkpoint import load_checkpoint
+from samray.sam.embeddings import encode_image
+from samray.sam.model import low_res_size
+from samray.sam.shipped import load_shipped
+from samray.training.batches import mask_to_target
 
 MODEL = ("center point", "random point", "3 clicks", "5 clicks", "box")
 WITHOUT = ("ellipse in the box", "GrabCut in the box", "flood fill from the point")

@@ -116,7 +116,7 @@ def _sample_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_sample_data(config: Config) -> None:
-    from samray.sample_data import write_sample_data
+    from samray.data.sample_data import write_sample_data
     from samray.storage import resolve_local
 
     settings = config.sample_data
@@ -175,7 +175,7 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_prepare(config: Config) -> None:
-    from samray.prepare import prepare
+    from samray.data.prepare import prepare
 
     manifest = prepare(config)
     splits = ", ".join(f"{name} {len(members)}" for name, members in manifest["splits"].items())
@@ -199,7 +199,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_export(config: Config) -> None:
-    from samray.export import export
+    from samray.data.export import export
 
     print(f"{config.export.format} files: {export(config)}")
 
@@ -230,14 +230,14 @@ def _run_inspect(config: Config) -> None:
     if config.inspect.report:
         _run_report(config)
         return
-    from samray.preview import inspect
+    from samray.inspection.preview import inspect
 
     for picture in inspect(config):
         print(picture)
 
 
 def _run_report(config: Config) -> None:
-    from samray.report import report
+    from samray.inspection.report import report
 
     facts = report(config)
     counts = facts["counts"]
@@ -297,7 +297,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_train(config: Config) -> None:
-    from samray.train import fit
+    from samray.training.train import fit
 
     state = fit(config)
     best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
@@ -334,7 +334,7 @@ def _pretrain_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_pretrain(config: Config) -> None:
-    from samray.pretraining import pretrain
+    from samray.training.pretraining import pretrain
 
     state = pretrain(config)
     best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
@@ -354,7 +354,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_tune(config: Config) -> None:
-    from samray.tune import sweep
+    from samray.training.tune import sweep
 
     state = sweep(config)
     kinds = ("finished", "stopped", "failed")
@@ -409,7 +409,7 @@ def _promote_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_promote(config: Config) -> None:
-    from samray.promote import MIN_IMAGES, promote, roll_back
+    from samray.evaluation.promote import MIN_IMAGES, promote, roll_back
 
     if config.promote.rollback:
         version = roll_back(config)
@@ -432,8 +432,8 @@ def _run_promote(config: Config) -> None:
 
 def _run_models(config: Config) -> None:
     from samray.config import required
+    from samray.sam.store import ModelStore
     from samray.storage import require_folder, resolve
-    from samray.store import ModelStore
 
     (folder,) = required(config, "promote.store")
     store = ModelStore(require_folder(resolve(folder, "--store"), "--store"))
@@ -495,7 +495,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_serve(config: Config) -> None:
-    from samray.endpoint import serve_here
+    from samray.serving.ingress import serve_here
 
     serve_here(config.serve)
 
@@ -516,7 +516,7 @@ def _labelme_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_labelme(config: Config) -> None:
-    from samray.labelme_plugin import start
+    from samray.serving.labelme_client import start
 
     start(config.labelme)
 
@@ -528,7 +528,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_evaluate(config: Config) -> None:
-    from samray.evaluate import evaluate
+    from samray.evaluation.evaluate import evaluate
 
     evaluation = evaluate(config)
     base, tuned = (evaluation[model]["iou"]["strategy"] for model in ("base", "tuned"))
@@ -592,12 +592,12 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 def _run_predict(config: Config) -> None:
     settings = config.predict
     if settings.prompts is None and (settings.points or settings.negative_points or settings.box):
-        from samray.predictor import predict
+        from samray.prediction.predictor import predict
 
         for kind, path in predict(config).items():
             print(f"{kind}: {path}")
         return
-    from samray.batch_predict import predict_images
+    from samray.prediction.batch import predict_images
 
     summary = predict_images(config)
     earlier = f" ({summary['found']} were done before)" if summary["found"] else ""

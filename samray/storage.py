@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import HTTPClientError, IncompleteReadError
 from cloudpathlib import S3Path
 
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
@@ -114,9 +115,6 @@ def read_bytes(path: Place, max_bytes: int | None = None) -> bytes:
     if isinstance(path, Path):
         _require_small(path.stat().st_size if max_bytes else 0, max_bytes)
         return path.read_bytes()
-    # Here and not above: pre-training runs where boto3 is not installed.
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
     with plain_errors(str(path)):
         for attempt in range(1, READ_TRIES + 1):
             answer = path.client.client.get_object(Bucket=path.bucket, Key=path.key)

@@ -36,7 +36,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 drawn images with LabelMe JSON. Never change it: copy it."""
-    from samray.sample_data import write_sample_data
+    from samray.data.sample_data import write_sample_data
 
     return write_sample_data(tmp_path_factory.mktemp("data") / "photos", 24, 3)
 
@@ -45,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(ray_cluster: None, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`photos`, prepared with the default settings."""
     from samray.config import load_config
-    from samray.prepare import prepare
+    from samray.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data") / "prepared"
     folders = {"prepare.data_dir": str(photos), "prepare.output_dir": str(folder)}

@@ -26,10 +26,10 @@ from pycocotools import mask as coco_mask
 from serving import TOKEN, serving
 
 from samray.config import ServeConfig
-from samray.endpoint import FETCHES
 from samray.errors import EndpointError
-from samray.images import decode_image, size_from_header
-from samray.labelme_plugin import Endpoint, model_type
+from samray.geometry.images import decode_image, size_from_header
+from samray.serving.ingress import FETCHES
+from samray.serving.labelme_client import Endpoint, model_type
 
 KEY = "key-of-label-studio"
 SECONDS = 3  # that the endpoint gives Label Studio for a picture

@@ -19,10 +19,10 @@ import ray
 import torch
 from PIL import Image
 
-from samray.checkpoint import RunFolder
 from samray.config import load_config
-from samray.dataset import PreparedDataset
-from samray.model import build_model
+from samray.data.dataset import PreparedDataset
+from samray.sam.checkpoint import RunFolder
+from samray.sam.model import build_model
 
 ALL_TRAIN = ("prepare.val_fraction=0", "prepare.test_fraction=0")
 SECRET = b"the owner's secret, which no dataset may hold"

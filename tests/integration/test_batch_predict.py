@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from samray.dataset import PreparedDataset
+from samray.data.dataset import PreparedDataset
 
 FEW_POINTS = ("predict.points_per_side=6", "predict.pred_iou_thresh=0.3")
 

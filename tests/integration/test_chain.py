@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from samray.checkpoint import load_checkpoint
-from samray.dataset import PreparedDataset
+from samray.data.dataset import PreparedDataset
+from samray.sam.checkpoint import load_checkpoint
 
 SMALL = ["--batch-size", "3", "train.warmup_steps=2"]
 

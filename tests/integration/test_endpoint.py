@@ -24,18 +24,18 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from serving import TOKEN, free_port, serving, wait_until_ready
 
-from samray.api import MAX_POINTS, MAX_PROMPTS
-from samray.checkpoint import load_checkpoint, save_checkpoint
 from samray.config import ServeConfig, load_config
-from samray.dataset import PreparedDataset
-from samray.endpoint import BODIES, build_app, serve_here
+from samray.data.dataset import PreparedDataset
+from samray.data.prepare import prepare
 from samray.errors import ConfigError
-from samray.images import decode_image
-from samray.predictor import Predictor
-from samray.prepare import prepare
-from samray.prompts import Prompt
-from samray.shipped import load_shipped
-from samray.store import ModelStore
+from samray.geometry.images import decode_image
+from samray.geometry.prompts import Prompt
+from samray.prediction.predictor import Predictor
+from samray.prediction.requests import MAX_POINTS, MAX_PROMPTS
+from samray.sam.checkpoint import load_checkpoint, save_checkpoint
+from samray.sam.shipped import load_shipped
+from samray.sam.store import ModelStore
+from samray.serving.ingress import BODIES, build_app, serve_here
 
 ROOT = Path(__file__).parents[2]
 
@@ -726,7 +726,7 @@ def test_a_short_token_or_a_missing_model(tmp_path, store):
 
 
 def test_a_run_is_served_beside_its_base(url, store, tmp_path):
-    from samray.catalogue import read_catalogue
+    from samray.serving.catalogue import read_catalogue
 
     run = tmp_path / "run"
     checkpoint_like_shipped(run / "checkpoints" / "epoch_0001", shift=0.01)

@@ -9,9 +9,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from samray.config import load_config
-from samray.dataset import SPLITS, PreparedDataset
-from samray.export import export
-from samray.prepare import prepare
+from samray.data.dataset import SPLITS, PreparedDataset
+from samray.data.export import export
+from samray.data.prepare import prepare
 
 
 def exported(prepared, output, form):

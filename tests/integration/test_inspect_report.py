@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from samray.dataset import SPLITS
+from samray.data.dataset import SPLITS
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from PIL import Image
 from serving import TOKEN, serving
 
 from samray.config import ServeConfig, load_config
-from samray.dataset import PreparedDataset
-from samray.prepare import prepare
+from samray.data.dataset import PreparedDataset
+from samray.data.prepare import prepare
 
 SECONDS = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

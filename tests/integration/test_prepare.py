@@ -23,9 +23,9 @@ import yaml
 from PIL import Image
 
 from samray.config import load_config
-from samray.dataset import PreparedDataset
+from samray.data.dataset import PreparedDataset
+from samray.data.prepare import prepare
 from samray.errors import ConfigError, DatasetError
-from samray.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

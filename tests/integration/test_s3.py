@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from s3 import READER
 
-from samray.dataset import PreparedDataset
+from samray.data.dataset import PreparedDataset
 from samray.storage import list_folder, list_objects, local_copy, read_bytes, read_json, resolve
 
 PROGRAM = "import sys; from samray.cli import main; sys.exit(main(sys.argv[1:]))"

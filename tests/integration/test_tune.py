@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from samray.checkpoint import load_checkpoint
 from samray.config import load_config
 from samray.errors import ConfigError, SamrayError
-from samray.model import build_model
-from samray.tune import search_space, sweep
+from samray.sam.checkpoint import load_checkpoint
+from samray.sam.model import build_model
+from samray.training.tune import search_space, sweep
 
 SPACE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}}
 

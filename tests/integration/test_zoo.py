@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samray.annotations import MAX_JSON_BYTES
 from samray.config import load_config
-from samray.dataset import PreparedDataset
-from samray.images import decode_image
-from samray.prepare import prepare
+from samray.data.annotation import MAX_JSON_BYTES
+from samray.data.dataset import PreparedDataset
+from samray.data.prepare import prepare
+from samray.geometry.images import decode_image
 
 HEIGHT, WIDTH = 48, 64
 SQUARE = [[4, 6], [20, 6], [20, 30], [4, 30]]

@@ -10,7 +10,7 @@ import pytest
 from cloudpathlib import S3Client
 from s3 import READER
 
-from samray.discovery import find_files
+from samray.data.discovery import find_files
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.storage import (
     is_used,

@@ -1,0 +1,1 @@
+"""Annotation files and images to a prepared dataset, and back."""

@@ -1,0 +1,68 @@
+"""What an annotation file says of one image, whatever its format.
+
+`labelme` and `coco` read their formats to an `Annotation`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from samray.errors import AnnotationError
+from samray.geometry.shapes import Shape
+
+MAX_JSON_BYTES = 256 * 2**20
+MAX_COORDINATE = 1e6  # pixels; farther than this from any image there is, and safe as an int
+
+
+@dataclass
+class Annotation:
+    """What one LabelMe file says.
+
+    Attributes:
+        image_path: where the file says its image is, with forward slashes; "" if it does not.
+        size: (H, W) that the annotator saw, or None.
+        num_shapes: shapes in the file, good or bad.
+        image_data: the image's bytes in base64, where the file carries them; not yet checked.
+        shapes: the good ones.
+        not_instances: (field, kind) of each line, point or crowd: nothing that is one object.
+        problems: one error for each shape that cannot be used.
+        warnings: (field, what was mended).
+    """
+
+    image_path: str
+    size: tuple[int, int] | None
+    num_shapes: int
+    image_data: str | None = None
+    shapes: list[Shape] = field(default_factory=list)
+    not_instances: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[AnnotationError] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_json_object(raw: bytes) -> dict[str, Any]:
+    """Parse an annotation file that must hold one JSON object, within limits.
+
+    Raises:
+        AnnotationError: field `file`.
+    """
+    if len(raw) > MAX_JSON_BYTES:
+        raise AnnotationError(
+            "file", f"is {len(raw) / 2**20:.0f} MiB; at most {MAX_JSON_BYTES // 2**20} are read"
+        )
+    try:
+        document = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        raise AnnotationError("file", f"is not UTF-8 text (byte {exc.start})") from exc
+    except json.JSONDecodeError as exc:
+        raise AnnotationError(
+            "file", f"is not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}"
+        ) from exc
+    except (RecursionError, ValueError) as exc:
+        raise AnnotationError(
+            "file", "is JSON nested too deeply, or with a number of too many digits"
+        ) from exc
+    if not isinstance(document, dict):
+        raise AnnotationError(
+            "file", f"must hold a JSON object, not a {type(document).__name__}: no LabelMe file"
+        )
+    return document

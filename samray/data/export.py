@@ -1,0 +1,147 @@
+"""A prepared dataset back to files that other tools read: LabelMe or COCO.
+
+OUT/images/...                          the image files as they came
+OUT/annotations/....json                LabelMe, one an image; or
+OUT/annotations/instances_train.json    COCO, one a split, masks as RLE
+"""
+
+import io
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from samray import __version__
+from samray.config import Config, required
+from samray.data.dataset import SPLITS, ImageRecord, Instance, PreparedDataset
+from samray.data.labelme import labelme_document, mask_shape, mask_to_shapes, read_shapes
+from samray.errors import ConfigError, DatasetError
+from samray.geometry.images import FORMATS
+from samray.geometry.masks import rasterize_instance
+from samray.storage import (
+    Place,
+    is_used,
+    require_folder,
+    resolve,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
+
+
+def export(config: Config) -> Place:
+    """Write a prepared dataset as LabelMe or COCO files; preparing them again gives the masks back.
+
+    Args:
+        config: its `export` section.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: a setting cannot work, or the folder is in use.
+        DatasetError: the dataset cannot be read.
+    """
+    settings = config.export
+    data_dir, output_dir = required(config, "export.data_dir", "export.output_dir")
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    output = resolve(output_dir, "--output-dir")
+    if is_used(output):
+        raise ConfigError(f"--output-dir: {output} is not empty; choose another folder")
+    unlabelled = set(dataset.manifest["unlabelled"])
+    with whole_folder(output) as folder:
+        paths = {}
+        for record in tqdm(dataset.images.values(), desc="export", unit="img", disable=None):
+            raw = dataset.image_bytes(record)
+            paths[record.name] = _image_path(record, raw)
+            _write(folder, paths[record.name], raw)
+            if settings.format == "labelme" and record.name not in unlabelled:
+                _write_labelme(folder, paths[record.name], record)
+        if settings.format == "coco":
+            for split in SPLITS:
+                names = dataset.manifest["splits"][split]
+                document = _coco_document(dataset, [dataset.images[n] for n in names], paths)
+                (folder / "annotations").mkdir(exist_ok=True)
+                write_json(folder / "annotations" / f"instances_{split}.json", document)
+    return output
+
+
+def _image_path(record: ImageRecord, raw: bytes) -> PurePosixPath:
+    """Where the image goes; one that a JSON carried gets the extension of its content."""
+    name = PurePosixPath(record.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise DatasetError(f"{record.name!r}: an image's name leads out of its folder; not written")
+    if name.suffix.lower() == ".json":
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as picture:
+            name = name.with_suffix(f".{(picture.format or 'png').lower()}")
+    return "images" / name
+
+
+def _write(folder: Path, path: PurePosixPath, content: bytes) -> None:
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / path, content)
+
+
+def _write_labelme(folder: Path, image: PurePosixPath, record: ImageRecord) -> None:
+    place = PurePosixPath("annotations", *image.parts[1:])
+    path = place.with_name(place.name + ".json")
+    shapes = []
+    for number, instance in enumerate(record.instances, start=1):
+        for shape in _exact_shapes(record.decode(instance), instance.label):
+            if shape["group_id"] is not None:
+                shape["group_id"] = number  # parts of one instance, and of no other
+            shapes.append(shape)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    document = labelme_document(os.path.relpath(image, path.parent), record.size, shapes)
+    write_json(folder / path, document)
+
+
+def _exact_shapes(mask: np.ndarray, label: str) -> list[dict[str, Any]]:
+    """LabelMe shapes that rasterise to the very mask: polygons if they do, else its PNG."""
+    shapes = mask_to_shapes(mask, label, tolerance=0)
+    again = rasterize_instance(read_shapes(shapes), (mask.shape[0], mask.shape[1]))
+    (x, y), (h, w) = again.origin, again.pixels.shape
+    same = again.pixels.sum() == mask.sum() and np.array_equal(
+        mask[y : y + h, x : x + w], again.pixels
+    )
+    return shapes if same else [mask_shape(mask, label)]
+
+
+def _coco_document(
+    dataset: PreparedDataset, records: list[ImageRecord], paths: dict[str, PurePosixPath]
+) -> dict[str, Any]:
+    """One split in COCO's words: ids from 1, boxes as x, y, width, height, masks as RLE."""
+    categories = {label: number for number, label in enumerate(dataset.manifest["labels"], start=1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, record in enumerate(records, start=1):
+        file_name = str(paths[record.name].relative_to("images"))
+        height, width = record.size
+        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        for instance in record.instances:
+            annotation = _coco_annotation(instance, record.size)
+            annotation |= {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": categories[instance.label],
+            }
+            annotations.append(annotation)
+    return {
+        "info": {"description": f"exported by samray {__version__}"},
+        "images": images,
+        "categories": [{"id": number, "name": label} for label, number in categories.items()],
+        "annotations": annotations,
+    }
+
+
+def _coco_annotation(instance: Instance, size: tuple[int, int]) -> dict[str, Any]:
+    x1, y1, x2, y2 = instance.box
+    return {
+        "segmentation": {"size": list(size), "counts": instance.rle.decode("ascii")},
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": instance.area,
+        "iscrowd": 0,
+    }

@@ -1,0 +1,263 @@
+"""Did tuning help? Base against tuned on a held-out split, per prompt strategy and per label."""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util import ActorPool
+from tqdm import tqdm
+
+from samray import __version__, cluster
+from samray.charts import curves_svg, jpeg_uri, render_page
+from samray.config import Config, load_config, required, save_config
+from samray.data.dataset import ImageRecord, PreparedDataset
+from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by
+from samray.evaluation.scoring import (
+    MATRIX,
+    embedding_of,
+    evaluation_prompt,
+    predict_masks,
+    score_image,
+)
+from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
+from samray.geometry.images import decode_image
+from samray.sam.checkpoint import RunFolder, find_run, load_checkpoint
+from samray.sam.embeddings import EmbeddingCache, embeddings_folder
+from samray.storage import (
+    Place,
+    make_folder,
+    require_folder,
+    resolve,
+    write_bytes,
+    write_json,
+)
+
+MODELS = ("base", "tuned")
+OVERLAY_STRATEGY = "random"
+OVERLAY_SIDE = 360  # pixels
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Score the weights a run started from and its best checkpoint; write JSON and HTML.
+
+    Args:
+        config: its `evaluate`, `scaling` and `embeddings` sections.
+
+    Returns:
+        The content of OUTPUT_DIR/evaluation.json.
+
+    Raises:
+        SamrayError: a folder, the dataset or the run cannot be used.
+    """
+    settings = config.evaluate
+    data_dir, checkpoint, output_dir = required(
+        config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
+    )
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    run = RunFolder(find_run(resolve(checkpoint, "--checkpoint")))
+    best = load_checkpoint(run.path)
+    records = dataset.split(settings.split)
+    output = resolve(output_dir, "--output-dir")
+    cluster.start()
+    cluster.require_visible(run.path / "run.json", "--checkpoint")
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    make_folder(output, "--output-dir")
+    checkpoints: dict[str, Place] = {"base": run.base, "tuned": best.path}
+    cache_dir = embeddings_folder(config, dataset)
+    scores, pictures = _score_all(config, dataset, records, checkpoints, cache_dir)
+    evaluation = {
+        "samray_version": __version__,
+        "split": settings.split,
+        "num_images": len({record.source for record in records}),
+        "num_instances": sum(len(record.instances) for record in records),
+        "seed": settings.seed,
+        "dataset_digest": dataset.digest,
+        "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
+        "model_type": best.model_type,
+        "checkpoint": run.state["best"],
+        "epoch": best.progress["epoch"],
+        "base_source": best.progress["base"],
+        **{model: summary(scores[model]) for model in MODELS},
+    }
+    save_config(config, output / "config.yaml")
+    write_json(output / "evaluation.json", evaluation)
+    write_json(
+        output / "instances.json", {model: [asdict(s) for s in scores[model]] for model in MODELS}
+    )
+    html = _report(evaluation, run, pictures)
+    write_bytes(output / "report.html", html.encode())
+    return evaluation
+
+
+def _score_all(
+    config: Config,
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    checkpoints: dict[str, Place],
+    cache_dir: Place,
+) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
+    """Score every image under both models; then draw the worst and best instances."""
+    pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
+    scores = _scores(pool, records, checkpoints)
+    wanted = _worst_and_best(scores["tuned"], config.evaluate.num_overlays)
+    drawn = pool.map(lambda actor, item: actor.draw.remote(item[1].image, item[1].instance), wanted)
+    base = {(s.image, s.instance): s for s in scores["base"] if s.strategy == OVERLAY_STRATEGY}
+    pictures = [
+        {
+            "kind": kind,
+            "image": score.image,
+            "label": score.label,
+            "tuned_iou": score.iou,
+            "base_iou": base[score.image, score.instance].iou,
+            "panels": panels,
+        }
+        for (kind, score), panels in zip(wanted, drawn, strict=True)
+    ]
+    cluster.stop_pool(pool)
+    return scores, pictures
+
+
+def score_models(
+    config: Config,
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    checkpoints: dict[str, Place],
+    cache_dir: Place,
+) -> dict[str, list[Score]]:
+    """Return the scores of models on images, over the prompt matrix, in one order.
+
+    Args:
+        config: its `evaluate.seed` and `scaling.device`.
+        checkpoints: name -> checkpoint folder.
+    """
+    pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
+    scores = _scores(pool, records, checkpoints)
+    cluster.stop_pool(pool)
+    return scores
+
+
+def _start_evaluators(
+    config: Config,
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    checkpoints: dict[str, Place],
+    cache_dir: Place,
+) -> ActorPool:
+    return cluster.start_pool(
+        Evaluator,
+        config.scaling.device,
+        len(records),
+        dataset.folder,
+        checkpoints,
+        cache_dir,
+        config.evaluate.seed,
+    )
+
+
+def _scores(
+    pool: ActorPool, records: list[ImageRecord], checkpoints: dict[str, Place]
+) -> dict[str, list[Score]]:
+    names = [record.name for record in records]
+    scores: dict[str, list[Score]] = {model: [] for model in checkpoints}
+    with tqdm(total=len(names), desc="evaluate", unit="img", file=sys.stderr, disable=None) as bar:
+        for result in pool.map(lambda actor, name: actor.score.remote(name), names):
+            for model in checkpoints:
+                scores[model] += result[model]
+            bar.update()
+    return scores
+
+
+@ray.remote(max_restarts=2, max_task_retries=2)
+class Evaluator:
+    """Scores models on images of a prepared dataset."""
+
+    def __init__(
+        self,
+        dataset: Place,
+        checkpoints: dict[str, Place],
+        cache_dir: Place,
+        seed: int,
+    ) -> None:
+        self.dataset, self.seed = PreparedDataset(dataset), seed
+        device = cluster.actor_device()
+        self.sams = {m: load_checkpoint(path).model().to(device) for m, path in checkpoints.items()}
+        self.caches = {m: EmbeddingCache(cache_dir, sam) for m, sam in self.sams.items()}
+
+    def score(self, name: str) -> dict[str, list[Score]]:
+        """Score every instance of an image, per model."""
+        record = self.dataset.images[name]
+        return {
+            model: score_image(
+                sam, embedding_of(sam, self.dataset, self.caches[model], record), record, self.seed
+            )
+            for model, sam in self.sams.items()
+        }
+
+    def draw(self, name: str, number: int) -> list[bytes]:
+        """Return JPEGs of one instance: image with prompt, truth, base, tuned."""
+        record = self.dataset.images[name]
+        image = decode_image(self.dataset.image_bytes(record))
+        gt_mask = record.decode(record.instances[number])
+        prompt = evaluation_prompt(record, number, gt_mask, OVERLAY_STRATEGY, self.seed)
+        masks = [gt_mask]
+        for model, sam in self.sams.items():
+            embedding = embedding_of(sam, self.dataset, self.caches[model], record)
+            ((mask, _),) = predict_masks(sam, embedding, [prompt], record.size)
+            masks.append(mask)
+        panels = [draw_prompt_marks(image.copy(), prompt)]
+        colors = [(0, 158, 115), (213, 94, 0), (86, 180, 233)]
+        for mask, color in zip(masks, colors, strict=True):
+            panels.append(draw_prompt_marks(draw_masks(image, [mask], [color]), prompt))
+        return [encode_picture(shrink(panel, OVERLAY_SIDE), ".jpg") for panel in panels]
+
+
+def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]:
+    """The instances where the tuned model did worst and best, each at most once."""
+    ranked = sorted((s for s in scores if s.strategy == OVERLAY_STRATEGY), key=lambda s: s.iou)
+    number = min(number, len(ranked) // 2) if len(ranked) > 1 else len(ranked)
+    if number == 0:
+        return []
+    return [("worst", s) for s in ranked[:number]] + [
+        ("best", s) for s in ranked[: -number - 1 : -1]
+    ]
+
+
+def summary(scores: list[Score]) -> dict[str, Any]:
+    """Return the prompt matrix of a model, with 95 % intervals that resample whole images.
+
+    `iou` and `dice` per strategy and per label (over all strategies), `iou_by_label` per both, and
+    `miou`, over everything.
+    """
+    labels = sorted({score.label for score in scores})
+    return {
+        **{
+            value: {key: mean_by(scores, key, value) for key in ("strategy", "label")}
+            for value in ("iou", "dice")
+        },
+        "iou_ci95": {key: interval_by(scores, key, "iou") for key in ("strategy", "label")},
+        "iou_by_label": {
+            label: mean_by([s for s in scores if s.label == label], "strategy", "iou")
+            for label in labels
+        },
+        "miou": float(np.mean([s.iou for s in scores])),
+        "miou_ci95": bootstrap_interval([s.source for s in scores], [s.iou for s in scores]),
+    }
+
+
+def _report(evaluation: dict[str, Any], run: RunFolder, pictures: list[dict[str, Any]]) -> str:
+    """One HTML page that needs no other file."""
+    for picture in pictures:
+        picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
+    return render_page(
+        "report.html",
+        evaluation=evaluation,
+        strategies=MATRIX,
+        labels=sorted(evaluation["tuned"]["iou"]["label"]),
+        state=run.state,
+        config=load_config(run.path / "config.yaml").model_dump(),
+        curves=curves_svg(run.state["epochs"]),
+        worst=[p for p in pictures if p["kind"] == "worst"],
+        best=[p for p in pictures if p["kind"] == "best"],
+    )

@@ -1,0 +1,145 @@
+"""Put a tuned model into the store, if the guard finds it no worse than what is there."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from samray import __version__, cluster
+from samray.config import Config, load_config, required
+from samray.data.dataset import PreparedDataset
+from samray.errors import ConfigError, GuardError
+from samray.evaluation.evaluate import score_models, summary
+from samray.evaluation.metrics import Score, bootstrap_interval
+from samray.evaluation.scoring import MATRIX
+from samray.sam.checkpoint import RunFolder, find_run, load_checkpoint
+from samray.sam.embeddings import embeddings_folder
+from samray.sam.store import ModelStore, Version, require_name, require_store
+from samray.storage import Place, require_folder, resolve
+
+MIN_IMAGES = 5  # for an interval by resampling them
+
+# The rows of the prompt matrix that a strategy trains for; the others are off-target.
+_ON_TARGET = {
+    "center": {"center"},
+    "random": {"random"},
+    "bbox": {"bbox"},
+    "mixed": {"center", "random", "bbox"},
+    "interactive": {"random", "bbox", "clicks"},
+}
+
+
+def promote(config: Config) -> Version:
+    """Score base, tuned and current version on the test split; if the guard passes, add the model.
+
+    Args:
+        config: its `promote` section.
+
+    Returns:
+        The new version, which is current from now on.
+
+    Raises:
+        GuardError: the model is worse than the base or the current version, or forgot too much.
+        SamrayError: a path, the run, the data or the store cannot be used.
+    """
+    settings = config.promote
+    if settings.checkpoint is None:
+        raise ConfigError("missing RUN_OR_SWEEP (or promote.checkpoint=...), what to promote")
+    name, folder = required(config, "promote.name", "promote.store")
+    require_name(name)
+    run = RunFolder(find_run(resolve(settings.checkpoint, "RUN_OR_SWEEP")))
+    tuned = load_checkpoint(run.path)
+    trained = load_config(run.path / "config.yaml")
+    data_dir = settings.data_dir or trained.train.data_dir or ""
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    records = dataset.split("test")
+    store = require_store(resolve(folder, "--store"))
+    current = store.current(name)
+    cluster.start()
+    cluster.require_visible(run.path / "run.json", "RUN_OR_SWEEP")
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    checkpoints: dict[str, Place] = {"base": run.base, "tuned": tuned.path}
+    if current is not None:
+        cluster.require_visible(current.folder / "weights.pth", "--store")
+        checkpoints["current"] = current.folder
+    cache_dir = embeddings_folder(config, dataset)
+    scores = score_models(config, dataset, records, checkpoints, cache_dir)
+    off_target = [row for row in MATRIX if row not in _ON_TARGET[trained.prompts.point_selection]]
+    reasons = guard(scores, off_target, settings.max_forgetting)
+    if reasons and not settings.force:
+        raise GuardError(
+            f"{run.path}: not promoted as {name}: {'; '.join(reasons)}; tune again, or add "
+            "--force, which is kept on record"
+        )
+    record = {
+        "samray_version": __version__,
+        "source": str(run.path),
+        "base": tuned.progress["base"],
+        "dataset_digest": dataset.digest,
+        "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
+        "split": "test",
+        "metrics": {model: summary(scores[model]) for model in checkpoints},
+        "guard": {
+            "refused": reasons,
+            "forced": bool(reasons),
+            "num_images": len({record.source for record in records}),
+        },
+        "previous": current.version if current else None,
+    }
+    return store.add(name, tuned, record)
+
+
+def guard(
+    scores: dict[str, list[Score]], off_target: Sequence[str], max_forgetting: float
+) -> list[str]:
+    """Return why a tuned model must not replace what is there; nothing if it may.
+
+    Worse than base or current version is a model if the 95 % interval of the mean paired difference
+    over the prompt matrix, whole images resampled, lies below zero. And no row of the matrix that
+    it was not trained for may lose more than `max_forgetting` against the base. Fewer than
+    MIN_IMAGES give no interval worth the name; then a loss of `max_forgetting` counts as worse.
+
+    Args:
+        scores: of `base`, `tuned` and perhaps `current`, in the same order.
+        off_target: rows of the prompt matrix.
+        max_forgetting: in mIoU.
+    """
+    reasons = []
+    ious = {model: np.array([s.iou for s in scores[model]]) for model in scores}
+    sources = [score.source for score in scores["tuned"]]
+    for other in ("base", "current"):
+        if other not in scores:
+            continue
+        difference = ious["tuned"] - ious[other]
+        low, high = bootstrap_interval(sources, difference.tolist())
+        num_images = len(set(sources))
+        grounds = f"95 % interval {low:+.3f} to {high:+.3f}"
+        worse = high < 0
+        if num_images < MIN_IMAGES:
+            grounds = f"with {num_images} test photos, too few for an interval"
+            worse = difference.mean() < -max_forgetting
+        if worse:
+            reasons.append(
+                f"it is worse than {_TITLES[other]}: mIoU over the prompt matrix "
+                f"{ious['tuned'].mean():.3f} against {ious[other].mean():.3f}, difference "
+                f"{difference.mean():+.3f} ({grounds})"
+            )
+    for row in off_target:
+        those = np.array([score.strategy == row for score in scores["tuned"]])
+        before, after = ious["base"][those].mean(), ious["tuned"][those].mean()
+        if before - after > max_forgetting:
+            reasons.append(
+                f"it forgot {row} prompts, which it was not trained with: mIoU {before:.3f} "
+                f"before, {after:.3f} after; at most {max_forgetting} may be lost "
+                "(promote.max_forgetting)"
+            )
+    return reasons
+
+
+_TITLES = {"base": "its base", "current": "the current version"}
+
+
+def roll_back(config: Config) -> Version:
+    """Make an earlier version current again; see `ModelStore.roll_back`."""
+    name, folder = required(config, "promote.name", "promote.store")
+    store = ModelStore(require_folder(resolve(folder, "--store"), "--store"))
+    return store.roll_back(require_name(name), config.promote.version)

@@ -1,0 +1,257 @@
+"""Shapes to masks, masks to COCO RLE, boxes and back to polygons.
+
+Boundary rule: points are floored to pixels and every pixel that the outline touches belongs to
+the mask. labelme's own `shape_to_mask` differs at most at the outline and beside it (tested). A
+shape has the same pixels whether it lies inside the image or reaches out of it.
+"""
+
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from samray.errors import AnnotationError
+from samray.geometry.polygons import fill_polygon
+from samray.geometry.shapes import Shape
+
+
+@dataclass(frozen=True)
+class CroppedMask:
+    """A mask without the empty frame around it; large frames with small objects stay cheap.
+
+    Attributes:
+        pixels: h x w bool, the part inside the crop.
+        origin: (x, y) of its top left pixel in the frame.
+    """
+
+    pixels: np.ndarray
+    origin: tuple[int, int]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """XYXY; the pixel columns x1..x2-1 and rows y1..y2-1 hold the mask tightly."""
+        rows = np.flatnonzero(self.pixels.any(axis=1))
+        columns = np.flatnonzero(self.pixels.any(axis=0))
+        x, y = self.origin
+        return (
+            float(x + columns[0]),
+            float(y + rows[0]),
+            float(x + columns[-1] + 1),
+            float(y + rows[-1] + 1),
+        )
+
+
+def require_inside(shape: Shape, size: tuple[int, int]) -> None:
+    """Refuse a shape that the image, (H, W), has no part of.
+
+    Raises:
+        AnnotationError: its box lies beside the image.
+    """
+    outline = np.floor(_outline(shape))
+    if (outline.max(axis=0) < 0).any() or (outline.min(axis=0) >= (size[1], size[0])).any():
+        raise AnnotationError(
+            f"shapes[{shape.index}].points",
+            f"({shape.label!r:.60}) lies outside the image of {size[1]} x {size[0]} pixels",
+        )
+
+
+def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMask:
+    """Return the union of the shapes of one instance, cut off at the image's border.
+
+    Args:
+        shapes: one or more shapes.
+        size: (H, W) of the image.
+
+    Raises:
+        AnnotationError: no pixel of the instance lies inside the image, or a part cannot be filled.
+    """
+    height, width = size
+    outlines = [_outline(shape) for shape in shapes]
+    low = np.floor(np.min([points.min(axis=0) for points in outlines], axis=0)).astype(int)
+    high = np.floor(np.max([points.max(axis=0) for points in outlines], axis=0)).astype(int)
+    x1, y1 = np.maximum(low, 0)
+    x2, y2 = np.minimum(high + 1, (width, height))
+    where = f"shapes[{shapes[0].index}].points"
+    if x1 >= x2 or y1 >= y2:
+        raise AnnotationError(
+            where, f"({shapes[0].label!r:.60}) lies outside the image of {width} x {height} pixels"
+        )
+    canvas = np.zeros((y2 - y1, x2 - x1), dtype=np.uint8)
+    for shape, points in zip(shapes, outlines, strict=True):
+        if shape.kind == "mask":
+            _paste_png(canvas, shape, origin=(x1, y1))
+        elif shape.kind == "rle":
+            assert shape.rle is not None
+            canvas |= decode_rle(shape.rle, size)[y1:y2, x1:x2].astype(np.uint8)
+        else:
+            try:
+                fill_polygon(canvas, np.floor(points).astype(np.int64) - np.array([x1, y1]))
+            except AnnotationError as problem:
+                field = f"shapes[{shape.index}].{problem.field}"
+                raise AnnotationError(field, problem.reason) from problem
+    mask = CroppedMask(canvas.astype(bool), (int(x1), int(y1)))
+    if not mask.pixels.any():
+        raise AnnotationError(where, f"({shapes[0].label!r:.60}) covers no pixel of the image")
+    return mask
+
+
+def encode_rle(mask: CroppedMask, size: tuple[int, int]) -> bytes:
+    """Return the compressed COCO RLE counts of the mask in its whole frame of (H, W) pixels.
+
+    The runs are read off the crop, so a small object in a large frame costs its own size only.
+    Equal to `pycocotools.mask.encode` of the whole frame.
+    """
+    height, width = size
+    # COCO runs go down the columns: lay the crop's columns in a row, an empty pixel between them.
+    h, w = mask.pixels.shape
+    columns = np.zeros((w, h + 1), dtype=bool)
+    columns[:, :-1] = mask.pixels.T
+    flat = columns.ravel()
+    # By turns the first pixel of a run and the one after its last.
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if flat[0]:
+        edges = np.insert(edges, 0, 0)
+    column, row = np.divmod(edges, h + 1)
+    x, y = mask.origin
+    edges = (column + x) * height + row + y
+    # A run that reaches the bottom goes on at the top of the next column: drop both edges.
+    apart = edges[1:] != edges[:-1]
+    kept = np.ones(len(edges), dtype=bool)
+    kept[1:] = apart
+    kept[:-1] &= apart
+    edges = edges[kept]
+    counts = np.diff(np.concatenate(([0], edges, [height * width])))
+    if counts[-1] == 0:
+        counts = counts[:-1]
+    rle = coco.frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
+    return bytes(rle["counts"])
+
+
+def decode_rle(counts: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask of compressed COCO counts in its frame: H x W bool.
+
+    Raises:
+        AnnotationError: field `counts`; they are no runs that fill the frame.
+    """
+    runs = decompress_runs(counts, size)
+    inside = np.arange(len(runs)) % 2 == 1  # by turns outside and inside
+    return np.repeat(inside, runs).reshape(size[1], size[0]).T
+
+
+def decompress_runs(counts: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Return the run lengths of compressed COCO counts, int64; they fill a frame of (H, W).
+
+    Checked, for pycocotools reads and writes out of bounds where they do not. The format: 5 bits
+    a character, lowest first, and from the fourth run on each is the difference to the one two
+    before it.
+
+    Raises:
+        AnnotationError: field `counts`.
+    """
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((digits & 0x20) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    whole = len(ends) > 0 and ends[-1] == len(digits) - 1
+    # Seven characters are 35 bits: more than any image needs, and no sum of them can overflow.
+    if whole and lengths.max() <= 7 and ((digits >= 0) & (digits < 64)).all():
+        places = np.arange(len(digits)) - np.repeat(starts, lengths)
+        runs = np.add.reduceat((digits & 0x1F) << (5 * places), starts)
+        runs -= ((digits[ends] & 0x10) > 0) * (np.int64(1) << (5 * lengths))
+        runs[1::2] = np.cumsum(runs[1::2])
+        runs[2::2] = np.cumsum(runs[2::2])
+        # As floats, for a sum of wrong ones could come round to the right one.
+        if (runs >= 0).all() and runs.sum(dtype=np.float64) == size[0] * size[1]:
+            return runs
+    raise AnnotationError(
+        "counts", f"must be runs that add up to the image's {size[0] * size[1]} pixels"
+    )
+
+
+def decode_crop(counts: bytes, size: tuple[int, int], box: tuple[float, ...]) -> CroppedMask:
+    """Return the part of a mask that its XYXY box holds."""
+    x1, y1, x2, y2 = (int(v) for v in box)
+    frame = coco.decode({"counts": counts, "size": list(size)})
+    return CroppedMask(np.ascontiguousarray(frame[y1:y2, x1:x2], dtype=bool), (x1, y1))
+
+
+def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each mask the largest IoU with another one of its image, and which one that is.
+
+    Args:
+        rles: compressed COCO counts of N masks.
+        size: (H, W) of the image.
+
+    Returns:
+        ious: N float64; 0 where a mask meets no other.
+        partners: N int64, places in `rles`; without meaning where the IoU is 0.
+    """
+    masks = [{"counts": counts, "size": list(size)} for counts in rles]
+    ious, partners = np.zeros(len(masks)), np.zeros(len(masks), dtype=np.int64)
+    for start in range(0, len(masks), 256):  # memory grows with N, not with its square
+        rows = masks[start : start + 256]
+        table = np.asarray(coco.iou(rows, masks, [0] * len(masks))).reshape(len(rows), len(masks))
+        own = np.arange(len(rows))
+        table[own, start + own] = 0
+        partners[start : start + 256] = table.argmax(axis=1)
+        ious[start : start + 256] = table.max(axis=1)
+    return ious, partners
+
+
+def outline_of(pixels: np.ndarray, tolerance: float = 1.0) -> list[np.ndarray]:
+    """Return the corners of a mask's outlines, those of its holes too: N x 2 int32, (x, y), each.
+
+    Args:
+        pixels: h x w bool.
+        tolerance: pixels by which corners may be spared. One pixel takes the stairs of a slanted
+            edge for the straight line that the annotator drew; half a pixel does not.
+    """
+    contours, _ = cv2.findContours(pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    return [cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0] for contour in contours]
+
+
+def _outline(shape: Shape) -> np.ndarray:
+    """N x 2 points whose polygon is the shape; for a mask, its box."""
+    points = shape.points
+    if shape.kind == "rectangle":  # two opposite corners in any order, or all four
+        (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
+        return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    if shape.kind == "circle":  # centre, and a point on the rim
+        radius = float(np.hypot(*(points[1] - points[0])))
+        steps = max(16, min(720, int(radius * 4)))
+        angles = np.linspace(0, 2 * np.pi, steps, endpoint=False)
+        rim: np.ndarray = points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return rim
+    return points
+
+
+def _paste_png(canvas: np.ndarray, shape: Shape, origin: tuple[int, int]) -> None:
+    """Add a mask shape's PNG to the canvas, cut off at the canvas's border."""
+    assert shape.png is not None
+    where = f"shapes[{shape.index}].mask"
+    x1, y1 = np.floor(shape.points.min(axis=0)).astype(int)
+    x2, y2 = np.floor(shape.points.max(axis=0)).astype(int)
+    try:
+        with Image.open(io.BytesIO(shape.png), formats=("PNG",)) as picture:
+            if picture.size != (x2 - x1 + 1, y2 - y1 + 1):
+                raise AnnotationError(
+                    where,
+                    f"is a PNG of {picture.width} x {picture.height} pixels; its points span "
+                    f"{x2 - x1 + 1} x {y2 - y1 + 1}",
+                )
+            if picture.width * picture.height > 170e6:
+                raise AnnotationError(where, "is a PNG of more than 170 megapixels")
+            pixels = np.asarray(picture.convert("L")) > 0
+    except AnnotationError:
+        raise
+    # Pillow's parsers raise almost anything on damaged files, and its own error on bombs.
+    except Exception as exc:
+        raise AnnotationError(where, "is not a whole PNG") from exc
+    left, top = x1 - origin[0], y1 - origin[1]
+    h, w = canvas.shape
+    inside = pixels[max(0, -top) : max(0, h - top), max(0, -left) : max(0, w - left)]
+    top, left = max(0, top), max(0, left)
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] |= inside

@@ -1,0 +1,29 @@
+"""A shape as people drew it: what annotation files are read to and masks are made from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One areal LabelMe shape.
+
+    Attributes:
+        index: its place in the file's `shapes`.
+        label: without white space around it.
+        kind: polygon, rectangle (2 or 4 points), oriented_rectangle, circle or mask; rle if it
+            comes from COCO.
+        points: N x 2 float64, (x, y) pixels of the image as shown.
+        group_id: shapes of one label and one group are one instance; None stands alone.
+        png: for a mask, the PNG file that fills the box between its two points.
+        rle: compressed COCO counts of the whole frame, whose box the points are.
+    """
+
+    index: int
+    label: str
+    kind: str
+    points: np.ndarray
+    group_id: int | str | None
+    png: bytes | None = None
+    rle: bytes | None = None

@@ -1,0 +1,82 @@
+"""Tiles of a large picture: where they lie, and which one an object belongs to.
+
+An object counts once: it belongs to the tile that holds most of its pixels, the first of equals.
+With an overlap as wide as the objects, each lies whole in some tile.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from samray.geometry.masks import CroppedMask
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an image, in pixels of it.
+
+    Attributes:
+        x, y: its top left pixel.
+        width, height: its size.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Rows and columns, to cut it out of an H x W array."""
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
+
+def tile_windows(size: tuple[int, int], tile: int, overlap: int) -> list[Window]:
+    """Return windows that cover an image, row by row.
+
+    Each is `tile` pixels a side, or the image's own side where that is shorter. Neighbours share
+    `overlap` pixels; the last of a row or column ends at the border and shares more.
+
+    Args:
+        size: (H, W) of the image.
+        tile, overlap: pixels; at most half of `tile`.
+    """
+    height, width = size
+    return [
+        Window(x, y, min(tile, width), min(tile, height))
+        for y in _starts(height, tile, overlap)
+        for x in _starts(width, tile, overlap)
+    ]
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    if length <= tile:
+        return [0]
+    step = tile - overlap
+    count = math.ceil((length - tile) / step) + 1
+    return [min(number * step, length - tile) for number in range(count)]
+
+
+def place_in_tiles(mask: CroppedMask, windows: list[Window]) -> tuple[int, CroppedMask, int]:
+    """Return which window a mask belongs to, its part there, and its pixels outside.
+
+    Returns:
+        number: of the window with most of the mask's pixels.
+        part: in that window's own frame.
+        outside: pixels of the mask that the window has not.
+    """
+    parts = [_part_in(mask, window) for window in windows]
+    areas = [int(np.count_nonzero(pixels)) for pixels, _ in parts]
+    number = int(np.argmax(areas))
+    pixels, origin = parts[number]
+    outside = int(np.count_nonzero(mask.pixels)) - areas[number]
+    return number, CroppedMask(pixels, origin), outside
+
+
+def _part_in(mask: CroppedMask, window: Window) -> tuple[np.ndarray, tuple[int, int]]:
+    x, y = mask.origin[0] - window.x, mask.origin[1] - window.y
+    h, w = mask.pixels.shape
+    rows = slice(max(0, -y), max(0, min(h, window.height - y)))
+    columns = slice(max(0, -x), max(0, min(w, window.width - x)))
+    return mask.pixels[rows, columns], (max(0, x), max(0, y))

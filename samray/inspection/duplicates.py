@@ -1,0 +1,60 @@
+"""Photos that show the same: copies, other sizes and qualities, neighbouring frames.
+
+A photo's fingerprint is how its brightness changes from cell to cell of a coarse grid. Unlike the
+bits of a perceptual hash, it weighs an edge by its strength, so flat ground with its noise counts
+little: among 54 microscopy images that are all alike, no two different ones came above 0.84
+(a 64-bit dHash took some for copies), while a smaller, re-compressed or brighter copy stayed
+above 0.95 and one with 2 % cut off around it mostly above 0.88.
+"""
+
+import numpy as np
+
+from samray.geometry.images import grey_thumbnail
+
+GRID = 16  # cells a side
+MIN_SIMILARITY = 0.88
+BLOCK = 512  # photos compared with all others at once: bounds the memory
+
+
+def fingerprint(raw: bytes) -> np.ndarray:
+    """Return what near-duplicates have nearly in common.
+
+    Args:
+        raw: an image file.
+
+    Returns:
+        480 float32 of length 1, or all zero for an image of one colour, which resembles nothing.
+
+    Raises:
+        AnnotationError: it cannot be decoded.
+    """
+    cells = grey_thumbnail(raw, GRID)
+    steps = np.concatenate([np.diff(cells, axis=0).ravel(), np.diff(cells, axis=1).ravel()])
+    length = float(np.linalg.norm(steps))
+    return steps / length if length > 0 else steps
+
+
+def near_duplicates(fingerprints: np.ndarray, digests: list[str]) -> list[list[int]]:
+    """Return groups of photos of which each resembles another one of its group.
+
+    Args:
+        fingerprints: N x 480 float32.
+        digests: N, sha256 of the files; equal ones are the same photo whatever they look like.
+
+    Returns:
+        Each group's places, ascending, two or more; groups in the order of their first.
+    """
+    group = np.arange(len(digests))
+    _, identity = np.unique(digests, return_inverse=True)
+    for start in range(0, len(digests), BLOCK):
+        stop = min(start + BLOCK, len(digests))
+        alike = fingerprints[start:stop] @ fingerprints[:stop].T >= MIN_SIMILARITY
+        alike |= identity[start:stop, None] == identity[None, :stop]
+        for row in np.flatnonzero(alike.sum(axis=1) > 1):
+            joined = np.unique(group[:stop][alike[row]])
+            if len(joined) > 1:
+                group[np.isin(group, joined)] = joined[0]
+    _, sizes = np.unique(group, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    chunks = np.split(order, np.cumsum(sizes)[:-1])
+    return [chunk.tolist() for chunk in chunks if len(chunk) > 1]

@@ -1,0 +1,66 @@
+"""`samray inspect`: pictures of what a model will see, with the prompts it will be given."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from samray.config import Config, required
+from samray.data.dataset import PreparedDataset
+from samray.geometry.drawing import COLORS, draw_masks, draw_prompt_marks, encode_picture, shrink
+from samray.geometry.images import decode_image
+from samray.geometry.prompts import draw_prompt
+from samray.storage import Place, make_folder, require_folder, resolve, write_bytes, write_json
+
+
+def inspect(config: Config) -> list[Place]:
+    """Draw samples with their masks and prompts.
+
+    Args:
+        config: its `inspect` section.
+
+    Returns:
+        The pictures; `prompts.json` beside them lists every prompt in pixels.
+
+    Raises:
+        SamrayError: a folder or the dataset cannot be used.
+    """
+    settings = config.inspect
+    data_dir, output_dir = required(config, "inspect.data_dir", "inspect.output_dir")
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    output = make_folder(resolve(output_dir, "--output-dir"), "--output-dir")
+    records = [record for record in dataset.images.values() if record.instances]
+    rng = np.random.default_rng(settings.seed)
+    chosen = sorted(rng.permutation(len(records))[: settings.num_samples].tolist())
+    splits = {name: split for split, names in dataset.manifest["splits"].items() for name in names}
+    pictures: list[Place] = []
+    listing = []
+    for number, record in enumerate(records[i] for i in chosen):
+        masks = [record.decode(instance) for instance in record.instances]
+        prompts = [
+            draw_prompt(settings.point_selection, mask, settings.num_points, rng) for mask in masks
+        ]
+        colors = [COLORS[i % len(COLORS)] for i in range(len(masks))]
+        picture = draw_masks(decode_image(dataset.image_bytes(record)), masks, colors)
+        for prompt in prompts:
+            draw_prompt_marks(picture, prompt)
+        name = f"{number:03d}_{PurePosixPath(record.name).stem}_{settings.point_selection}.jpg"
+        write_bytes(output / name, encode_picture(shrink(picture, 1600), ".jpg"))
+        pictures.append(output / name)
+        listing.append(
+            {
+                "picture": name,
+                "image": record.name,
+                "split": splits[record.name],
+                "instances": [
+                    {"label": instance.label, "area": instance.area, **_as_lists(prompt)}
+                    for instance, prompt in zip(record.instances, prompts, strict=True)
+                ],
+            }
+        )
+    write_json(output / "prompts.json", listing)
+    return pictures
+
+
+def _as_lists(prompt: Any) -> dict[str, Any]:
+    return {name: None if value is None else value.tolist() for name, value in vars(prompt).items()}

@@ -1,0 +1,651 @@
+"""`samray inspect --report`: what a prepared dataset holds, what is wrong with it, what to do.
+
+`report` reads down the page: measure every instance once, add up the facts (report.json), draw
+the few instances that are shown, and write one page (report.html) that needs no other file.
+"""
+
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from samray import __version__
+from samray.charts import histogram_svg, jpeg_uri, render_page
+from samray.config import Config, required
+from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
+from samray.errors import AnnotationError, DatasetError
+from samray.geometry.drawing import cut_out, encode_picture, shrink
+from samray.geometry.frames import points_to_input
+from samray.geometry.images import decode_image
+from samray.geometry.masks import CroppedMask, decode_crop, nearest_overlaps, outline_of
+from samray.inspection.duplicates import fingerprint, near_duplicates
+from samray.sam.model import TINY_SIZE
+from samray.storage import make_folder, require_folder, resolve, write_bytes, write_json
+
+MODEL_SIDES = {"vit": 1024, "tiny": TINY_SIZE}  # the longest side of what a model sees, pixels
+SMALL = 16  # shorter box sides, at the model's resolution, are one cell of its embedding or less
+SMALL_SHARE = 0.05  # from here on, tiles are worth their cost
+TWICE = 0.8  # IoU above which two instances are probably one object
+SAMPLES, SAMPLE_SIDE = 6, 104  # crops a label, pixels
+ODD, ODD_SIDE = 4, 250  # pictures a kind, pixels
+LABELS_SHOWN, GROUPS_SHOWN, ITEMS_SHOWN = 30, 12, 50  # report.json has all
+
+# A row an instance. `border` is its length along the image's border, pixels, `short_*` the shorter
+# side of its box as a model sees it, `partner` the instance of its image that it overlaps most.
+INSTANCE = np.dtype(
+    [
+        ("image", "i4"), ("number", "i4"), ("label", "i4"), ("area", "i8"), ("box", "f4", (4,)),
+        ("vertices", "i4"), ("elongation", "f4"), ("border", "i8"), ("overlap", "f4"),
+        ("partner", "i4"), ("short_vit", "f4"), ("short_tiny", "f4"),
+    ]
+)  # fmt: skip
+
+# (pattern on "field: reason" without indices and label, title, what to do); the first counts.
+KINDS = (
+    ("already annotated", "Two annotation files for one image",
+     "Keep one of the two JSON files and move the other away."),
+    ("^(imagePath|file_name)", "Annotations whose image is not found",
+     "Put the image beside its JSON under the same name, or correct imagePath (COCO: file_name)."),
+    ("^imageData", "Embedded images that cannot be read",
+     "Put the image file beside its JSON, or save the JSON again from LabelMe."),
+    ("^imageHeight", "Images resized or rotated after they were annotated",
+     "Bring the image back that was annotated, or open the JSON in LabelMe and annotate anew."),
+    ("^image:", "Images that cannot be used",
+     "Open the image and save it again as JPEG or PNG, each page by itself; else fetch it anew."),
+    ("^(file|folder): .*link", "Links that are not followed",
+     "Copy the files into the folder of the dataset."),
+    ("^(file|folder|images|annotations|categories|shapes):",
+     "Files that cannot be read as annotations",
+     "Mend or move away the file; `samray prepare` reads LabelMe and COCO JSON in UTF-8."),
+    ("once more", "Shapes that stand there twice", "Delete one of the two in the annotation tool."),
+    ("outside the image|covers no pixel", "Shapes beside the image",
+     "Delete the shape, or check that the JSON belongs to this image."),
+    ("out of the image; cut off", "Shapes that reach out of the image",
+     "Nothing, if they reach little; else check that image and JSON belong together."),
+    ("white space", "Labels with white space around them",
+     "Nothing, samray removed it; rename the label in the annotation tool for other readers."),
+    ("^group_id: joins", "Groups that join nearly all shapes of an image",
+     "If the group is a slip, prepare with prepare.join_groups=false."),
+    ("needs", "Shapes of too few points", "Delete the shape, or draw it again."),
+    (r"^[\w.]*shape_type", "Shapes of an unknown type", "Draw the shape as a polygon or a mask."),
+    (r"^[\w.]*(label|category)", "Shapes without a usable label", "Give the shape a label."),
+    (r"^[\w.]*(points|segmentation|counts|size)", "Shapes whose coordinates cannot be used",
+     "Draw the shape again; the reason names the place."),
+    (r"^[\w.]*mask", "Masks that cannot be read", "Draw the mask again, or export it anew."),
+)  # fmt: skip
+LABEL_IN_BRACKETS = r"^\('.*'\)"
+OTHER_KIND = ("Other problems", "Each reason says what is wrong.")
+LEAK_KIND = (
+    "Nearly the same photo in different splits",
+    "The model is judged on what it learned by heart, so the scores flatter. Prepare again with "
+    "--group-by, or with --split-file and the splits.json beside this report, which keeps each "
+    "such group together; or delete the copies.",
+)
+
+# (key, title, why one looks at it)
+ODDEST = (
+    ("smallest", "Smallest", "A slip of the mouse? Delete it. Real? See resolution and tiles."),
+    ("largest", "Largest share of the image",
+     "The ground outlined instead of the object? Segment Anything drops masks above 90 %."),
+    ("elongated", "Most elongated", "A line drawn as a polygon, or a sliver left by a cut?"),
+    ("border", "Most cut off by the image's border",
+     "Fine, if the object goes on outside; else the outline ran over the edge."),
+    ("vertices", "Most corners", "A ragged outline of a brush or of another model?"),
+    ("overlapping", "Most overlapping",
+     "One object outlined twice? Delete one. An object on another one is fine."),
+)  # fmt: skip
+
+
+def report(config: Config) -> dict[str, Any]:
+    """Write report.html and report.json on a prepared dataset.
+
+    Where nearly the same photo lies in different splits, splits.json beside them is a split file
+    for `samray prepare` that mends it.
+
+    Args:
+        config: its `inspect` section.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        SamrayError: a folder or the dataset cannot be used.
+        DatasetError: under `strict`, once all is written: there is a problem.
+    """
+    settings = config.inspect
+    data_dir, output_dir = required(config, "inspect.data_dir", "inspect.output_dir")
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    output = make_folder(resolve(output_dir, "--output-dir"), "--output-dir")
+    records = list(dataset.images.values())
+    names = sorted({instance.label for record in records for instance in record.instances})
+    instances, fingerprints = _measure(dataset, records, names)
+    facts = _facts(dataset, records, names, instances, fingerprints)
+    html = _page(dataset, facts)
+    if facts["leaks"]:
+        write_json(output / "splits.json", _splits_without_leaks(dataset, facts))
+    else:
+        (output / "splits.json").unlink(missing_ok=True)  # of an earlier report
+    write_json(output / "report.json", facts)
+    write_bytes(output / "report.html", html.encode())
+    if settings.strict and facts["num_problems"]:
+        kinds = [kind for kind in facts["problems"] if kind["level"] != "note"]
+        listed = "; ".join(f"{len(kind['items'])} x {kind['title']}" for kind in kinds)
+        raise DatasetError(
+            f"{facts['num_problems']} problems, and --strict allows none: {listed}; "
+            f"{output / 'report.html'} lists them with what to do"
+        )
+    return facts
+
+
+def _measure(
+    dataset: PreparedDataset, records: list[ImageRecord], names: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a row of INSTANCE each, and the images' fingerprints, N x 480; one image at a time."""
+    place = {label: number for number, label in enumerate(names)}
+    rows, fingerprints = [], []
+    bar = tqdm(records, desc="inspect", unit="img", file=sys.stderr, disable=None)
+    for number, record in enumerate(bar):
+        try:
+            fingerprints.append(fingerprint(dataset.image_bytes(record)))
+        except AnnotationError as exc:
+            raise DatasetError(
+                f"{dataset.folder}: the image of {record.name} {exc.reason}; the shard is damaged, "
+                "prepare the dataset again"
+            ) from exc
+        measured = _measure_image(record, place)
+        measured["image"] = number
+        rows.append(measured)
+    return np.concatenate(rows), np.stack(fingerprints)
+
+
+def _measure_image(record: ImageRecord, place: dict[str, int]) -> np.ndarray:
+    rows = np.zeros(len(record.instances), dtype=INSTANCE)
+    if not len(rows):
+        return rows
+    rows["number"] = np.arange(len(rows))
+    rows["label"] = [place[instance.label] for instance in record.instances]
+    rows["area"] = [instance.area for instance in record.instances]
+    rows["box"] = [instance.box for instance in record.instances]
+    rles = [instance.rle for instance in record.instances]
+    rows["overlap"], rows["partner"] = nearest_overlaps(rles, record.size)
+    for model, side in MODEL_SIDES.items():
+        corners = points_to_input(rows["box"].reshape(-1, 2, 2), record.size, side)
+        rows[f"short_{model}"] = (corners[:, 1] - corners[:, 0]).min(axis=1)
+    for row, instance in zip(rows, record.instances, strict=True):
+        mask = decode_crop(instance.rle, record.size, instance.box)
+        outline = outline_of(mask.pixels)
+        row["vertices"] = sum(len(corners) for corners in outline)
+        _, sides, _ = cv2.minAreaRect(np.concatenate(outline))
+        row["elongation"] = (max(sides) + 1) / (min(sides) + 1)  # corners are pixels' centres
+        row["border"] = _pixels_on_border(mask, record.size)
+    return rows
+
+
+def _pixels_on_border(mask: CroppedMask, size: tuple[int, int]) -> int:
+    (x, y), (h, w) = mask.origin, mask.pixels.shape
+    edges = (
+        (y == 0, mask.pixels[0]),
+        (x == 0, mask.pixels[:, 0]),
+        (y + h == size[0], mask.pixels[-1]),
+        (x + w == size[1], mask.pixels[:, -1]),
+    )
+    return sum(int(pixels.sum()) for touches, pixels in edges if touches)
+
+
+def _facts(
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    names: list[str],
+    instances: np.ndarray,
+    fingerprints: np.ndarray,
+) -> dict[str, Any]:
+    """The content of report.json."""
+    manifest = dataset.manifest
+    splits = {image: split for split, images in manifest["splits"].items() for image in images}
+    duplicates = _duplicates(records, splits, fingerprints)
+    leaks = [group for group in duplicates if group["in_different_splits"]]
+    resolution = {
+        model: _resolution(instances, records, model, side) for model, side in MODEL_SIDES.items()
+    }
+    labels = _labels(records, names, instances, splits)
+    problems = _problems(manifest, leaks) + _notes(manifest, records, names, instances, labels)
+    annotated = [record for record in records if record.name in splits]
+    num_problems = sum(len(kind["items"]) for kind in problems if kind["level"] != "note")
+    sizes = Counter(record.size for record in records)
+    return {
+        "samray_version": __version__,
+        "dataset": str(dataset.folder),
+        "dataset_digest": dataset.digest,
+        "num_problems": num_problems,
+        "counts": {
+            "images": len(records),
+            "annotated images": len(annotated),
+            "images with instances": sum(bool(record.instances) for record in records),
+            "instances": len(instances),
+            "labels": len(names),
+            "images without annotation": len(manifest["unlabelled"]),
+            "annotated as empty": len(manifest["empty"]),
+            "shapes in the raw files": manifest["num_shapes"],
+            "rejected items": len(manifest["rejected"]),
+            "shapes in rejected items": sum(r["num_shapes"] for r in manifest["rejected"]),
+            "warnings": len(manifest["warnings"]),
+        },
+        "labels": labels,
+        "image_sizes": [
+            {"width": width, "height": height, "images": number}
+            for (height, width), number in sizes.most_common()
+        ],
+        "instances_per_image": _spread(np.array([len(record.instances) for record in annotated])),
+        "vertices": _spread(instances["vertices"]),
+        "area": _spread(instances["area"]),
+        "short_side": {m: _spread(instances[f"short_{m}"], whole=False) for m in MODEL_SIDES},
+        "resolution": resolution,
+        "splits": _splits(manifest, records, instances),
+        "near_duplicates": duplicates,
+        "leaks": len(leaks),
+        "problems": problems,
+        "oddest": _oddest(records, instances),
+    }
+
+
+def _labels(
+    records: list[ImageRecord],
+    names: list[str],
+    instances: np.ndarray,
+    splits: dict[str, str],
+) -> list[dict[str, Any]]:
+    """A dict a label, the most frequent first; `samples` go from small to large."""
+    split_of = np.array([splits.get(record.name, "") for record in records])
+    pixels = np.array([record.size[0] * record.size[1] for record in records])
+    order = np.argsort(instances["label"], kind="stable")
+    parts = np.split(
+        instances[order], np.searchsorted(instances["label"][order], range(len(names)))
+    )
+    labels = []
+    for name, part in zip(names, parts[1:], strict=True):
+        members = Counter(split_of[part["image"]].tolist())
+        by_area = part[np.argsort(part["area"], kind="stable")]
+        chosen = np.unique(np.linspace(0, len(part) - 1, SAMPLES).round().astype(int))
+        box = part["box"]
+        short = np.minimum(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1])
+        labels.append(
+            {
+                "label": name,
+                "instances": len(part),
+                "images": len(np.unique(part["image"])),
+                "splits": {split: members[split] for split in SPLITS},
+                "median_area": float(np.median(part["area"])),
+                "median_share_of_image": float(np.median(part["area"] / pixels[part["image"]])),
+                "median_short_side": float(np.median(short)),
+                "small": {m: int((part[f"short_{m}"] < SMALL).sum()) for m in MODEL_SIDES},
+                "samples": [_place(records, row) for row in by_area[chosen]],
+            }
+        )
+    return sorted(labels, key=lambda label: -label["instances"])
+
+
+def _place(records: list[ImageRecord], row: np.void) -> dict[str, Any]:
+    """Where an instance is, for a person and for the drawing."""
+    record = records[row["image"]]
+    return {
+        "image": record.name,
+        "instance": int(row["number"]),
+        "label": record.instances[row["number"]].label,
+        "box": [int(v) for v in row["box"]],
+    }
+
+
+def _spread(values: np.ndarray, whole: bool = True) -> dict[str, Any]:
+    """Smallest, median, largest, and a histogram whose counts add up to the number of values.
+
+    Whole numbers that span little have a bin each; all others have powers of two as edges.
+    """
+    low, high = values.min(), values.max()
+    if whole and high - low <= 20:
+        edges = np.arange(low, high + 2)
+        bins = [f"{edge}" for edge in edges[:-1]]
+    else:
+        least = 1.0 if whole else 2.0**-10
+        lowest, highest = (int(np.floor(np.log2(max(v, least)))) for v in (low, high))
+        edges = 2.0 ** np.arange(lowest, highest + 2)
+        if low < edges[0]:  # 0, which has no logarithm
+            edges = np.concatenate([[0.0], edges])
+        last = edges[1:] - 1 if whole else edges[1:]
+        pairs = zip(edges[:-1].tolist(), last.tolist(), edges[1:].tolist(), strict=True)
+        bins = [
+            f"{a / 1024:g}k-{after / 1024:g}k"
+            if a >= 1024
+            else (f"{a:.4g}" if a == b else f"{a:.4g}-{b:.4g}")
+            for a, b, after in pairs
+        ]
+    counts, _ = np.histogram(values, edges)
+    return {
+        "min": low.item(),
+        "median": float(np.median(values)),
+        "max": high.item(),
+        "histogram": {"bins": bins, "edges": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def _resolution(
+    instances: np.ndarray, records: list[ImageRecord], model: str, side: int
+) -> dict[str, Any]:
+    """How many instances are small to a model, and the tile that would help.
+
+    In a tile of T pixels, an object of s pixels is s * side / T to the model. So the tile that
+    brings nine in ten of the small ones to SMALL is s * side / SMALL, with s the short side
+    that they reach; but a tile shorter than twice their median length would mostly cut them.
+    """
+    small = instances[instances[f"short_{model}"] < SMALL]
+    share = len(small) / len(instances)
+    facts: dict[str, Any] = {"side": side, "small": len(small), "share": share, "tile": None}
+    if share < SMALL_SHARE:
+        return facts
+    sides = np.sort(small["box"][:, 2:] - small["box"][:, :2], axis=1)
+    short, length = float(np.quantile(sides[:, 0], 0.1)), float(np.median(sides[:, 1]))
+    tile = max(int(short * side / SMALL), int(np.ceil(2 * length)))
+    sizes = np.array([record.size for record in records])
+    if tile >= sizes.max():
+        return facts
+    overlap = min(int(np.ceil(np.quantile(sides[:, 1], 0.9))), tile // 2)
+    steps = np.ceil(np.maximum(sizes - tile, 0) / (tile - overlap)) + 1
+    all_sides = instances["box"][:, 2:] - instances["box"][:, :2]
+    short_sides = all_sides.min(axis=1)
+    return facts | {
+        "tile": tile,
+        "overlap": overlap,
+        "short_side": short,
+        "reaches": short * side / tile,
+        "tiles": int(steps.prod(axis=1).sum()),
+        "still_small": int((short_sides * side / tile < SMALL).sum()),
+        "longer_than_tile": int((all_sides.max(axis=1) > tile).sum()),
+        "command": "samray prepare --data-dir DATA --output-dir PREPARED "
+        f"--tile {tile} --overlap {overlap}",
+    }
+
+
+def _splits(
+    manifest: dict[str, Any], records: list[ImageRecord], instances: np.ndarray
+) -> list[dict[str, Any]]:
+    per_image = np.bincount(instances["image"], minlength=len(records)).tolist()
+    count = {record.name: number for record, number in zip(records, per_image, strict=True)}
+    table = []
+    for split in SPLITS:
+        counts = [count[image] for image in manifest["splits"][split]]
+        with_instances = sum(number > 0 for number in counts)
+        table.append(
+            {
+                "split": split,
+                "images": len(counts),
+                "images_with_instances": with_instances,
+                "instances": sum(counts),
+            }
+        )
+    return table
+
+
+def _duplicates(
+    records: list[ImageRecord], splits: dict[str, str], fingerprints: np.ndarray
+) -> list[dict[str, Any]]:
+    """Groups of nearly the same photo: those in different splits first, then across folders."""
+    groups = []
+    for places in near_duplicates(fingerprints, [record.digest for record in records]):
+        members = [records[place] for place in places]
+        folders = {str(PurePosixPath(record.name).parent) for record in members}
+        found = {splits[record.name] for record in members if record.name in splits}
+        groups.append(
+            {
+                "images": [
+                    {"image": record.name, "split": splits.get(record.name)} for record in members
+                ],
+                "same_file": len({record.digest for record in members}) == 1,
+                "across_folders": len(folders) > 1,
+                "in_different_splits": len(found) > 1,
+            }
+        )
+    return sorted(groups, key=lambda g: (not g["in_different_splits"], not g["across_folders"]))
+
+
+def _splits_without_leaks(dataset: PreparedDataset, facts: dict[str, Any]) -> dict[str, list[str]]:
+    """A split file: as now, but each group is where most of it was, on a tie where one learns.
+
+    It names photos, not tiles: all tiles of a photo stay together.
+    """
+    source = {record.name: record.source for record in dataset.images.values()}
+    splits = {s: {source[name] for name in dataset.manifest["splits"][s]} for s in SPLITS}
+    groups: list[set[str]] = []
+    for group in facts["near_duplicates"]:
+        if group["in_different_splits"]:
+            members = {source[i["image"]] for i in group["images"] if i["split"] is not None}
+            touching = [other for other in groups if other & members]
+            groups = [other for other in groups if not other & members]
+            groups.append(members.union(*touching))
+    for members in groups:
+        home = max(SPLITS, key=lambda split: len(members & splits[split]))
+        splits = {s: images - members for s, images in splits.items()}
+        splits[home] |= members
+    return {split: sorted(images) for split, images in splits.items()}
+
+
+def _problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `--strict` does not allow, by kind: leaks, rejected items, warnings, in this order."""
+    kinds: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for group in leaks:
+        first, *others = group["images"]
+        listed = ", ".join(f"{i['image']} ({i['split'] or 'no split'})" for i in others[:10])
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+        same = "is the same file as" if group["same_file"] else "shows nearly the same as"
+        reason = f"({first['split'] or 'no split'}) {same} {listed}{more}"
+        kinds["problem", *LEAK_KIND].append(
+            {"file": first["image"], "field": "image", "reason": reason}
+        )
+    levels = (("problem", manifest["rejected"]), ("warning", manifest["warnings"]))
+    for level, entry in ((level, entry) for level, entries in levels for entry in entries):
+        if entry["reason"].startswith("is the same photo as"):
+            continue  # equal files are a group of `leaks`, with all their copies
+        reason = re.sub(LABEL_IN_BRACKETS, "", entry["reason"])  # it may hold any word
+        text = re.sub(r"\[\d+\]", "", entry["field"]) + ": " + reason
+        found = (kind[1:] for kind in KINDS if re.search(kind[0], text))
+        item = {key: entry[key] for key in ("file", "field", "reason")}
+        kinds[level, *next(found, OTHER_KIND)].append(item)
+    return [
+        {"level": level, "title": title, "fix": fix, "items": items}
+        for (level, title, fix), items in kinds.items()
+    ]
+
+
+def _notes(
+    manifest: dict[str, Any],
+    records: list[ImageRecord],
+    names: list[str],
+    instances: np.ndarray,
+    labels: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """What deserves a look and may be meant: `--strict` allows it."""
+    twice = {
+        (int(r["image"]), *sorted((int(r["number"]), int(r["partner"]))))
+        for r in instances[instances["overlap"] >= TWICE]
+    }
+    doubles = []
+    for image, one, other in sorted(twice):
+        a, b = (records[image].instances[number] for number in (one, other))
+        x, y = (int(v) for v in a.box[:2])
+        reason = f"'{a.label}' and '{b.label}' cover nearly the same pixels, from x {x}, y {y} on"
+        field = f"instances {one} and {other}"
+        doubles.append({"file": records[image].name, "field": field, "reason": reason})
+    spellings = defaultdict(list)
+    for name in names:
+        spellings[re.sub(r"[\W_]+", "", name.casefold()) or name].append(name)
+    absent = [label for label in labels if not label["splits"]["train"]]
+    kinds = [
+        (
+            "Objects that are probably outlined twice",
+            "Delete one of the two; with different labels, decide which one holds.",
+            doubles,
+        ),
+        (
+            "Labels that differ in spelling only",
+            "If they mean the same, prepare with --label-map FILE, a JSON {old: new}.",
+            [
+                _about_label(" / ".join(same), "are spelt nearly alike")
+                for same in spellings.values()
+                if len(same) > 1
+            ],
+        ),
+        (
+            "Labels that the train split has not",
+            "Masks are learned without labels, yet these objects are never trained on: annotate "
+            "more of them, or choose the splits with --split-file.",
+            [_about_label(i["label"], f"has {i['instances']} instances") for i in absent],
+        ),
+        (
+            "Images annotated as empty",
+            "Nothing, if no object is on them: they are not trained on. Else annotate them.",
+            [
+                _about_image(name, "its annotation has no shape of use")
+                for name in manifest["empty"]
+            ],
+        ),
+        (
+            "Images without annotation",
+            "Annotate them, or leave them: they are in no split.",
+            [_about_image(name, "no JSON speaks of it") for name in manifest["unlabelled"]],
+        ),
+        (
+            "Shapes left out by label",
+            "Nothing, if --labels and --label-map say what you mean.",
+            [_about_label(k, f"{n} shapes left out") for k, n in manifest["filtered"].items()],
+        ),
+        (
+            "Shapes that cover no area",
+            "Nothing, if they are marks; objects must be outlined to be learned.",
+            [
+                {"file": "", "field": "shape_type", "reason": f"{number} of type {kind}"}
+                for kind, number in manifest.get("not_instances", {}).items()
+            ],
+        ),
+    ]
+    return [
+        {"level": "note", "title": title, "fix": fix, "items": items}
+        for title, fix, items in kinds
+        if items
+    ]
+
+
+def _about_label(label: str, reason: str) -> dict[str, str]:
+    return {"file": "", "field": f"label {label}", "reason": reason}
+
+
+def _about_image(name: str, reason: str) -> dict[str, str]:
+    return {"file": name, "field": "", "reason": reason}
+
+
+def _oddest(records: list[ImageRecord], instances: np.ndarray) -> list[dict[str, Any]]:
+    """The instances at the far ends, a list a kind; `why` says by how much."""
+    pixels = np.array([record.size[0] * record.size[1] for record in records])
+    share = instances["area"] / pixels[instances["image"]]
+    # Of two that overlap each other most, one is enough. Rows of an image lie together.
+    first_row = np.searchsorted(instances["image"], instances["image"])
+    mutual = instances["partner"][first_row + instances["partner"]] == instances["number"]
+    again = mutual & (instances["partner"] < instances["number"])
+    # (what is odd the more of it there is, what to say of it)
+    measures = {
+        "smallest": (1 / instances["area"], instances["area"], "{:,} pixels"),
+        "largest": (share, share, "{:.1%} of the image"),
+        "elongated": (instances["elongation"],) * 2 + ("{:.1f} times as long as wide",),
+        # A large object may lie along the border; one whose outline is mostly border is odd.
+        "border": (
+            instances["border"] / np.sqrt(instances["area"]),
+            instances["border"],
+            "{:,} pixels on the border",
+        ),
+        "vertices": (instances["vertices"],) * 2 + ("{:,} corners",),
+        "overlapping": (
+            np.where(again, 0, instances["overlap"]),
+            instances["overlap"],
+            "IoU {:.2f} with the instance outlined in orange",
+        ),
+    }
+    kinds = []
+    for key, title, hint in ODDEST:
+        oddness, said, words = measures[key]
+        order = np.argsort(-oddness, kind="stable")[:ODD]
+        shown = [
+            _place(records, instances[i])
+            | {"why": words.format(said[i].item())}
+            | ({"partner": int(instances["partner"][i])} if key == "overlapping" else {})
+            for i in order[oddness[order] > 0]
+        ]
+        if shown:
+            kinds.append({"kind": key, "title": title, "hint": hint, "instances": shown})
+    return kinds
+
+
+def _page(dataset: PreparedDataset, facts: dict[str, Any]) -> str:
+    """One HTML page that needs no other file."""
+    labels = facts["labels"][:LABELS_SHOWN]
+    groups = facts["near_duplicates"][:GROUPS_SHOWN]
+    samples = [place for label in labels for place in label["samples"]]
+    odd = [place for kind in facts["oddest"] for place in kind["instances"]]
+    photos = [entry["image"] for group in groups for entry in group["images"][:ODD]]
+    charts = {
+        key: histogram_svg(spread["histogram"]["bins"], spread["histogram"]["counts"], title, small)
+        for key, spread, title, small in (
+            ("per_image", facts["instances_per_image"], "instances in an image", 0),
+            ("area", facts["area"], "area, pixels", 0),
+            ("vertices", facts["vertices"], "corners of an outline", 0),
+            *(
+                (model, spread, "shorter box side, pixels", _num_small_bins(spread))
+                for model, spread in facts["short_side"].items()
+            ),
+        )
+    }
+    return render_page(
+        "dataset_report.html",
+        facts=facts,
+        small=SMALL,
+        small_share=SMALL_SHARE,
+        labels=labels,
+        groups=groups,
+        items_shown=ITEMS_SHOWN,
+        members_shown=ODD,
+        charts=charts,
+        crops=_pictures(dataset, samples, SAMPLE_SIDE),
+        pictures=_pictures(dataset, odd, ODD_SIDE),
+        photos={name: _photo(dataset, name) for name in photos},
+    )
+
+
+def _num_small_bins(spread: dict[str, Any]) -> int:
+    """Bins below SMALL, which is a power of two and so one of the edges."""
+    return sum(edge <= SMALL for edge in spread["histogram"]["edges"][1:])
+
+
+def _pictures(
+    dataset: PreparedDataset, places: list[dict[str, Any]], side: int
+) -> dict[tuple[str, int, int | None], str]:
+    """{(image, instance, its partner or None): JPEG as text}; each image is decoded once."""
+    by_image = defaultdict(list)
+    for place in places:
+        by_image[place["image"]].append(place)
+    pictures = {}
+    for name, wanted in by_image.items():
+        record = dataset.images[name]
+        image = decode_image(dataset.image_bytes(record))
+        for place in wanted:
+            numbers = (place["instance"], place.get("partner"))
+            shown = [record.instances[number] for number in numbers if number is not None]
+            masks = [decode_crop(i.rle, record.size, i.box) for i in shown]
+            piece = encode_picture(cut_out(image, masks, side), ".jpg")
+            pictures[name, *numbers] = jpeg_uri(piece)
+    return pictures
+
+
+def _photo(dataset: PreparedDataset, name: str) -> str:
+    image = decode_image(dataset.image_bytes(dataset.images[name]))
+    return jpeg_uri(encode_picture(shrink(image, 160), ".jpg"))

@@ -1,0 +1,1 @@
+"""Masks for images that have none: by prompts, or of every object."""

@@ -1,0 +1,93 @@
+"""Masks to what a client asked for: polygons, RLE, PNG or LabelMe shapes. No Ray."""
+
+import base64
+import io
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from samray.data.labelme import mask_to_shapes
+from samray.geometry.prompts import Prompt
+from samray.prediction.requests import PromptRequest
+
+
+def prompt_of(request: PromptRequest) -> Prompt:
+    """Return a request's prompt as the model's side knows it; without labels every point belongs.
+
+    An earlier answer that it names is left aside.
+    """
+    coords = request.point_coords
+    return Prompt(
+        np.array(coords, np.float32) if coords else None,
+        np.array(request.point_labels or [1] * len(coords), np.int64) if coords else None,
+        np.array(request.box, np.float32) if request.box else None,
+    )
+
+
+def drop_small_parts(mask: np.ndarray, min_area: int) -> np.ndarray:
+    """Return the mask without the parts below `min_area` pixels; the largest one always stays.
+
+    Args:
+        mask: H x W bool.
+    """
+    if min_area <= 1 or not mask.any():
+        return mask
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    kept = np.flatnonzero((areas >= min_area) | (areas == areas.max())) + 1
+    keep = np.zeros(count, dtype=bool)
+    keep[kept] = True
+    return np.asarray(keep[parts])
+
+
+def describe_mask(
+    mask: np.ndarray, mask_format: str, label: str, tolerance: float, group_id: int
+) -> dict[str, Any]:
+    """Return a mask's area and box, and the mask in the format that was asked for.
+
+    Args:
+        mask: H x W bool.
+        mask_format: polygon, rle, png, labelme or none.
+        tolerance: pixels by which a polygon may leave the outline.
+        group_id: joins the parts of a mask, in LabelMe.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = (0, 0, 0, 0)
+    if len(rows):
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    described: dict[str, Any] = {
+        "area": int(np.count_nonzero(mask)),
+        "bbox": box,
+        "format": mask_format,
+    }
+    if mask_format == "polygon":
+        described["polygons"] = _polygons(mask, tolerance)
+    elif mask_format == "rle":
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        described["rle"] = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+    elif mask_format == "png":
+        buffer = io.BytesIO()
+        Image.fromarray(mask).save(buffer, format="PNG")
+        described["png"] = base64.b64encode(buffer.getvalue()).decode()
+    elif mask_format == "labelme":
+        shapes = mask_to_shapes(mask, label, tolerance)
+        if len(shapes) > 1:
+            shapes = [{**shape, "group_id": group_id} for shape in shapes]
+        described["shapes"] = shapes
+    return described
+
+
+def _polygons(mask: np.ndarray, tolerance: float) -> list[dict[str, Any]]:
+    """Outlines of parts and holes, (x, y) of the border pixels' centres."""
+    contours, hierarchy = cv2.findContours(
+        mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
+    found = []
+    for number, contour in enumerate(contours):
+        points = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0]
+        hole = bool(hierarchy[0, number, 3] >= 0)
+        found.append({"points": points.tolist(), "hole": hole})
+    return found

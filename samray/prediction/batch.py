@@ -1,0 +1,506 @@
+"""`samray predict` for many images: everything in them, or what a file of prompts points at.
+
+`predict_images` reads down the page: list the images, plan what each is asked, let Ray Data hand
+them to actors that have loaded the model once (`ImageSegmenter`), add up what came of it.
+
+    OUT/<folders as in the input>/<stem>.json              LabelMe; says by which settings
+                                  <stem>_labels.png        label map, 16 bits
+                                  <stem>.csv               a row an object
+                                  <stem>.predictions.json  with prompts: answers as the endpoint's
+    OUT/predictions.json                                   what became of all of them
+"""
+
+import hashlib
+import json
+import posixpath
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from ray import cloudpickle
+from tqdm import tqdm
+
+from samray import __version__, cluster
+from samray.config import Config, PredictConfig, required
+from samray.data.discovery import RawFiles, find_files
+from samray.data.labelme import labelme_document
+from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
+from samray.geometry.drawing import encode_picture
+from samray.geometry.images import decode_image, read_image_file
+from samray.prediction.requests import ApiError, PromptRequest, mistakes_error, read_prompts
+from samray.prediction.segmentation import (
+    answer_prompts,
+    find_everything,
+    generator_settings,
+    label_map,
+    labelme_shapes,
+    object_table,
+    require_countable,
+)
+from samray.sam.checkpoint import Checkpoint, load_checkpoint
+from samray.sam.shipped import load_shipped
+from samray.sam.weights import digest_of
+from samray.storage import (
+    Place,
+    make_folder,
+    plain_errors,
+    read_bytes,
+    read_json,
+    relative_path,
+    resolve,
+    write_bytes,
+    write_json,
+)
+
+FORMAT = 1  # of the outputs: raise it when the same settings write something else
+SUMMARY = "predictions.json"
+SUFFIXES = {"labelme": ".json", "labels": "_labels.png", "table": ".csv"}
+ANSWERS = ".predictions.json"
+MAX_BLOCKS = 2000  # of Ray Data; with fewer images each is a block, so that the bar moves
+MAX_PROMPTS_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every actor needs to know.
+
+    Attributes:
+        root: folder that the images' names are seen from.
+        checkpoint: folder or file; None is `tiny` as it ships.
+        model: name, version and checkpoint_digest.
+        generator: arguments of SAM's mask generator.
+        label: of all shapes.
+    """
+
+    root: Place
+    output: Place
+    checkpoint: Place | None
+    model: dict[str, str]
+    generator: dict[str, Any]
+    label: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        work: {name, stamp, prompts} of each image; prompts are a JSON list, or None.
+        skipped: images without an entry in the file of prompts.
+        rejected: {file, field, reason} of each image or entry that cannot be used.
+    """
+
+    work: list[dict[str, Any]]
+    skipped: int
+    rejected: list[dict[str, str]]
+
+
+def predict_images(config: Config) -> dict[str, Any]:
+    """Segment every image of a folder, or one image, and write what was found in each.
+
+    Args:
+        config: its `predict` section, and the device of `scaling`.
+
+    Returns:
+        The summary, as written to OUTPUT_DIR/predictions.json: `images` done, `objects` in them,
+        `found` (images that an earlier call had done), `skipped`, `rejected`, `model`, `settings`.
+
+    Raises:
+        ConfigError: a setting, folder or the file of prompts cannot work.
+        CheckpointError: the checkpoint cannot be used.
+        DatasetError: not one image could be done.
+    """
+    settings = config.predict
+    image_path, output_dir = required(config, "predict.image_path", "predict.output_dir")
+    output = resolve(output_dir, "--output-dir")
+    files = _find_images(resolve(image_path, "--image-path"), output)
+    _require_batch(settings)
+    plan = _plan(files, _read_prompts(settings))
+    _require_own(output)
+    job = _job(files.root, output, settings)
+    outcomes = []
+    if plan.work:
+        cluster.start()
+        device = config.scaling.device
+        cluster.require_visible(files.root / plan.work[0]["name"], "--image-path")
+        cluster.require_shared(output, "--output-dir")
+        outcomes = _run(plan.work, job, device)
+    make_folder(output, "--output-dir")
+    done = [outcome for outcome in outcomes if outcome["reason"] is None]
+    failed = [outcome for outcome in outcomes if outcome["reason"] is not None]
+    rejected = plan.rejected + [
+        {key: outcome[key] for key in ("file", "field", "reason")} for outcome in failed
+    ]
+    summary = {
+        "images": len(done),
+        "objects": sum(outcome["objects"] for outcome in done),
+        "found": sum(outcome["found"] for outcome in done),
+        "skipped": plan.skipped,
+        "rejected": sorted(rejected, key=lambda problem: problem["file"]),
+        "model": job.model,
+        "settings": {"label": job.label, "prompts": settings.prompts, **job.generator},
+    }
+    write_json(output / SUMMARY, summary)
+    if not done:
+        raise DatasetError(f"{image_path}: {_nothing_done(summary)}")
+    return summary
+
+
+def _run(work: list[dict[str, Any]], job: Job, device: str) -> list[dict[str, Any]]:
+    """Have actors segment the images; return what became of each."""
+    cluster.quiet_ray_data()
+    # Blocks from the driver and not from tasks, for which the actors leave no CPU.
+    images = ray.data.from_items(work, override_num_blocks=min(len(work), MAX_BLOCKS))
+    dataset = images.map_batches(
+        ImageSegmenter,
+        fn_constructor_args=(job,),
+        batch_format="pyarrow",
+        batch_size=1,
+        num_cpus=1,
+        num_gpus=cluster.gpus_per_actor(device),
+        compute=ray.data.ActorPoolStrategy(size=cluster.pool_size(device, len(work))),
+    )
+    outcomes = []
+    with tqdm(total=len(work), desc="predict", unit="img", file=sys.stderr, disable=None) as bar:
+        for row in dataset.iter_rows():
+            if row["error"]:
+                raise cloudpickle.loads(row["error"])
+            outcomes.append(json.loads(row["outcome"]))
+            bar.update()
+    return outcomes
+
+
+class ImageSegmenter:
+    """An actor of Ray Data: loads the model once, then takes image by image."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.sam = _load(job.checkpoint).model().eval().to(cluster.actor_device())
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Segment the images of a block; return what became of each, as JSON."""
+        return pa.Table.from_pylist([self._outcome(row) for row in rows.to_pylist()], _OUTCOMES)
+
+    def _outcome(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            with plain_errors("S3"):
+                outcome = self._segment(row)
+        except AnnotationError as problem:
+            outcome = {"file": row["name"], "field": problem.field, "reason": problem.reason}
+        except (MemoryError, torch.OutOfMemoryError):
+            reason = "needs more memory than there is; cut it, or lower predict.points_per_side"
+            outcome = {"file": row["name"], "field": "image", "reason": reason}
+        except Exception as exc:  # Ray Data would try it again for ever
+            exc.add_note(traceback.format_exc())
+            return {"outcome": "", "error": cloudpickle.dumps(exc)}
+        return {"outcome": json.dumps({"reason": None, **outcome}), "error": b""}
+
+    def _segment(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Segment one image, unless it has been; return the counts.
+
+        Raises:
+            AnnotationError: the image or its prompts cannot be used, or what would be written is
+                there and is not ours.
+        """
+        job, name = self.job, row["name"]
+        digest = _digest([FORMAT, job.model["checkpoint_digest"], job.label, job.generator, row])
+        target = job.output / PurePosixPath(name).with_suffix("").as_posix()
+        outputs = {kind: _beside(target, suffix) for kind, suffix in SUFFIXES.items()}
+        record = _record(outputs["labelme"])
+        if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
+            return {"objects": record["objects"], "found": True}
+        path = job.root / name
+        image = decode_image(_read(path))
+        size = (image.shape[0], image.shape[1])
+        answer: dict[str, Any] | None = None
+        if row["prompts"] is None:
+            objects = find_everything(self.sam, image, job.generator)
+        else:
+            prompts = read_prompts(row["prompts"])
+            _require_inside(prompts, size)
+            objects, results = answer_prompts(self.sam, image, prompts)
+            answer = {"width": size[1], "height": size[0], "model": job.model, "results": results}
+        del image
+        document = labelme_document(
+            relative_path(path, target.parent), size, labelme_shapes(objects, job.label)
+        )
+        document["samray"] = {"digest": digest, "objects": len(objects)}
+        try:
+            if record:  # it must not speak for the files that replace the old ones
+                outputs["labelme"].unlink()
+                _beside(target, ANSWERS).unlink(missing_ok=True)
+            make_folder(target.parent, "--output-dir")
+            write_bytes(outputs["labels"], encode_picture(label_map(objects, size), ".png"))
+            write_bytes(outputs["table"], object_table(objects))
+            if answer is not None:
+                write_json(_beside(target, ANSWERS), answer)
+            write_json(outputs["labelme"], document)  # last: it says that all is there
+        except StorageError:
+            raise
+        except OSError as exc:
+            raise ConfigError(f"--output-dir: {target.parent} cannot be written ({exc})") from exc
+        return {"objects": len(objects), "found": False}
+
+
+_OUTCOMES = pa.schema([("outcome", pa.string()), ("error", pa.binary())])
+
+
+def _find_images(path: Place, output: Place) -> RawFiles:
+    """List the images that are meant; what lies in the output folder is none of them."""
+    with plain_errors(f"--image-path: {path}"):
+        if path.is_file():
+            status = path.stat()
+            stamps = {path.name: f"{status.st_size} {status.st_mtime}"}
+            return RawFiles(path.parent, [], [path.name], [], stamps)
+        if not path.is_dir():
+            raise ConfigError(f"--image-path: {path} does not exist; check the path")
+    way = _way(path, output)
+    if way is not None and way.split("/")[0] in (".", ".."):
+        if set(way.split("/")) <= {".", ".."}:
+            raise ConfigError(
+                f"--output-dir: the images lie in {output}, and what is written there would be "
+                "taken for images the next time; choose another folder, inside the images' or not"
+            )
+        way = None
+    files = find_files(path)
+    if way is not None:
+        images = [name for name in files.images if not name.startswith(f"{way}/")]
+        skipped = [item for item in files.skipped if not item[0].startswith(f"{way}/")]
+        files = RawFiles(path, [], images, skipped, files.stamps)
+    if not files.images:
+        raise ConfigError(f"--image-path: {path} has no image in it or below; check the path")
+    return files
+
+
+def _way(folder: Place, other: Place) -> str | None:
+    """The way from a folder to another; None where there is none."""
+    if isinstance(folder, Path) != isinstance(other, Path):
+        return None
+    if not isinstance(folder, Path) and folder.drive != other.drive:
+        return None
+    return relative_path(other, folder)
+
+
+def _require_batch(settings: PredictConfig) -> None:
+    """Refuse settings that mean one object of one image."""
+    if settings.points or settings.negative_points or settings.box is not None:
+        raise ConfigError("--prompts takes the place of --point and --box; leave those out")
+    if settings.tile is not None:
+        raise ConfigError("--tile is for one image with --point or --box; leave it out")
+
+
+def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
+    """The content of the file of prompts, its entries unchecked; None if there is none."""
+    if settings.prompts is None:
+        return None
+    path = resolve(settings.prompts, "--prompts")
+    try:
+        content = json.loads(read_bytes(path, MAX_PROMPTS_BYTES))
+    except StorageError:
+        raise
+    except AnnotationError as exc:
+        raise ConfigError(f"--prompts: {path} {exc.reason}") from exc
+    except OSError as exc:
+        raise ConfigError(f"--prompts: {path} cannot be read ({exc.strerror})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"--prompts: {path} is not JSON ({exc})") from exc
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f'--prompts: {path} must hold an object such as {{"images/a.jpg": [prompt, ...]}}, '
+            f"not a {type(content).__name__}"
+        )
+    return content
+
+
+def _plan(files: RawFiles, entries: dict[str, Any] | None) -> Plan:
+    """Decide what each image is asked, and refuse what cannot work before anything is loaded."""
+    rejected = [_rejection(name, problem) for name, problem in files.skipped]
+    asked: dict[str, str | None] = dict.fromkeys(files.images)
+    if entries is not None:
+        asked = {}
+        for key, content in entries.items():
+            try:
+                name = _image_of(key, files)
+                if name in asked:
+                    raise AnnotationError("name", f"is {name} once more; join the two entries")
+                asked[name] = _checked(content)
+            except AnnotationError as problem:
+                rejected.append(_rejection(key, problem))
+    work: list[dict[str, Any]] = []
+    owners = {SUMMARY: "the list of all results"}
+    for name in sorted(asked):
+        stem = PurePosixPath(name).with_suffix("").as_posix()
+        outputs = [stem + suffix for suffix in (*SUFFIXES.values(), ANSWERS)]
+        taken = [output for output in outputs if output in owners]
+        if taken:
+            reason = f"would be answered in {taken[0]}, as is {owners[taken[0]]}; rename one"
+            rejected.append(_rejection(name, AnnotationError("name", reason)))
+            continue
+        owners.update(dict.fromkeys(outputs, name))
+        work.append({"name": name, "stamp": files.stamps[name], "prompts": asked[name]})
+    named = {problem["file"] for problem in rejected}
+    skipped = sum(name not in asked and name not in named for name in files.images)
+    return Plan(work, skipped, rejected)
+
+
+def _image_of(key: str, files: RawFiles) -> str:
+    """The image that an entry of the file of prompts is about.
+
+    Raises:
+        AnnotationError: field `name`; it is none of those that were found.
+    """
+    name = posixpath.normpath(key)
+    if posixpath.isabs(name) or name.split("/")[0] == "..":
+        reason = "leads out of --image-path and is not followed; name the image as seen from there"
+        raise AnnotationError("name", reason)
+    if name not in files.image_set:
+        reason = "there is no such image; names are those seen from --image-path"
+        raise AnnotationError("name", reason)
+    return name
+
+
+def _checked(content: Any) -> str:
+    """An image's prompts as JSON, once they are found to be usable.
+
+    Raises:
+        AnnotationError: naming every mistake.
+    """
+    text = json.dumps(content)
+    try:
+        prompts = read_prompts(text)
+        tokens = [
+            (
+                f"prompts[{number}].mask_token",
+                "is for the endpoint; there is no earlier answer here",
+            )
+            for number, prompt in enumerate(prompts)
+            if prompt.mask_token is not None
+        ]
+        if tokens:
+            raise mistakes_error(tokens)
+    except ApiError as exc:
+        raise _as_problem(exc) from exc
+    require_countable(prompts)
+    return text
+
+
+def _require_inside(prompts: list[PromptRequest], size: tuple[int, int]) -> None:
+    """Refuse prompts outside an image of (H, W).
+
+    Raises:
+        AnnotationError: naming every coordinate that is.
+    """
+    mistakes = [
+        mistake
+        for number, prompt in enumerate(prompts)
+        for mistake in prompt.require_inside(size, f"prompts[{number}]")
+    ]
+    if mistakes:
+        raise _as_problem(mistakes_error(mistakes))
+
+
+def _as_problem(exc: ApiError) -> AnnotationError:
+    """The endpoint's refusal of a request as one of an image."""
+    field = exc.field or "prompts"
+    return AnnotationError(field, exc.message.removeprefix(f"{field}: "))
+
+
+def _require_own(output: Place) -> None:
+    """Refuse an output folder whose list of results is somebody else's."""
+    if (output / SUMMARY).exists():
+        content = read_json(output / SUMMARY)
+        if not isinstance(content, dict) or not {"model", "rejected", "found"} <= content.keys():
+            raise ConfigError(
+                f"--output-dir: {output} holds a {SUMMARY} that samray did not write; choose "
+                "another folder"
+            )
+
+
+def _job(root: Place, output: Place, settings: PredictConfig) -> Job:
+    """Find the model and say which it is.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    given = settings.checkpoint
+    checkpoint = _load(None if given is None else resolve(given, "--checkpoint"))
+    checkpoint.model()  # a mistake in it ends the call here, with one line
+    digest = digest_of(checkpoint.weights)
+    if given is None:
+        name, version = "tiny", f"shipped-{__version__}"
+    else:
+        name, version = PurePosixPath(given).name, f"{checkpoint.path.name}-{digest[:8]}"
+    model = {"name": name, "version": version, "checkpoint_digest": digest}
+    generator = generator_settings(settings, checkpoint.model_type)
+    # The folder that was found and not what was given, which a promotion may change meanwhile.
+    place = None if given is None else checkpoint.path
+    return Job(root, output, place, model, generator, settings.label)
+
+
+def _load(place: Place | None) -> Checkpoint:
+    return load_shipped() if place is None else load_checkpoint(place)
+
+
+def _read(path: Place) -> bytes:
+    """An image file's content; that it cannot be read is the image's problem alone.
+
+    Raises:
+        AnnotationError: field `file`.
+        StorageError: the server is not there, and so is no other image.
+    """
+    try:
+        return read_image_file(path)
+    except StorageError:
+        raise
+    except OSError as exc:
+        raise AnnotationError("file", f"cannot be read ({exc.strerror})") from exc
+
+
+def _record(path: Place) -> dict[str, Any] | None:
+    """What an earlier call says in a LabelMe file of having written it; None if there is none.
+
+    Raises:
+        AnnotationError: field `output`; the file is there and not ours.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path)["samray"]
+        if {"digest", "objects"} <= record.keys():
+            return dict(record)
+    except (DatasetError, KeyError, TypeError, AttributeError):
+        pass
+    raise AnnotationError(
+        "output",
+        f"{path} is there and was not written by this command; it is left as it is; choose another "
+        "--output-dir",
+    )
+
+
+def _beside(target: Place, suffix: str) -> Place:
+    return target.parent / f"{target.name}{suffix}"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _rejection(file: str, problem: AnnotationError) -> dict[str, str]:
+    return {"file": file, "field": problem.field, "reason": problem.reason}
+
+
+def _nothing_done(summary: dict[str, Any]) -> str:
+    """Why no image was segmented, by the first reason."""
+    rejected = summary["rejected"]
+    if not rejected:
+        return f"none of its {summary['skipped']} images has an entry in --prompts"
+    first = rejected[0]
+    return (
+        f"no image could be segmented; {len(rejected)} rejected, the first: "
+        f"{first['file']}: {first['field']}: {first['reason']}"
+    )

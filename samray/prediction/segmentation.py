@@ -1,0 +1,281 @@
+"""One image to its objects, and those to a label map, a table and LabelMe shapes. No Ray."""
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.utils.amg import (
+    mask_to_rle_pytorch,
+    remove_small_regions,
+    rle_to_mask,
+)
+from torchvision.ops.boxes import nms
+
+from samray.config import PredictConfig
+from samray.data.labelme import mask_to_shapes
+from samray.errors import AnnotationError
+from samray.geometry.drawing import shrink
+from samray.geometry.frames import masks_to_original
+from samray.geometry.masks import CroppedMask, decode_rle, encode_rle
+from samray.prediction.answers import describe_mask, prompt_of
+from samray.prediction.requests import PromptRequest
+from samray.sam.decode import decode_prompts, group_prompts
+from samray.sam.embeddings import encode_image
+
+MAX_OBJECTS = 65535  # of an image: what 16 bits can number
+# SAM keeps the logits of a batch of masks at the picture's size: 64 points of a 100-megapixel
+# picture would be 77 GB. The model sees 1024 pixels at most anyway, so larger pictures are
+# searched at this size, and few points at a time.
+MAX_SEARCH_SIDE = 2048  # pixels
+MAX_LOGITS = 2**25  # of one batch
+POINTS_PER_BATCH = 64  # SAM's own
+PROMPTS_PER_BATCH = 64
+# (pred_iou_thresh, stability_score_thresh) where they are unset. `tiny` predicts an IoU that is too
+# low: of 50 nuts on photographs, SAM's leave nothing and these find 0.88 at IoU 0.5, with two more
+# masks for each; (0.5, 0.8) find 0.82, with four more.
+THRESHOLDS = {"tiny": (0.4, 0.9)}
+SAM_THRESHOLDS = (0.88, 0.95)
+COLUMNS = ("id", "x1", "y1", "x2", "y2", "area", "score", "stability_score", "prompt_id")
+
+
+@dataclass(frozen=True)
+class SegmentedObject:
+    """One object; its mask is kept as runs inside its box, so thousands take little memory.
+
+    Attributes:
+        counts: compressed COCO RLE of the box's pixels; empty where the mask is.
+        box: XYXY, in pixels; the columns x1..x2-1 and rows y1..y2-1 hold the mask tightly.
+        area: in pixels.
+        score: predicted IoU.
+        stability_score: IoU of the masks at a higher and a lower cutoff of the logits.
+        prompt_id: what the prompt was called, if it was.
+    """
+
+    counts: bytes
+    box: tuple[int, int, int, int]
+    area: int
+    score: float
+    stability_score: float
+    prompt_id: str | None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The part of the mask inside the box, h x w bool."""
+        x1, y1, x2, y2 = self.box
+        return decode_rle(self.counts, (y2 - y1, x2 - x1))
+
+
+def generator_settings(settings: PredictConfig, model_type: str) -> dict[str, Any]:
+    """Return the arguments of SAM's mask generator, by its own names."""
+    pred_iou, stability = THRESHOLDS.get(model_type, SAM_THRESHOLDS)
+    if settings.pred_iou_thresh is not None:
+        pred_iou = settings.pred_iou_thresh
+    if settings.stability_score_thresh is not None:
+        stability = settings.stability_score_thresh
+    return {
+        "points_per_side": settings.points_per_side,
+        "pred_iou_thresh": pred_iou,
+        "stability_score_thresh": stability,
+        "min_mask_region_area": settings.min_mask_region_area,
+    }
+
+
+class MaskGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]
+    """SAM's own, with the same answers, but one mask in memory where it holds all of them."""
+
+    @staticmethod
+    def postprocess_small_regions(mask_data: Any, min_area: int, nms_thresh: float) -> Any:
+        """Remove small parts and holes, then the duplicates that this has made."""
+        if not mask_data["rles"]:
+            return mask_data
+        unchanged = []
+        for number, rle in enumerate(mask_data["rles"]):
+            mask, filled = remove_small_regions(rle_to_mask(rle), min_area, mode="holes")
+            mask, removed = remove_small_regions(mask, min_area, mode="islands")
+            unchanged.append(float(not filled and not removed))
+            if filled or removed:
+                mask_data["rles"][number] = mask_to_rle_pytorch(torch.as_tensor(mask)[None])[0]
+                # As SAM's batched_mask_to_box: the last row and column, not the ones after them.
+                x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+                mask_data["boxes"][number] = (x, y, x + width - 1, y + height - 1)
+        boxes = torch.as_tensor(mask_data["boxes"]).float()
+        mask_data.filter(nms(boxes, torch.tensor(unchanged), nms_thresh))
+        return mask_data
+
+
+def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> list[SegmentedObject]:
+    """Return all objects of an image, as SAM's automatic mask generator finds them.
+
+    A picture of more than MAX_SEARCH_SIDE pixels a side is searched at that size, and the masks
+    are enlarged.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+        settings: of `generator_settings`; areas are in pixels of this image.
+
+    Raises:
+        AnnotationError: field `image`; there are more than MAX_OBJECTS.
+    """
+    small = shrink(image, MAX_SEARCH_SIDE)
+    height, width = small.shape[:2]
+    scale = (image.shape[1] / width, image.shape[0] / height)
+    min_area = settings["min_mask_region_area"] / (scale[0] * scale[1])
+    generator = MaskGenerator(
+        sam,
+        **settings | {"min_mask_region_area": round(min_area)},
+        points_per_batch=max(1, min(POINTS_PER_BATCH, MAX_LOGITS // (3 * height * width))),
+        output_mode="coco_rle",
+    )
+    found: dict[tuple[Any, bytes], SegmentedObject] = {}
+    for record in generator.generate(small):
+        mask = np.ascontiguousarray(coco_mask.decode(record["segmentation"]))
+        if mask.any():
+            cropped = _crop(mask.astype(bool))
+            if small is not image:
+                cropped = _enlarge(mask, cropped, scale)
+            scores = float(record["predicted_iou"]), float(record["stability_score"])
+            segmented = _segmented(cropped, *scores)
+            # SAM tells duplicates by their boxes, of which those of a single row or column are
+            # empty to it: the same mask many times over.
+            found.setdefault((segmented.box, segmented.counts), segmented)
+    objects = list(found.values())
+    require_countable(objects)
+    return objects
+
+
+def require_countable(objects: list[Any]) -> None:
+    """Refuse more objects than a label map can number.
+
+    Raises:
+        AnnotationError: field `image`.
+    """
+    if len(objects) > MAX_OBJECTS:
+        raise AnnotationError(
+            "image",
+            f"has {len(objects)} objects; a label map of 16 bits can number {MAX_OBJECTS}; cut "
+            "the image, or ask for fewer",
+        )
+
+
+@torch.inference_mode()
+def answer_prompts(
+    sam: Any, image: np.ndarray, requests: list[PromptRequest]
+) -> tuple[list[SegmentedObject], list[dict[str, Any]]]:
+    """Return the best mask of each prompt, and all answers as the endpoint gives them.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+        requests: prompts inside the image; an earlier answer that one names is left aside.
+
+    Returns:
+        One object a prompt, in their order; one with an empty mask has area 0.
+        The endpoint's `results`, masks as RLE and the best first.
+    """
+    size, img_size = (image.shape[0], image.shape[1]), sam.image_encoder.img_size
+    embedding = encode_image(sam, image)[None]
+    prompts = [prompt_of(request) for request in requests]
+    objects: dict[int, SegmentedObject] = {}
+    results: dict[int, dict[str, Any]] = {}
+    for whole_group, all_places in group_prompts(prompts, [0] * len(prompts), [size], img_size):
+        starts = range(0, len(all_places), PROMPTS_PER_BATCH)
+        for start, part in zip(starts, whole_group.chunks(PROMPTS_PER_BATCH), strict=True):
+            group = part.to(embedding.device)
+            low_res, predicted = decode_prompts(sam, embedding, group, group.ambiguous)
+            for row, place in enumerate(all_places[start : start + PROMPTS_PER_BATCH]):
+                masks = []
+                for choice in predicted[row].argsort(descending=True).tolist():
+                    # One at a time: three of 100 megapixels would be 1.2 GB.
+                    logits = masks_to_original(
+                        low_res[row : row + 1, choice : choice + 1], size, img_size
+                    )[0, 0]
+                    mask = (logits > 0).cpu().numpy()
+                    score = float(predicted[row, choice])
+                    masks.append({"score": score, **describe_mask(mask, "rle", "", 0.5, 0)})
+                    if place not in objects:
+                        low, high = int((logits > 1).sum()), int((logits > -1).sum())
+                        stability = low / high if high else 0.0
+                        objects[place] = _segmented(
+                            _crop(mask), score, stability, requests[place].id
+                        )
+                results[place] = {"id": requests[place].id, "masks": masks}
+    places = range(len(prompts))
+    return [objects[place] for place in places], [results[place] for place in places]
+
+
+def label_map(objects: list[SegmentedObject], size: tuple[int, int]) -> np.ndarray:
+    """Return H x W uint16: 0 for the ground, i for the i-th object; smaller ones lie on top."""
+    numbers = np.zeros(size, dtype=np.uint16)
+    for place in sorted(range(len(objects)), key=lambda place: -objects[place].area):
+        if objects[place].area:
+            x1, y1, x2, y2 = objects[place].box
+            numbers[y1:y2, x1:x2][objects[place].pixels] = place + 1
+    return numbers
+
+
+def labelme_shapes(objects: list[SegmentedObject], label: str) -> list[dict[str, Any]]:
+    """Return the shapes of all objects; `description`, and `group_id` of parts, is the number."""
+    shapes: list[dict[str, Any]] = []
+    for number, found in enumerate(objects, start=1):
+        if not found.area:
+            continue
+        parts: list[dict[str, Any]] = mask_to_shapes(found.pixels, label)
+        for part in parts:
+            part["points"] = [[x + found.box[0], y + found.box[1]] for x, y in part["points"]]
+            part["group_id"] = number if len(parts) > 1 else None
+            part["description"] = str(number)
+        shapes += parts
+    return shapes
+
+
+def object_table(objects: list[SegmentedObject]) -> bytes:
+    """Return a CSV file, a row an object; `id` is its number in the label map."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for number, found in enumerate(objects, start=1):
+        scores = f"{found.score:.6f}", f"{found.stability_score:.6f}"
+        writer.writerow([number, *found.box, found.area, *scores, found.prompt_id or ""])
+    return text.getvalue().encode()
+
+
+def _segmented(
+    mask: CroppedMask, score: float, stability_score: float, prompt_id: str | None = None
+) -> SegmentedObject:
+    """A tightly cropped mask, as runs."""
+    (x, y), (h, w) = mask.origin, mask.pixels.shape
+    counts = encode_rle(CroppedMask(mask.pixels, (0, 0)), (h, w)) if mask.pixels.size else b""
+    area = int(np.count_nonzero(mask.pixels))
+    return SegmentedObject(counts, (x, y, x + w, y + h), area, score, stability_score, prompt_id)
+
+
+def _crop(mask: np.ndarray) -> CroppedMask:
+    """The tight part of an H x W mask; nothing at (0, 0) where it is empty."""
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return CroppedMask(mask[y : y + height, x : x + width], (x, y))
+
+
+def _enlarge(mask: np.ndarray, tight: CroppedMask, scale: tuple[float, float]) -> CroppedMask:
+    """A mask of a shrunk picture in the picture's own pixels, its outline smoothed.
+
+    Args:
+        mask: h x w uint8, all of it.
+        tight: the same, cropped.
+        scale: pixels of the picture for one of the shrunk one's, across and down.
+    """
+    (x, y), (h, w) = tight.origin, tight.pixels.shape
+    height, width = mask.shape
+    # A pixel more on each side, for the smoothing to see the edge.
+    x1, y1, x2, y2 = max(0, x - 1), max(0, y - 1), min(width, x + w + 1), min(height, y + h + 1)
+    left, top, right, bottom = (
+        round(value * scale[axis % 2]) for axis, value in enumerate((x1, y1, x2, y2))
+    )
+    part = np.ascontiguousarray(mask[y1:y2, x1:x2]) * np.uint8(255)
+    large = cv2.resize(part, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR) >= 128
+    cropped = _crop(large)
+    return CroppedMask(cropped.pixels, (left + cropped.origin[0], top + cropped.origin[1]))

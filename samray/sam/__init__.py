@@ -1,0 +1,1 @@
+"""The Segment Anything models: building, weights, checkpoints, embeddings and decoding."""

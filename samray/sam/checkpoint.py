@@ -1,0 +1,315 @@
+"""Checkpoints that explain themselves, and the RUN folder that keeps the best and the latest.
+
+    RUN/run.json                    which checkpoints are best and latest, metrics of each epoch
+    RUN/config.yaml                 the resolved config
+    RUN/base/                       the weights that the run started from
+    RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer_00.pth ...
+    RUN/best, RUN/latest            links to the two that run.json names, for people
+
+A SWEEP stands for its best trial's RUN, and a model's folder in a store for its current version.
+
+A checkpoint counts when run.json names it; one that a killed run left half-registered does not.
+"""
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samray.config import Config, load_config, save_config
+from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.sam.model import build_model, load_weights
+from samray.sam.weights import load_state_dict, model_type_of
+from samray.storage import (
+    Place,
+    is_used,
+    local_copy,
+    read_bytes,
+    read_json,
+    remove_folder,
+    whole_folder,
+    write_json,
+)
+
+RUN_FORMAT = 1
+CURRENT = "current"  # in a store: the file that names the version in use
+OPTIMIZER_PART_BYTES = 15 * 2**20  # files of moderate size travel anywhere
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights with what is needed to use them.
+
+    Attributes:
+        path: folder or file they came from.
+        model_type: tiny, vit_b, vit_l or vit_h.
+        weights: SAM's state dict.
+        progress: epoch, step, metrics and digests; empty for a bare weights file.
+    """
+
+    path: Place
+    model_type: str
+    weights: dict[str, Tensor]
+    progress: dict[str, Any]
+
+    def model(self) -> Any:
+        """Return the `Sam` with these weights, on the CPU."""
+        sam = build_model(self.model_type)
+        load_weights(sam, self.weights, self.model_type, self.path)
+        return sam
+
+
+def save_checkpoint(
+    folder: Place,
+    weights: dict[str, Tensor],
+    config: Config,
+    progress: dict[str, Any],
+    optimizer: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    `weights.pth` loads with plain `sam_model_registry[model_type](checkpoint=...)` for vit_*.
+    """
+    with whole_folder(folder) as temporary:
+        torch.save({k: v.detach().cpu() for k, v in weights.items()}, temporary / "weights.pth")
+        save_config(config, temporary / "config.yaml")
+        write_json(temporary / "progress.json", progress)
+        if optimizer is not None:
+            for number, part in enumerate(_parts(optimizer)):
+                torch.save(part, temporary / f"optimizer_{number:02d}.pth")
+
+
+def load_optimizer(folder: Place) -> dict[str, Any]:
+    """Return the optimiser's state that `save_checkpoint` wrote beside the weights."""
+    state: dict[str, Any] = {"state": {}}
+    parts: list[Place] = sorted(folder.iterdir(), key=str)
+    for path in parts:
+        if not path.name.startswith("optimizer_"):
+            continue
+        part = torch.load(local_copy(path), map_location="cpu", weights_only=True)
+        state["param_groups"] = part["param_groups"]
+        state["state"].update(part["state"])
+    return state
+
+
+def _parts(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cut an optimiser's state so that no file of it grows beyond OPTIMIZER_PART_BYTES."""
+    groups = optimizer["param_groups"]
+    parts: list[dict[str, Any]] = [{"param_groups": groups, "state": {}}]
+    size = 0
+    for number, state in optimizer["state"].items():
+        more = sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
+        if size and size + more > OPTIMIZER_PART_BYTES:
+            parts.append({"param_groups": groups, "state": {}})
+            size = 0
+        parts[-1]["state"][number] = state
+        size += more
+    return parts
+
+
+def load_checkpoint(path: Place) -> Checkpoint:
+    """Load a checkpoint folder, the best one of a RUN folder, or a bare ViT weights file.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+    """
+    if path.is_file():
+        weights = load_state_dict(path)
+        model_type = model_type_of(weights)
+        if model_type is None:
+            raise CheckpointError(
+                f"{path}: the file alone does not tell its model type; "
+                "pass the RUN or checkpoint folder it came from"
+            )
+        return Checkpoint(path, model_type, weights, {})
+    folder = find_checkpoint(path)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{folder}: has no config.yaml, so it is no checkpoint of samray; pass a RUN folder, "
+            "a checkpoint folder, or a ViT weights file"
+        )
+    config = load_config(folder / "config.yaml")
+    weights = load_state_dict(folder / "weights.pth")
+    return Checkpoint(folder, config.model.type, weights, read_json(folder / "progress.json"))
+
+
+def find_run(path: Place) -> Place:
+    """Return the RUN that a path means: itself, a SWEEP's best trial, or the one it lies in.
+
+    Raises:
+        CheckpointError: there is none, or the sweep has no best trial yet.
+    """
+    if (path / "sweep.json").is_file():
+        best = read_json(path / "sweep.json").get("best")
+        if best is None:
+            raise CheckpointError(
+                f"{path}: this sweep has not ended; wait, or go on with the same `samray tune`"
+            )
+        return path / str(best)
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "run.json").is_file():
+            return folder
+    state = "holds no run.json" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP; both hold the base")
+
+
+def find_checkpoint(path: Place) -> Place:
+    """Return the best checkpoint's folder of a RUN or SWEEP, a model's current version in a store,
+    or the path itself if it is none of them.
+
+    Raises:
+        CheckpointError: the path does not exist, or there is no checkpoint yet.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist; pass a RUN folder or a weights file")
+    if (path / CURRENT).is_file():
+        version = read_bytes(path / CURRENT, 1000).decode("ascii", "replace").strip()
+        if not re.fullmatch(r"\w[\w.-]*", version):
+            raise CheckpointError(f"{path / CURRENT}: {version!r} is no name of a version")
+        return path / version
+    if (path / "sweep.json").is_file():
+        path = find_run(path)
+    if not (path / "run.json").is_file():
+        return path
+    best = RunFolder(path).state["best"]
+    if best is None:
+        raise CheckpointError(
+            f"{path}: this run has finished no epoch yet; wait, or go on with --resume"
+        )
+    return path / str(best)
+
+
+class RunFolder:
+    """The register of a run; its file is replaced whole at every change.
+
+    Attributes:
+        path: the RUN folder.
+        state: the content of run.json.
+    """
+
+    def __init__(self, path: Place) -> None:
+        self.path = path
+        try:
+            self.state: dict[str, Any] = read_json(path / "run.json")
+        except SamrayError as exc:
+            raise CheckpointError(f"{exc}; {path} is no RUN folder") from exc
+        if self.state.get("format") != RUN_FORMAT:
+            raise CheckpointError(f"{path}: run.json has format {self.state.get('format')!r}")
+
+    @classmethod
+    def create(cls, path: Place, config: Config, dataset_digest: str) -> "RunFolder":
+        """Start a run in an empty folder."""
+        path.mkdir(parents=True, exist_ok=True)
+        save_config(config, path / "config.yaml")
+        state = {
+            "format": RUN_FORMAT,
+            "status": "running",
+            "model_type": config.model.type,
+            "dataset_digest": dataset_digest,
+            "best": None,
+            "latest": None,
+            "epochs": [],
+            "embeddings": None,
+        }
+        write_json(path / "run.json", state)
+        return cls(path)
+
+    @property
+    def base(self) -> Place:
+        """Folder of the checkpoint that the run started from."""
+        return self.path / "base"
+
+    @property
+    def latest(self) -> Place | None:
+        """Folder of the last finished epoch's checkpoint."""
+        return self.path / self.state["latest"] if self.state["latest"] else None
+
+    def update(self, **changes: Any) -> None:
+        """Change entries of run.json, all at once."""
+        self.state = {**self.state, **changes}
+        write_json(self.path / "run.json", self.state)
+
+    def register(self, name: str, metrics: dict[str, Any]) -> None:
+        """Make a written checkpoint the latest, and the best if its val_iou is; drop the others."""
+        epochs = [*self.state["epochs"], metrics]
+        best = max(epochs, key=lambda epoch: epoch["val_iou"])  # the first of equals
+        self.update(
+            epochs=epochs,
+            latest=f"checkpoints/{name}",
+            best=f"checkpoints/{name}" if best is metrics else self.state["best"],
+        )
+        for link in ("best", "latest"):
+            self._link(link)
+        kept = {Path(self.state[link]).name for link in ("best", "latest")}
+        for folder in (self.path / "checkpoints").iterdir():
+            if folder.name not in kept:
+                remove_folder(folder)
+
+    def _link(self, name: str) -> None:
+        if not isinstance(self.path, Path):
+            return
+        temporary = self.path / f".{name}.tmp"
+        with contextlib.suppress(OSError):  # some file systems have no links; run.json tells
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(self.state[name], target_is_directory=True)
+            os.replace(temporary, self.path / name)
+
+
+def open_run(output: Place, resume: bool) -> RunFolder | None:
+    """Return the run to go on with, or None for a new one in an unused folder.
+
+    Raises:
+        ConfigError: the folder is in use and shall not, or cannot, be gone on with.
+    """
+    used = is_used(output)
+    if not resume:
+        if used:
+            raise ConfigError(
+                f"--output-dir: {output} is not empty; add --resume to go on with the run there, "
+                "or choose another folder"
+            )
+        return None
+    if not used:
+        return None
+    if not (output / "run.json").exists():
+        raise ConfigError(f"--resume: {output} holds no run of samray; choose another --output-dir")
+    return RunFolder(output)
+
+
+def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> None:
+    """Refuse to go on with a run under other settings or data.
+
+    Raises:
+        ConfigError: naming every setting that differs.
+    """
+    if run.state["dataset_digest"] != dataset_digest:
+        raise ConfigError(
+            f"--resume: {run.path} was trained on dataset {run.state['dataset_digest'][:12]}, this "
+            f"one is {dataset_digest[:12]}; resume with the same data or use another --output-dir"
+        )
+    before, now = (_deciding(c) for c in (load_config(run.path / "config.yaml"), config))
+    changed = [
+        f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now if before[key] != now[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume: {run.path} has other settings: {', '.join(changed)}; only epochs and "
+            "workers may change"
+        )
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The settings that decide a run's result, by dotted path."""
+    free = {"data_dir", "output_dir", "num_epochs", "resume"}
+    sections = config.model_dump(mode="json", include={"model", "prompts", "loss", "train"})
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+        if key not in free
+    }

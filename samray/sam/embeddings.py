@@ -1,0 +1,105 @@
+"""Encode once: a content-addressed cache of image embeddings that every run shares.
+
+A key stands for the image's bytes, the image encoder's weights, the transform and the
+precision. One `.npy` a key: tensors in Parquet write 80 times slower and read 130 times slower.
+
+    CACHE/<encoder digest>/<first two of key>/<key>.npy      C x h x w float16
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from samray.config import Config
+from samray.data.dataset import PreparedDataset
+from samray.geometry.frames import TRANSFORM_VERSION, image_to_input
+from samray.sam.model import encoder_digest
+from samray.storage import Place, list_objects, read_bytes, resolve, whole_file
+
+PRECISION = "float16"
+
+
+class EmbeddingCache:
+    """Embeddings of one image encoder.
+
+    Args:
+        folder: shared by all encoders; each gets a folder of its own inside.
+        sam: whose encoder the embeddings come from.
+    """
+
+    def __init__(self, folder: Place, sam: Any) -> None:
+        self.img_size: int = sam.image_encoder.img_size
+        self.encoder_digest = encoder_digest(sam)
+        self.folder = folder / self.encoder_digest[:16]
+
+    def path(self, image_digest: str) -> Place:
+        """Where the embedding of an image is, or will be."""
+        content = (image_digest, self.encoder_digest, self.img_size, TRANSFORM_VERSION, PRECISION)
+        key = hashlib.sha256("\0".join(map(str, content)).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key}.npy"
+
+    def load(self, image_digest: str) -> np.ndarray | None:
+        """Return C x h x w float16, mapped where it lies on disk; None if it is not there."""
+        path = self.path(image_digest)
+        try:
+            if isinstance(path, Path):
+                mapped: np.ndarray = np.load(path, mmap_mode="r")
+                return mapped
+            embedding: np.ndarray = np.load(io.BytesIO(read_bytes(path)))
+        except FileNotFoundError:
+            return None
+        return embedding
+
+    def lacking(self, image_digests: Iterable[str]) -> list[str]:
+        """Return those of the images whose embedding is not there."""
+        if isinstance(self.folder, Path):
+            return [digest for digest in image_digests if not self.path(digest).exists()]
+        # One listing instead of a question each.
+        there = {name.rpartition("/")[2] for name, _, _ in list_objects(self.folder)}
+        return [digest for digest in image_digests if self.path(digest).name not in there]
+
+    def save(self, image_digest: str, embedding: np.ndarray) -> None:
+        """Publish an embedding; a reader sees all of it or nothing."""
+        path = self.path(image_digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, embedding.astype(np.float16))
+
+
+def encode_image(sam: Any, image: np.ndarray) -> torch.Tensor:
+    """Return the embedding of one image, on the model's device.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+
+    Returns:
+        C x h x w float32.
+    """
+    return encode_images(sam, [image])[0]
+
+
+@torch.inference_mode()
+def encode_images(sam: Any, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return the embeddings of B images of any sizes, encoded together.
+
+    Args:
+        images: H x W x 3 uint8 RGB, each.
+
+    Returns:
+        B x C x h x w float32, on the model's device.
+    """
+    inputs = [image_to_input(image, sam.image_encoder.img_size) for image in images]
+    embeddings: torch.Tensor = sam.image_encoder(torch.stack(inputs).to(sam.device))
+    return embeddings
+
+
+def embeddings_folder(config: Config, dataset: PreparedDataset) -> Place:
+    """Return the cache's folder: the configured one, else inside the prepared dataset."""
+    if config.embeddings.cache_dir is not None:
+        return resolve(config.embeddings.cache_dir, "embeddings.cache_dir")
+    return dataset.folder / "embeddings"

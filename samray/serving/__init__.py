@@ -1,0 +1,1 @@
+"""The HTTP endpoint, and the annotation tools that use it."""

@@ -1,0 +1,76 @@
+"""Which models the endpoint serves: a checkpoint and its base, a store's, or `tiny`. No Ray."""
+
+import contextlib
+from dataclasses import dataclass
+
+from samray import __version__
+from samray.config import ServeConfig
+from samray.errors import ConfigError, SamrayError
+from samray.sam.checkpoint import Checkpoint, find_checkpoint, find_run, load_checkpoint
+from samray.sam.shipped import load_shipped
+from samray.sam.store import ModelStore
+from samray.sam.weights import digest_of
+from samray.storage import Place, resolve
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model that requests may name; small enough to travel with each.
+
+    Attributes:
+        folder: its checkpoint folder; None is `tiny` as it ships.
+        digest: of its weights.
+    """
+
+    name: str
+    version: str
+    folder: Place | None
+    digest: str
+    model_type: str
+
+    def load(self) -> Checkpoint:
+        """Load its weights."""
+        return load_shipped() if self.folder is None else load_checkpoint(self.folder)
+
+
+def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[str, ModelRef]:
+    """Return the models that the settings name, the default one first.
+
+    Args:
+        known: what was read before; a version's digest never changes.
+
+    Raises:
+        SamrayError: a checkpoint or the store cannot be used.
+    """
+    if settings.store is not None:
+        store = ModelStore(resolve(settings.store, "--store"))
+        names = [settings.model] if settings.model else store.names()
+        found = {}
+        for name in names:
+            current = store.current(name)
+            if current is None:
+                raise ConfigError(f"--model: {store.folder} has no model {name!r}")
+            digest, model_type = (
+                current.record[key] for key in ("checkpoint_digest", "model_type")
+            )
+            found[name] = ModelRef(name, current.version, current.folder, digest, model_type)
+        if not found:
+            raise ConfigError(f"--store: {store.folder} has no models; promote one")
+        return found
+    if known:
+        return known  # a checkpoint does not change under our feet
+    if settings.checkpoint is None:
+        shipped = load_shipped()
+        digest = digest_of(shipped.weights)
+        return {"tiny": ModelRef("tiny", f"shipped-{__version__}", None, digest, "tiny")}
+    path = resolve(settings.checkpoint, "--checkpoint")
+    folders = {settings.model or "tuned": find_checkpoint(path)}
+    with contextlib.suppress(SamrayError):  # a bare weights file has no base
+        folders["base"] = find_run(path) / "base"
+    refs = {}
+    for name, folder in folders.items():
+        checkpoint = load_checkpoint(folder)
+        digest = digest_of(checkpoint.weights)
+        version = f"{folder.name}-{digest[:8]}"
+        refs[name] = ModelRef(name, version, folder, digest, checkpoint.model_type)
+    return refs

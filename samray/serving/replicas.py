@@ -1,0 +1,368 @@
+"""The processes behind the endpoint: files, embeddings, masks. Each a Ray Serve deployment.
+
+Requests for one image and model go to one Decoder, by consistent hashing, so its cache holds what
+they need. A Decoder that gets an image it does not know, because replicas came or went, fetches the
+file from the vault and has it encoded; the client notices nothing. Every key holds a digest of the
+image's bytes, computed by the Ingress, and of the weights, so neither clients nor models mix.
+"""
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter, Histogram
+
+from samray.config import ServeConfig
+from samray.data.labelme import labelme_document
+from samray.errors import AnnotationError, SamrayError
+from samray.geometry.frames import masks_to_original
+from samray.geometry.images import decode_image
+from samray.prediction.answers import describe_mask, drop_small_parts, prompt_of
+from samray.prediction.requests import ApiError, PredictRequest, mistakes_error
+from samray.sam.decode import decode_prompts, group_prompts
+from samray.sam.embeddings import encode_images
+from samray.sam.model import encoder_digest
+from samray.serving.catalogue import ModelRef
+
+MODELS_LOADED = 4  # by one replica; the least recently used goes
+LATENCY = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000]  # ms
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the Ingress passes to a Decoder."""
+
+    image_id: str
+    model: ModelRef
+    request: PredictRequest | None  # None: only encode
+
+
+@dataclass
+class ByteCache:
+    """The most recently used values whose sizes add up to a bound."""
+
+    max_bytes: int
+    used: int = 0
+    entries: OrderedDict[Any, tuple[Any, int]] = field(default_factory=OrderedDict)
+
+    def get(self, key: Any) -> Any:
+        """Return a value, or None."""
+        if key not in self.entries:
+            return None
+        self.entries.move_to_end(key)
+        return self.entries[key][0]
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        """Keep a value; what was used least recently makes room, the new one itself at last."""
+        self.drop(key)
+        self.entries[key] = (value, size)
+        self.used += size
+        while self.used > self.max_bytes:
+            _, (_, freed) = self.entries.popitem(last=False)
+            self.used -= freed
+
+    def drop(self, key: Any) -> bool:
+        """Forget a value; whether it was there."""
+        entry = self.entries.pop(key, None)
+        self.used -= entry[1] if entry else 0
+        return entry is not None
+
+
+class LoadedModels:
+    """The models a replica has loaded, each once however many ask at the same time."""
+
+    def __init__(self) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._sams: OrderedDict[str, asyncio.Future[tuple[Any, str]]] = OrderedDict()
+
+    async def get(self, ref: ModelRef) -> tuple[Any, str]:
+        """Return a model and its image encoder's digest."""
+        if ref.digest not in self._sams:
+            self._sams[ref.digest] = asyncio.ensure_future(asyncio.to_thread(self._load, ref))
+            while len(self._sams) > MODELS_LOADED:
+                self._sams.popitem(last=False)
+        self._sams.move_to_end(ref.digest)
+        try:
+            return await asyncio.shield(self._sams[ref.digest])
+        except SamrayError:
+            self._sams.pop(ref.digest, None)  # the next request tries again
+            raise
+
+    def _load(self, ref: ModelRef) -> tuple[Any, str]:
+        sam = ref.load().model().to(self.device).eval()
+        return sam, encoder_digest(sam)
+
+
+@serve.deployment(max_ongoing_requests=256)
+class ImageVault:
+    """The files of the images in use, by digest, within a bound. Lost, clients upload again."""
+
+    def __init__(self, settings: ServeConfig) -> None:
+        self.files = ByteCache(settings.image_cache_mb * 2**20)
+
+    async def put(self, image_id: str, raw: bytes) -> None:
+        """Keep a file."""
+        self.files.put(image_id, raw, len(raw))
+
+    async def get(self, image_id: str) -> bytes | None:
+        """Return a file, or None."""
+        raw: bytes | None = self.files.get(image_id)
+        return raw
+
+    async def drop(self, image_id: str) -> bool:
+        """Forget a file; whether it was there."""
+        return self.files.drop(image_id)
+
+
+@serve.deployment(max_ongoing_requests=16)
+class Encoder:
+    """Image files to embeddings; keeps nothing but models."""
+
+    def __init__(self, settings: ServeConfig) -> None:
+        torch.set_num_threads(settings.threads)
+        self.models = LoadedModels()
+        self.sizes = Histogram("samray_encode_batch_size", "images encoded together", [1, 2, 4, 8])
+        on_gpu = self.models.device == "cuda"
+        self.encode.set_max_batch_size(settings.encode_batch or (4 if on_gpu else 1))
+
+    async def warm_up(self, ref: ModelRef) -> None:
+        """Load a model before the first request does."""
+        await self.models.get(ref)
+
+    @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.002)
+    async def encode(
+        self, files: list[bytes], refs: list[ModelRef]
+    ) -> list[tuple[np.ndarray, tuple[int, int]] | str]:
+        """Return C x h x w float16 and (H, W) for each file; for a bad file, what is wrong."""
+        self.sizes.observe(len(files))
+        sams = [(await self.models.get(ref))[0] for ref in refs]
+        return await asyncio.to_thread(self._encode, files, sams)
+
+    def _encode(
+        self, files: list[bytes], sams: list[Any]
+    ) -> list[tuple[np.ndarray, tuple[int, int]] | str]:
+        """Encode the images of one model together; a bad file spoils no other."""
+        made: list[tuple[np.ndarray, tuple[int, int]] | str] = [""] * len(files)
+        images: dict[int, np.ndarray] = {}
+        for place, raw in enumerate(files):
+            try:
+                images[place] = decode_image(raw)
+            except AnnotationError as exc:
+                made[place] = exc.reason
+        for sam in {id(sam): sam for sam in sams}.values():
+            places = [place for place in images if sams[place] is sam]
+            if places:
+                encoded = encode_images(sam, [images[place] for place in places])
+                for place, embedding in zip(places, encoded.cpu().numpy(), strict=True):
+                    made[place] = embedding.astype(np.float16), images[place].shape[:2]
+        return made
+
+
+@serve.deployment(
+    request_router_config=RequestRouterConfig(
+        request_router_class="ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+    ),
+)
+class Decoder:
+    """Prompts to masks, from embeddings and earlier answers that it keeps."""
+
+    def __init__(
+        self, settings: ServeConfig, encoder: DeploymentHandle, vault: DeploymentHandle
+    ) -> None:
+        torch.set_num_threads(settings.threads)
+        self.encoder, self.vault = encoder, vault
+        self.models = LoadedModels()
+        self.embeddings = ByteCache(settings.embedding_cache_mb * 2**20)
+        self.logits = ByteCache(settings.logits_cache_mb * 2**20)
+        self.encoding: dict[Any, asyncio.Future[Any]] = {}
+        # Torch's threads serve one at a time; whoever gives up waiting leaves the queue.
+        self.worker = ThreadPoolExecutor(1)
+        lookup = "embeddings asked for"
+        self.lookups = Counter("samray_embedding_lookups", lookup, ("result",))
+        self.decode_ms = Histogram("samray_decode_ms", "decoding", LATENCY)
+        self.encode_ms = Histogram("samray_encode_ms", "waiting for an embedding", LATENCY)
+
+    async def warm_up(self, ref: ModelRef) -> None:
+        """Load a model, and have an encoder load it, before the first request does."""
+        await asyncio.gather(self.models.get(ref), self.encoder.warm_up.remote(ref))
+
+    async def answer(self, call: Call) -> dict[str, Any]:
+        """Encode the image if need be, and decode the prompts.
+
+        Returns:
+            The content of a `PredictAnswer` but for what the Ingress adds, or {"refused": (code,
+            message, field)}.
+        """
+        try:
+            return await self._answer(call)
+        except ApiError as exc:
+            return {"refused": (exc.code, exc.message, exc.field)}
+
+    async def _answer(self, call: Call) -> dict[str, Any]:
+        started = time.perf_counter()
+        sam, encoder = await self.models.get(call.model)
+        key = (call.image_id, encoder)
+        found = self.embeddings.get(key)
+        self.lookups.inc(tags={"result": "hit" if found else "miss"})
+        embedding, size = found or await self._encode(key, call)
+        encoded = time.perf_counter()
+        self.encode_ms.observe(1000 * (encoded - started))
+        answer: dict[str, Any] = {
+            "width": size[1],
+            "height": size[0],
+            "cache": "hit" if found else "miss",
+            "encode_ms": 1000 * (encoded - started),
+            "decode_ms": 0.0,
+        }
+        if call.request is not None:
+            self._require_inside(call.request, size)
+            earlier = self._earlier_answers(call)
+            answer |= await asyncio.get_running_loop().run_in_executor(
+                self.worker, self._decode, sam, embedding, size, call, earlier
+            )
+            self.decode_ms.observe(answer["decode_ms"])
+        return answer
+
+    async def _encode(self, key: Any, call: Call) -> tuple[np.ndarray, tuple[int, int]]:
+        """One encoding per key, however many wait for it."""
+        if key not in self.encoding:
+            self.encoding[key] = asyncio.ensure_future(self._encode_once(key, call))
+        embedding: tuple[np.ndarray, tuple[int, int]] = await asyncio.shield(self.encoding[key])
+        return embedding
+
+    async def _encode_once(self, key: Any, call: Call) -> tuple[np.ndarray, tuple[int, int]]:
+        try:
+            raw = await self.vault.get.remote(call.image_id)
+            if raw is None:
+                raise ApiError("unknown_image", "this image is not here; upload it", "image_id")
+            made = await self.encoder.encode.remote(raw, call.model)
+            if isinstance(made, str):
+                raise ApiError("invalid_image", made, "image")
+            self.embeddings.put(key, made, made[0].nbytes)
+            embedding: tuple[np.ndarray, tuple[int, int]] = made
+            return embedding
+        finally:
+            del self.encoding[key]
+
+    def _require_inside(self, request: PredictRequest, size: tuple[int, int]) -> None:
+        mistakes = [
+            mistake
+            for number, prompt in enumerate(request.prompts)
+            for mistake in prompt.require_inside(size, f"prompts[{number}]")
+        ]
+        if mistakes:
+            raise mistakes_error(mistakes)
+
+    def _earlier_answers(self, call: Call) -> list[torch.Tensor | None]:
+        """The logits that prompts build on, 1 x h x w each."""
+        assert call.request is not None
+        found: list[torch.Tensor | None] = []
+        for number, prompt in enumerate(call.request.prompts):
+            logits = None
+            if prompt.mask_token is not None:
+                logits = self.logits.get((prompt.mask_token, call.image_id, call.model.digest))
+                if logits is None:
+                    raise ApiError(
+                        "unknown_mask_token",
+                        "this answer is not here any more, or is another image's or model's; "
+                        "send the points without it",
+                        f"prompts[{number}].mask_token",
+                    )
+            found.append(logits)
+        return found
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        sam: Any,
+        embedding: np.ndarray,
+        size: tuple[int, int],
+        call: Call,
+        earlier: list[torch.Tensor | None],
+    ) -> dict[str, Any]:
+        """All prompts of one layout in one batch; then their masks, each as asked for."""
+        request, began = call.request, time.perf_counter()
+        assert request is not None
+        img_size = sam.image_encoder.img_size
+        image_embedding = torch.from_numpy(embedding.astype(np.float32))[None].to(sam.device)
+        prompts = [prompt_of(prompt) for prompt in request.prompts]
+        results: list[dict[str, Any]] = [{} for _ in prompts]
+        best_shapes: list[list[dict[str, Any]]] = [[] for _ in prompts]
+        known = {number: logits for number, logits in enumerate(earlier) if logits is not None}
+        fresh = [number for number in range(len(prompts)) if number not in known]
+        for numbers in (fresh, list(known)):
+            chosen = [prompts[number] for number in numbers]
+            for group, places in group_prompts(chosen, [0] * len(chosen), [size], img_size):
+                group = group.to(sam.device)
+                if numbers is not fresh:
+                    logits = torch.stack([known[numbers[place]] for place in places])
+                    group = group.with_answer(logits.to(sam.device))
+                multimask = request.multimask_output
+                if multimask is None:
+                    multimask = group.ambiguous
+                low_res, predicted = decode_prompts(sam, image_embedding, group, multimask)
+                for row, place in enumerate(places):
+                    number = numbers[place]
+                    masks, best_shapes[number] = self._masks(
+                        low_res[row], predicted[row], size, img_size, number, call
+                    )
+                    results[number] = {"id": request.prompts[number].id, "masks": masks}
+        answer: dict[str, Any] = {"results": results}
+        if request.mask_format == "labelme":
+            shapes = [shape for found in best_shapes for shape in found]
+            name = request.image_name or f"{call.image_id.removeprefix('sha256:')[:16]}.png"
+            answer["labelme"] = labelme_document(name, size, shapes)
+        answer["decode_ms"] = 1000 * (time.perf_counter() - began)
+        return answer
+
+    def _masks(
+        self,
+        low_res: torch.Tensor,
+        predicted: torch.Tensor,
+        size: tuple[int, int],
+        img_size: int,
+        number: int,
+        call: Call,
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A prompt's masks, the best first, and the best one's LabelMe shapes."""
+        request = call.request
+        assert request is not None
+        masks = (masks_to_original(low_res[:, None], size, img_size)[:, 0] > 0).cpu().numpy()
+        described = []
+        for place in predicted.argsort(descending=True).tolist():
+            mask = drop_small_parts(masks[place], request.min_area)
+            token = secrets.token_urlsafe(12)
+            # A copy: a part would keep alive the answers to all prompts of the request.
+            logits = low_res[place][None].to("cpu", copy=True)
+            key = (token, call.image_id, call.model.digest)
+            self.logits.put(key, logits, logits.nbytes)
+            described.append(
+                {
+                    "score": float(predicted[place]),
+                    **describe_mask(
+                        mask,
+                        request.mask_format,
+                        request.label,
+                        request.polygon_tolerance,
+                        number + 1,
+                    ),
+                    "mask_token": token,
+                }
+            )
+        return described, described[0].get("shapes", [])
+
+    async def forget(self, image_id: str) -> None:
+        """Drop an image's embeddings, and the answers on it."""
+        for key in [key for key in self.embeddings.entries if key[0] == image_id]:
+            self.embeddings.drop(key)
+        for key in [key for key in self.logits.entries if key[1] == image_id]:
+            self.logits.drop(key)

@@ -1,0 +1,1 @@
+"""Fine-tuning, sweeps and pre-training."""

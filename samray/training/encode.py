@@ -1,0 +1,137 @@
+"""Fill the embedding cache with a pool of Ray actors: each image once, whoever asks."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.util import ActorPool
+from tqdm import tqdm
+
+from samray import cluster
+from samray.data.dataset import ImageRecord, PreparedDataset
+from samray.errors import ConfigError
+from samray.geometry.images import decode_image
+from samray.sam.checkpoint import load_checkpoint
+from samray.sam.embeddings import EmbeddingCache, encode_image
+from samray.storage import Place, free_bytes
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What filling the cache took.
+
+    Attributes:
+        encoded: images encoded now.
+        found: images whose embedding was there.
+        seconds: for encoding.
+    """
+
+    encoded: int
+    found: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON report."""
+        return asdict(self)
+
+
+@ray.remote(max_restarts=2, max_task_retries=2)
+class ImageEncoder:
+    """Encodes images of a prepared dataset into the cache."""
+
+    def __init__(self, dataset: Place, checkpoint: Place, cache: Place) -> None:
+        self.dataset = PreparedDataset(dataset)
+        self.sam = load_checkpoint(checkpoint).model()
+        self.cache = EmbeddingCache(cache, self.sam)
+        self.sam.to(cluster.actor_device())
+
+    def encode(self, name: str) -> str:
+        """Encode and publish one image; return its name."""
+        record = self.dataset.images[name]
+        if self.cache.load(record.digest) is None:  # a restarted task may have done it already
+            image = decode_image(self.dataset.image_bytes(record))
+            self.cache.save(record.digest, encode_image(self.sam, image).cpu().numpy())
+        return name
+
+
+def encode_missing(
+    dataset: PreparedDataset,
+    records: Sequence[ImageRecord],
+    checkpoint: Place,
+    cache_dir: Place,
+    reserve_gb: float,
+    device: str,
+) -> EncodingReport:
+    """Encode every image that the cache lacks, each exactly once.
+
+    Args:
+        records: images; the same photo twice is encoded once.
+        checkpoint: a checkpoint folder, whose image encoder counts.
+        reserve_gb: disk space in GB to leave free.
+        device: auto, cpu or gpu.
+
+    Raises:
+        ConfigError: the missing embeddings do not fit the disk.
+    """
+    sam = load_checkpoint(checkpoint).model()
+    cache = EmbeddingCache(cache_dir, sam)
+    unique = {record.digest: record.name for record in records}
+    missing = [unique[digest] for digest in cache.lacking(unique)]
+    found = len(unique) - len(missing)
+    if not missing:
+        print(f"embeddings: 0 images to encode, {found} found in {cache.folder}", flush=True)
+        return EncodingReport(0, found, 0.0)
+    image_bytes = _embedding_bytes(sam)
+    needed, free = len(missing) * image_bytes, free_bytes(cache.folder)
+    room = f"{free / 2**30:.1f} GiB free, " if math.isfinite(free) else ""
+    statement = (
+        f"{len(missing)} images x {image_bytes / 2**20:.2f} MiB = {needed / 2**20:.1f} MiB into "
+        f"{cache.folder} ({room}{found} images found there)"
+    )
+    if needed + reserve_gb * 1e9 > free:
+        raise ConfigError(
+            f"embeddings: {statement}; they do not fit beside the {reserve_gb} GB of "
+            "embeddings.reserve_gb; free some space or set embeddings.cache_dir to a larger disk"
+        )
+    pool = cluster.start_pool(
+        ImageEncoder, device, len(missing), dataset.folder, checkpoint, cache_dir
+    )
+    started = time.perf_counter()
+    _encode_first(
+        pool, missing[0], len(missing), statement, cluster.pool_size(device, len(missing))
+    )
+    with tqdm(
+        total=len(missing), initial=1, desc="encode", unit="img", file=sys.stderr, disable=None
+    ) as bar:
+        for _ in pool.map_unordered(_encode, missing[1:]):
+            bar.update()
+    cluster.stop_pool(pool)
+    return EncodingReport(len(missing), found, round(time.perf_counter() - started, 2))
+
+
+def _encode(actor: Any, name: str) -> Any:
+    return actor.encode.remote(name)
+
+
+def _encode_first(pool: ActorPool, name: str, num_images: int, statement: str, actors: int) -> None:
+    """Encode one image alone, to say how long the rest will take before starting on it."""
+    started = time.perf_counter()
+    pool.submit(_encode, name)
+    pool.get_next()
+    seconds = time.perf_counter() - started
+    minutes = seconds * (num_images - 1) / actors / 60
+    print(
+        f"embeddings: {statement}; {seconds:.2f} s an image, {actors} at a time: "
+        f"about {minutes:.1f} min",
+        flush=True,
+    )
+
+
+def _embedding_bytes(sam: Any) -> int:
+    """Bytes of one `.npy`: float16 cells and numpy's header."""
+    height, width = sam.prompt_encoder.image_embedding_size
+    return int(sam.prompt_encoder.embed_dim * height * width * 2 + 128)

@@ -1,0 +1,71 @@
+"""Fine-tuning's source of batches and scores: a prepared dataset. Plain torch, no Ray."""
+
+from typing import Any
+
+import torch
+
+from samray.config import Config
+from samray.data.dataset import PreparedDataset
+from samray.evaluation.scoring import MATRIX, embedding_of, score_image
+from samray.sam.embeddings import EmbeddingCache
+from samray.sam.model import low_res_size
+from samray.training.batches import BatchLoader, epoch_steps
+from samray.training.loop import Worker
+from samray.training.step import Batch
+
+
+class FineTuning:
+    """The train split to learn from, the val split to choose by; a `samray.training.loop.Source`.
+
+    Args:
+        cache: embeddings of all train and val images, with a frozen encoder; else None.
+        sam: the model that learns.
+    """
+
+    def __init__(
+        self, config: Config, dataset: PreparedDataset, cache: EmbeddingCache | None, sam: Any
+    ) -> None:
+        self.dataset, self.cache, self.sam = dataset, cache, sam
+        self.digest = dataset.digest
+        self.batch_size, self.seed = config.train.batch_size, config.train.seed
+        self.loader = BatchLoader(
+            dataset,
+            dataset.split("train"),
+            config.prompts,
+            config.train.seed,
+            cache,
+            sam.image_encoder.img_size,
+            low_res_size(sam),
+        )
+
+    def steps(self, epoch: int) -> list[list[int]]:
+        """Return the images of each step."""
+        return epoch_steps(len(self.loader.records), self.batch_size, self.seed, epoch)
+
+    def load(
+        self, step: list[int], rank: int, world_size: int, epoch: int
+    ) -> tuple[Batch | None, int]:
+        """Return a worker's part of a step, if any, and the instances of the whole step."""
+        num_instances = sum(len(self.loader.records[index].instances) for index in step)
+        return self.loader.load(step, rank, world_size, epoch), num_instances
+
+    def validate(self, worker: Worker) -> dict[str, float]:
+        """Score the val split; the images are shared out over the workers.
+
+        Returns:
+            `val_iou` and `val_dice`, the means over the prompt matrix, and the IoU of each of its
+            rows as `val_iou_center`, `val_iou_random`, `val_iou_bbox` and `val_iou_clicks`.
+        """
+        sums = torch.zeros(len(MATRIX), 3, dtype=torch.float64)  # IoU, Dice, count
+        for record in self.dataset.split("val")[worker.rank :: worker.world_size]:
+            embedding = embedding_of(self.sam, self.dataset, self.cache, record)
+            for score in score_image(self.sam, embedding, record, seed=0):
+                row = MATRIX.index(score.strategy)
+                sums[row] += torch.tensor([score.iou, score.dice, 1.0], dtype=torch.float64)
+        sums = worker.sum(sums.to(worker.device)).cpu()
+        means = sums[:, :2] / sums[:, 2:]
+        return {
+            "val_iou": float(means[:, 0].mean()),
+            "val_dice": float(means[:, 1].mean()),
+            **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(MATRIX)},
+        }

@@ -1,0 +1,247 @@
+"""The training loop: plain torch, with or without torch.distributed, and no Ray.
+
+Reads down the page: `train_loop` -> `train_epoch` -> `train_step` -> `PromptedSam.forward`. What it
+trains on is a `Source`. Every worker runs the same lines; what differs is its rank.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from samray.config import Config, TrainConfig
+from samray.errors import TrainingError
+from samray.sam.checkpoint import RunFolder, load_checkpoint, load_optimizer, save_checkpoint
+from samray.sam.model import freeze
+from samray.training.step import LOSSES, Batch, PromptedSam
+
+# Called on rank 0 with {"event": "step" | "epoch", ...}.
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Who this process is among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up over all workers."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+class Source(Protocol):
+    """What to train on: a prepared dataset, or scenes drawn on the fly.
+
+    Attributes:
+        digest: names the data; kept in each checkpoint.
+    """
+
+    digest: str
+
+    def steps(self, epoch: int) -> list[list[int]]:
+        """Return the items of each step of an epoch; of the epoch's number alone."""
+
+    def load(
+        self, step: list[int], rank: int, world_size: int, epoch: int
+    ) -> tuple[Batch | None, int]:
+        """Return a worker's part of a step, if any, and the instances of the whole step."""
+
+    def validate(self, worker: Worker) -> dict[str, float]:
+        """Score the model as it is; with `val_iou`, by which the best checkpoint is chosen."""
+
+
+def train_loop(
+    config: Config,
+    run: RunFolder,
+    open_source: Callable[[Sam], Source],
+    worker: Worker,
+    report: Report = lambda event: None,
+    max_minutes: float | None = None,
+) -> None:
+    """Train from the run's latest checkpoint, or its base, to the last epoch.
+
+    Args:
+        config: resolved: `freeze_image_encoder` and the loss's weights are set.
+        open_source: is given the model, on the worker's device.
+        report: hears of every step and epoch, on rank 0.
+        max_minutes: of one worker alone: stop before an epoch that would not end within them.
+
+    Raises:
+        TrainingError: the loss is not a number any more.
+    """
+    settings = config.train
+    checkpoint = load_checkpoint(run.latest or run.base)
+    sam = checkpoint.model().to(worker.device)
+    freeze(sam, config.model)
+    focal_weight, balanced_weight = config.loss.focal_weight, config.loss.balanced_weight
+    assert focal_weight is not None
+    assert balanced_weight is not None
+    module = PromptedSam(
+        sam,
+        (focal_weight, config.loss.dice_weight, config.loss.iou_weight),
+        settings.max_prompts,
+    )
+    model: nn.Module = module
+    if worker.world_size > 1:
+        model = DistributedDataParallel(module)
+    optimizer = torch.optim.AdamW(
+        [p for p in sam.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    epoch, step = 0, 0
+    if run.latest is not None:
+        optimizer.load_state_dict(load_optimizer(run.latest))
+        epoch, step = checkpoint.progress["epoch"], checkpoint.progress["step"]
+    source = open_source(sam)
+    began = started = time.perf_counter()
+    while epoch < settings.num_epochs:
+        now = time.perf_counter()
+        if max_minutes is not None and now - began + (now - started) > 60 * max_minutes:
+            break
+        started = now
+        module.balanced_weight = balanced_weight * balance_at(epoch, settings.num_epochs)
+        losses, step = train_epoch(model, optimizer, source, settings, worker, epoch, step, report)
+        epoch += 1
+        scores = source.validate(worker)
+        metrics = {
+            "epoch": epoch,
+            "step": step,
+            **losses,
+            **scores,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        if worker.rank == 0:
+            progress = {
+                **metrics,
+                "dataset_digest": source.digest,
+                "base": checkpoint.progress.get("base"),
+            }
+            name = f"epoch_{epoch:04d}"
+            save_checkpoint(
+                run.path / "checkpoints" / name,
+                sam.state_dict(),
+                config,
+                progress,
+                optimizer.state_dict(),
+            )
+            run.register(name, metrics)
+            report({"event": "epoch", **metrics})
+    worker.sum(torch.zeros(1, device=worker.device))  # nobody leaves before the last is written
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source: Source,
+    settings: TrainConfig,
+    worker: Worker,
+    epoch: int,
+    step: int,
+    report: Report,
+) -> tuple[dict[str, float], int]:
+    """Train on every item of the source's epoch once.
+
+    Returns:
+        Mean losses per instance over all workers, and the number of steps so far.
+    """
+    steps = source.steps(epoch)
+    total_steps = len(steps) * settings.num_epochs
+    sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
+    for number, (batch, num_instances) in enumerate(
+        _load_ahead(source, steps, worker, epoch), start=1
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, total_steps, settings)
+        losses = train_step(model, optimizer, batch, num_instances, worker, settings)
+        step += 1
+        mine = len(batch) if batch else 0
+        sums += torch.tensor([*(losses[name] for name in LOSSES), mine], dtype=torch.float64)
+        if worker.rank == 0 and mine:
+            report(
+                {
+                    "event": "step",
+                    "epoch": epoch + 1,
+                    "step": number,
+                    "steps": len(steps),
+                    "loss": losses["loss"] / mine,
+                }
+            )
+    sums = worker.sum(sums.to(worker.device)).cpu()
+    return {name: float(sums[i] / sums[-1]) for i, name in enumerate(LOSSES)}, step
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch | None,
+    num_instances: int,
+    worker: Worker,
+    settings: TrainConfig,
+) -> dict[str, float]:
+    """Make one optimiser step; every worker calls this, with or without a batch.
+
+    DDP averages gradients over workers, so each one's loss is world size x its sum / all
+    instances: the mean over instances, however they are spread.
+
+    Returns:
+        This worker's sums of the losses.
+    """
+    with torch.autocast(
+        worker.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
+    ):
+        sums: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
+    optimizer.zero_grad(set_to_none=True)
+    (sums["loss"] * (worker.world_size / num_instances)).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
+    if not torch.isfinite(norm):  # the reduced gradient, so every worker sees it
+        raise TrainingError(
+            "the gradient is no longer a finite number; lower train.learning_rate (--lr)"
+        )
+    optimizer.step()
+    return {name: float(value.detach()) for name, value in sums.items()}
+
+
+def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> float:
+    """Linear warm-up, then a half cosine from the peak to its final share; of the step alone."""
+    warmup = min(settings.warmup_steps, total_steps // 2)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total_steps - warmup)
+    final = settings.final_lr_fraction
+    return settings.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def balance_at(epoch: int, num_epochs: int) -> float:
+    """Share of the balanced loss in an epoch: 1 at first, none after a fifth of the epochs."""
+    return max(0.0, 1 - 5 * epoch / num_epochs)
+
+
+def _load_ahead(
+    source: Source, steps: list[list[int]], worker: Worker, epoch: int
+) -> Iterator[tuple[Batch | None, int]]:
+    """Load the next batch while the current one trains."""
+
+    def load(step: list[int]) -> tuple[Batch | None, int]:
+        return source.load(step, worker.rank, worker.world_size, epoch)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        upcoming = pool.submit(load, steps[0])
+        for step in steps[1:]:
+            batch, upcoming = upcoming, pool.submit(load, step)
+            yield batch.result()
+        yield upcoming.result()

@@ -1,0 +1,292 @@
+"""Pre-train `tiny` from nothing on drawn scenes: `pretrain` -> `samray.training.loop.train_loop`.
+
+Plain torch on one device, without Ray, so that any machine with a GPU will do. The step and the
+loop are fine-tuning's; what differs is where the batches come from.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from samray.config import MAX_BOX_NOISE, Config, required, resolve_model
+from samray.errors import ConfigError
+from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
+from samray.sam.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    open_run,
+    require_same_run,
+    save_checkpoint,
+)
+from samray.sam.decode import PromptGroup, best_masks, decode_prompts
+from samray.sam.model import build_model, low_res_size
+from samray.sam.shipped import export_weights, load_shipped
+from samray.sam.weights import digest_of
+from samray.storage import resolve, resolve_local
+from samray.training.loop import Worker, train_loop
+from samray.training.losses import low_res_iou
+from samray.training.scenes import VERSION, draw_scenes, region_masks
+from samray.training.step import Batch, draw_correction_plan, drawn_place, error_click
+
+SEEDS = 2**40  # scenes of one run's seed; more than any run draws
+VAL_BATCH = 16
+
+
+@dataclass
+class _Drawing:
+    """Some scenes, and P regions of them to ask for.
+
+    Attributes:
+        images: B x 3 x S x S float32, normalised.
+        valid: B x 1 x h x w float32.
+        scene_index: P int64.
+        masks: P x S x S bool.
+        targets: P x 1 x h x w float32.
+        generator: for what else is left to chance.
+    """
+
+    images: Tensor
+    valid: Tensor
+    scene_index: Tensor
+    masks: Tensor
+    targets: Tensor
+    generator: torch.Generator
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.masks.device)
+
+    def point_group(self, chosen: Tensor) -> PromptGroup:
+        """Prompt the chosen regions by a point, uniform over the region."""
+        points = _random_points(self.masks[chosen], self.uniform(len(chosen)))
+        labels = torch.ones(len(chosen), 1, dtype=torch.int64, device=points.device)
+        return PromptGroup(self.scene_index[chosen], points[:, None], labels)
+
+    def box_group(self, chosen: Tensor, noise: float) -> PromptGroup:
+        """Prompt the chosen regions by their box, moved as by `tight_box`."""
+        boxes = _boxes(self.masks[chosen])
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        shift = torch.randn(boxes.shape, generator=self.generator, device=boxes.device)
+        shift = (shift * noise * sides).clamp(-MAX_BOX_NOISE, MAX_BOX_NOISE)
+        moved = (boxes + shift).clamp(0, self.masks.shape[-1])
+        kept = ((moved[:, 2:] - moved[:, :2]) >= 1).all(dim=1, keepdim=True)
+        return PromptGroup(self.scene_index[chosen], boxes=torch.where(kept, moved, boxes))
+
+
+class DrawnScenes:
+    """Scenes to learn from, and others to choose the best checkpoint by; a `loop.Source`.
+
+    Args:
+        sam: the model that learns, on the device that shall draw.
+    """
+
+    def __init__(self, config: Config, sam: Any) -> None:
+        self.config, self.sam = config, sam
+        self.digest = scenes_digest(config)
+
+    def steps(self, epoch: int) -> list[list[int]]:
+        """Return the scenes of each step; no scene comes twice."""
+        count, size = self.config.pretrain.scenes_per_epoch, self.config.train.batch_size
+        end = (epoch + 1) * count
+        return [
+            list(range(start, min(start + size, end))) for start in range(epoch * count, end, size)
+        ]
+
+    def load(
+        self, step: list[int], rank: int, world_size: int, epoch: int
+    ) -> tuple[Batch | None, int]:
+        """Draw a step's scenes and its prompts: point or box, evenly, and clicks to follow."""
+        prompts, seed = self.config.prompts, self.config.train.seed
+        drawing = self._draw(seed * SEEDS + step[0], len(step))
+        by_point = drawing.uniform(len(drawing.masks)) < 0.5
+        plan = draw_correction_plan(prompts.num_clicks, np.random.default_rng([seed, step[0]]))
+        groups, targets, draws = [], [], []
+        for with_points in (True, False):
+            chosen = torch.nonzero(by_point == with_points)[:, 0]
+            if len(chosen) == 0:
+                continue
+            groups.append(
+                drawing.point_group(chosen)
+                if with_points
+                else drawing.box_group(chosen, prompts.box_noise)
+            )
+            targets.append(drawing.targets[chosen])
+            draws.append(drawing.uniform(len(chosen), len(plan)))
+        batch = Batch(drawing.images, None, groups, targets, drawing.valid, plan, draws)
+        return batch, max(1, len(batch))
+
+    @torch.inference_mode()
+    def validate(self, worker: Worker) -> dict[str, float]:
+        """Score held-out scenes by one random point, one tight box, and three clicks.
+
+        Returns:
+            `val_iou`, the mean over the three, and each one's own. IoU is taken on the decoder's
+            cells, against the shares that the true region covers.
+        """
+        settings, seed = self.config.pretrain, (self.config.train.seed + 1) * SEEDS
+        ious: dict[str, list[Tensor]] = {"random": [], "bbox": [], "clicks3": []}
+        for start in range(0, settings.val_scenes, VAL_BATCH):
+            number = min(VAL_BATCH, settings.val_scenes - start)
+            drawing = self._draw(seed - 1 - start, number)
+            embeddings = self.sam.image_encoder(drawing.images)
+            target, valid = drawing.targets, drawing.valid[drawing.scene_index]
+            everything = torch.arange(len(target), device=target.device)
+            answer, _ = self._answer(embeddings, drawing.box_group(everything, noise=0))
+            ious["bbox"].append(low_res_iou(answer, target, valid))
+            group = drawing.point_group(everything)
+            for clicks in (1, 2, 3):
+                answer, group = self._answer(embeddings, group)
+                if clicks in (1, 3):
+                    name = "random" if clicks == 1 else "clicks3"
+                    ious[name].append(low_res_iou(answer, target, valid))
+                draw = drawing.uniform(len(target))
+                point, label = error_click(
+                    answer, target, valid, draw, self.sam.image_encoder.img_size
+                )
+                group = group.with_point(point, label)
+        scores = {f"val_iou_{name}": float(torch.cat(v).mean()) for name, v in ious.items()}
+        return {"val_iou": sum(scores.values()) / len(scores), **scores}
+
+    def _draw(self, seed: int, count: int) -> _Drawing:
+        device, size = self.sam.device, self.sam.image_encoder.img_size
+        generator = torch.Generator(device).manual_seed(seed)
+        scenes = draw_scenes(generator, count, size)
+        chosen = region_masks(scenes, self.config.pretrain.regions_per_scene, generator)
+        cell = size // low_res_size(self.sam)
+        mean = torch.tensor(PIXEL_MEAN, device=device)[:, None, None]
+        std = torch.tensor(PIXEL_STD, device=device)[:, None, None]
+        valid = scenes.valid[:, None].float()
+        return _Drawing(
+            images=(scenes.images - mean) / std * valid,
+            valid=F.avg_pool2d(valid, cell),
+            scene_index=chosen[0],
+            masks=chosen[1],
+            targets=F.avg_pool2d(chosen[1][:, None].float(), cell),
+            generator=generator,
+        )
+
+    def _answer(self, embeddings: Tensor, group: PromptGroup) -> tuple[Tensor, PromptGroup]:
+        """Return the best logits, P x 1 x h x w, and the prompts with them fed back."""
+        masks, ious = decode_prompts(self.sam, embeddings, group, group.ambiguous)
+        answer = best_masks(masks, ious)
+        return answer, group.with_answer(answer)
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Train `tiny` from random weights, or from a checkpoint, and keep the best.
+
+    Args:
+        config: its `model`, `prompts`, `loss`, `train`, `scaling` and `pretrain` sections.
+
+    Returns:
+        The content of RUN/run.json.
+
+    Raises:
+        SamrayError: a setting does not allow the run, or the loss went beyond all bounds.
+    """
+    (output_dir,) = required(config, "train.output_dir")
+    if config.model.type != "tiny":
+        raise ConfigError(f"model.type: only tiny is pre-trained, not {config.model.type}")
+    output = resolve(output_dir, "--output-dir")
+    resumed = open_run(output, config.train.resume)
+    device = _device(config)
+    config = resolve_model(config, weights_given=False)
+    digest = scenes_digest(config)
+    if resumed is not None:
+        require_same_run(resumed, config, digest)
+        print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
+    run = resumed or RunFolder.create(output, config, digest)
+    if not run.base.exists():
+        source = config.model.checkpoint
+        if source == "none":
+            name = f"random weights, seed {config.train.seed}"
+            sam = build_model("tiny", config.train.seed)
+        elif source is None:
+            name = "tiny as it ships"
+            sam = load_shipped().model()
+        else:
+            name = str(resolve(str(source), "--checkpoint"))
+            sam = load_checkpoint(resolve(str(source), "--checkpoint")).model()
+        weights = sam.state_dict()
+        base = {"source": name, "digest": digest_of(weights)}
+        save_checkpoint(run.base, weights, config, {"base": base})
+    if device.type == "cpu":
+        # One core draws the next scenes meanwhile.
+        torch.set_num_threads(config.scaling.cpus_per_worker or max(1, (os.cpu_count() or 2) - 1))
+    else:
+        torch.set_float32_matmul_precision("high")
+    steps = -(-config.pretrain.scenes_per_epoch // config.train.batch_size)
+    with tqdm(
+        total=config.train.num_epochs * steps, file=sys.stderr, disable=None, unit="step"
+    ) as bar:
+        train_loop(
+            config,
+            run,
+            lambda sam: DrawnScenes(config, sam),
+            Worker(0, 1, device),
+            lambda event: _show(bar, config, event),
+            config.pretrain.max_minutes,
+        )
+    if len(run.state["epochs"]) >= config.train.num_epochs:
+        run.update(status="finished")
+    if config.pretrain.export_dir is not None:
+        export_weights(run, resolve_local(config.pretrain.export_dir, "--export"))
+    return run.state
+
+
+def scenes_digest(config: Config) -> str:
+    """Name the scenes of a run: they follow from the generator's version and the settings."""
+    settings = config.pretrain
+    return (
+        f"scenes-{VERSION}-seed-{config.train.seed}"
+        f"-{settings.scenes_per_epoch}x{settings.regions_per_scene}"
+    )
+
+
+def _device(config: Config) -> torch.device:
+    wanted, there = config.scaling.device, torch.cuda.is_available()
+    if wanted == "gpu" and not there:
+        raise ConfigError("--device gpu: torch sees no GPU here; leave it out to use the CPU")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def _show(bar: Any, config: Config, event: dict[str, Any]) -> None:
+    """A bar on a terminal, a line an epoch elsewhere."""
+    if event["event"] == "step":
+        bar.n = (event["epoch"] - 1) * event["steps"] + event["step"]
+        bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
+        bar.update(0)
+        return
+    line = (
+        f"epoch {event['epoch']}/{config.train.num_epochs}  loss {event['loss']:.3f}  "
+        f"point {event['val_iou_random']:.3f}  box {event['val_iou_bbox']:.3f}  "
+        f"3 clicks {event['val_iou_clicks3']:.3f}  {event['seconds']:.0f} s"
+    )
+    if bar.disable:
+        print(line, flush=True)
+    else:
+        bar.write(line)
+
+
+def _random_points(masks: Tensor, draw: Tensor) -> Tensor:
+    """Return one pixel of each mask, uniform over it: P x 2 float32, (x, y)."""
+    side = masks.shape[-1]
+    place = drawn_place(masks.flatten(1), draw)
+    return torch.stack([place % side, place // side], dim=1).float()
+
+
+def _boxes(masks: Tensor) -> Tensor:
+    """Return P x 4 float32, XYXY, x2 and y2 just outside."""
+    size = masks.shape[-1]
+    ends = []
+    for dim in (1, 2):  # columns hold x, rows hold y
+        hit = masks.any(dim=dim).int()
+        ends.append((hit.argmax(dim=1), size - hit.flip(1).argmax(dim=1)))
+    (x1, x2), (y1, y2) = ends
+    return torch.stack([x1, y1, x2, y2], dim=1).float()

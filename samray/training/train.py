@@ -1,0 +1,320 @@
+"""Fine-tune SAM on a Ray cluster: `fit` -> `train_loop_per_worker` -> `loop.train_loop`.
+
+This file only wraps the loop in Ray; a run's state lives in its RUN folder and nowhere in Ray,
+which would go on unasked with a run of the same name and prefers the latest to the best.
+"""
+
+import functools
+import os
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+
+from samray import cluster
+from samray.config import Config, required, resolve_model
+from samray.data.dataset import PreparedDataset
+from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.sam.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    load_checkpoint,
+    open_run,
+    require_same_run,
+    save_checkpoint,
+)
+from samray.sam.embeddings import EmbeddingCache, embeddings_folder
+from samray.sam.model import build_model, load_weights
+from samray.sam.shipped import load_shipped
+from samray.sam.weights import digest_of, fetch_official, load_state_dict
+from samray.storage import Place, copy_folder, remove_folder, require_folder, resolve
+from samray.training.encode import encode_missing
+from samray.training.finetuning import FineTuning
+from samray.training.loop import Report, Worker, train_loop
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a sweep gives to one of its runs.
+
+    Attributes:
+        base: folder of the weights that all trials start from.
+        report: hears of every step and epoch, in place of a progress bar.
+    """
+
+    base: Place
+    report: Report
+
+
+def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
+    """Fine-tune a model and keep its best checkpoint.
+
+    Args:
+        config: its `model`, `prompts`, `loss`, `train`, `scaling` and `embeddings` sections.
+        trial: for a run of a sweep. A single worker's loop then runs in the calling process
+            (Ray Train's local mode), which saves the start of another.
+
+    Returns:
+        The run's report, as written to RUN/run.json.
+
+    Raises:
+        SamrayError: a setting, the data, the weights or the cluster do not allow the run, or
+            training failed for a reason that the user can mend.
+    """
+    data_dir, output_dir = required(config, "train.data_dir", "train.output_dir")
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    output = resolve(output_dir, "--output-dir")
+    resumed = open_run(output, config.train.resume)
+    num_images = len(dataset.split("train"))
+    dataset.split("val")
+    if config.scaling.num_workers > num_images:
+        raise ConfigError(
+            f"--num-workers {config.scaling.num_workers} are more than the {num_images} images of "
+            "the train split; some would have nothing to do; lower it"
+        )
+    if config.scaling.num_workers > config.train.batch_size:
+        print(
+            f"note: {config.scaling.num_workers} workers share batches of "
+            f"{config.train.batch_size} images; raise --batch-size to keep all of them busy"
+        )
+    if trial is None:
+        base, config = base_checkpoint(config)
+    else:
+        config = resolve_model(config, weights_given=config.model.checkpoint != "none")
+    if resumed is not None:
+        require_same_run(resumed, config, dataset.digest)
+        print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
+    cluster.start()
+    resources = cluster.plan_resources(config.scaling)
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    cluster.require_shared(output, "--output-dir")
+    run = resumed or RunFolder.create(output, config, dataset.digest)
+    if not run.base.exists():
+        if trial is None:
+            save_checkpoint(run.base, base.weights, config, base.progress)
+        else:
+            copy_folder(trial.base, run.base, link=True)
+    cache_dir = None
+    if config.model.freeze_image_encoder:
+        cache_dir = embeddings_folder(config, dataset)
+        records = dataset.split("train") + dataset.split("val")
+        reserve = config.embeddings.reserve_gb
+        device = config.scaling.device
+        encoding = encode_missing(dataset, records, run.base, cache_dir, reserve, device)
+        run.update(embeddings=encoding.as_dict())
+    _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
+    run = RunFolder(output)  # the workers have written to it
+    run.update(status="finished")
+    return run.state
+
+
+def train_loop_per_worker(arguments: dict[str, Any]) -> None:
+    """Run the plain torch loop in one of Ray Train's workers."""
+    if dist.is_initialized():
+        worker = Worker(dist.get_rank(), dist.get_world_size(), ray.train.torch.get_device())
+    else:  # in a trial's own process, where Tune lets nobody ask Ray Train
+        worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
+    torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
+    run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
+    cache = None
+    if arguments["cache_dir"] is not None:
+        cache = EmbeddingCache(arguments["cache_dir"], load_checkpoint(run.base).model())
+    config = arguments["config"]
+    train_loop(
+        config,
+        run,
+        lambda sam: FineTuning(config, dataset, cache, sam),
+        worker,
+        arguments["report"],
+    )
+
+
+def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
+    """Return the weights to start from, and the config with what follows from them.
+
+    Raises:
+        SamrayError: they cannot be had, or are another model's.
+    """
+    model_type, source = config.model.type, config.model.checkpoint
+    if source == "none":
+        name = f"random weights, seed {config.train.seed}"
+        sam = build_model(model_type, config.train.seed)
+        config = resolve_model(config, weights_given=False)
+    else:
+        if source is None and model_type == "tiny":
+            shipped = load_shipped()
+            name, weights = "tiny, shipped with samray", shipped.weights
+        elif source is None:
+            name = str(fetch_official(model_type))
+            weights = load_state_dict(Path(name))
+        else:
+            path = resolve(source, "--checkpoint")
+            name = str(path)
+            if path.is_dir():
+                checkpoint = load_checkpoint(path)
+                weights = checkpoint.weights
+                if checkpoint.model_type != model_type:
+                    raise CheckpointError(
+                        f"{path}: is a {checkpoint.model_type} checkpoint, but the model type is "
+                        f"{model_type}; pass --model-type {checkpoint.model_type}"
+                    )
+            else:
+                weights = load_state_dict(path)
+        sam = build_model(model_type, config.train.seed)
+        load_weights(sam, weights, model_type, name)
+        config = resolve_model(config, weights_given=True)
+    weights = sam.state_dict()
+    base = {"source": name, "digest": digest_of(weights)}
+    return Checkpoint(Path(name), model_type, weights, {"base": base}), config
+
+
+def _train(
+    config: Config,
+    run: RunFolder,
+    dataset: PreparedDataset,
+    cache_dir: Place | None,
+    resources: cluster.Resources,
+    report: Report | None,
+) -> None:
+    """Start the workers, pass on what they report, and translate their failures."""
+    ray_folder = run.path / "ray"
+    worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.use_gpu:
+        worker_resources["GPU"] = config.scaling.gpus_per_worker
+    here = report is not None and resources.num_workers == 1
+    board = None if here else Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "config": config,
+            "run": run.path,
+            "dataset": dataset.folder,
+            "cache_dir": cache_dir,
+            "threads": resources.cpus_per_worker,
+            "use_gpu": resources.use_gpu,
+            "report": report if here else functools.partial(_pin, board),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=0 if here else resources.num_workers,  # 0: in this process
+            use_gpu=resources.use_gpu,
+            resources_per_worker=worker_resources,
+        ),
+        # A name of its own every time: Ray silently goes on with a run whose name it knows.
+        run_config=ray.train.RunConfig(
+            name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(ray_folder)
+        ),
+    )
+    if here:
+        trainer.fit()
+        return
+    done = threading.Event()
+    show = (
+        functools.partial(_pass_on, report)
+        if report
+        else functools.partial(_show_progress, config, run)
+    )
+    viewer = threading.Thread(target=show, args=(board, done), daemon=True)
+    viewer.start()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as exc:
+        for failure in getattr(exc, "worker_failures", {}).values():
+            cause = _samray_cause(failure)
+            if cause is not None:
+                raise cause from exc
+        raise
+    finally:
+        done.set()
+        viewer.join()
+        remove_folder(ray_folder)
+
+
+def _samray_cause(failure: BaseException | None) -> SamrayError | None:
+    while failure is not None:
+        if isinstance(failure, SamrayError):
+            return failure
+        failure = getattr(failure, "cause", None) or failure.__cause__
+    return None
+
+
+@ray.remote
+class Board:
+    """Where the workers pin their news for whoever started them."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Pin one event."""
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Take all events down."""
+        events, self.events = self.events, []
+        return events
+
+
+def _pin(board: Any, event: dict[str, Any]) -> None:
+    board.put.remote(event)
+
+
+def _pass_on(report: Report, board: Any, done: threading.Event) -> None:
+    """Tell a trial what its workers pin."""
+    last = False
+    while not last:
+        last = done.wait(0.2)
+        for event in ray.get(board.take.remote()):
+            report(event)
+
+
+def _show_progress(config: Config, run: RunFolder, board: Any, done: threading.Event) -> None:
+    """A bar on a terminal, a line an epoch elsewhere."""
+    epochs = config.train.num_epochs
+    finished = len(run.state["epochs"])
+    form = (
+        "{desc}: {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+    )
+    with tqdm(
+        total=epochs,
+        initial=finished,
+        desc="starting workers",
+        bar_format=form,
+        file=sys.stderr,
+        disable=None,
+    ) as bar:
+        last = started = False
+        while not last:
+            last = done.wait(0.5)
+            try:
+                events = ray.get(board.take.remote())
+            except ray.exceptions.RayError:
+                return
+            if events and not started and not bar.disable:
+                started = True
+                bar.start_t = time.time()  # time left follows from training, not from starting
+                bar.set_description("train")
+            for event in events:
+                if event["event"] == "step":
+                    bar.n = event["epoch"] - 1 + event["step"] / event["steps"]
+                    bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
+                    continue
+                line = (
+                    f"epoch {event['epoch']}/{epochs}  loss {event['loss']:.3f}  "
+                    f"val_iou {event['val_iou']:.3f}  {event['seconds']:.1f} s"
+                )
+                if bar.disable:
+                    print(line, flush=True)
+                else:
+                    bar.set_description(f"train (val_iou {event['val_iou']:.3f})")
+            if not bar.disable:
+                bar.refresh()

@@ -1,0 +1,562 @@
+"""A sweep: many fine-tunings of one base, on one cache of embeddings, by Ray Tune.
+
+    SWEEP/sweep.json             what is searched, every trial, the best one, its test scores
+    SWEEP/report.html            the same for people
+    SWEEP/base/                  the weights that every trial starts from
+    SWEEP/trials/<trial id>/     a RUN each, of `samray.training.train.fit`
+    SWEEP/tune/                  Ray Tune's own state and TensorBoard's files
+
+The trials' truth is in their RUN folders; of Tune's state only its choices and decisions count.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.tune.search.sample import Categorical, Domain, Float, Integer
+from tqdm import tqdm
+
+from samray import __version__, cluster
+from samray.config import Config, required, resolve_model, save_config, with_settings
+from samray.data.dataset import PreparedDataset
+from samray.errors import ConfigError, SweepError
+from samray.evaluation.evaluate import score_models, summary
+from samray.evaluation.scoring import MATRIX
+from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.sam.embeddings import embeddings_folder
+from samray.storage import (
+    Place,
+    is_used,
+    read_json,
+    require_folder,
+    resolve,
+    resolve_local,
+    write_bytes,
+    write_json,
+)
+from samray.training.encode import encode_missing
+from samray.training.sweep_report import what_mattered, write_report
+from samray.training.train import Trial, base_checkpoint, fit
+
+SWEEP_FORMAT = 1
+SEARCHED = ("model", "prompts", "loss", "train")
+METRICS = ("val_iou", "val_dice", *(f"val_iou_{row}" for row in MATRIX))
+WORDS = (
+    *("choice", "grid_search", "uniform", "quniform", "loguniform", "qloguniform"),
+    *("randint", "qrandint", "lograndint", "qlograndint", "randn", "qrandn"),
+)
+# What all trials have in common, or is given to the sweep itself.
+FIXED = {
+    "model.type": "all trials start from one base; make a sweep for each",
+    "model.checkpoint": "all trials start from one base; make a sweep for each",
+    "train.data_dir": "pass --data-dir",
+    "train.output_dir": "pass --output-dir",
+    "train.num_epochs": "it is what the trials are compared at; set it in the config",
+    "train.resume": "the same command goes on with a sweep by itself",
+}
+NUM_RANDOM_TRIALS = 16
+
+
+def sweep(config: Config) -> dict[str, Any]:
+    """Search the settings that tune best, and score base and best trial on the test split.
+
+    The same call again goes on with an unfinished sweep; finished trials are not repeated.
+
+    Args:
+        config: its `tune` section; the others are what each trial starts from.
+
+    Returns:
+        The content of SWEEP/sweep.json.
+
+    Raises:
+        SamrayError: a setting, the data, the weights or the cluster do not allow the sweep, or
+            no trial came to an end.
+    """
+    data_dir, output_dir = required(config, "tune.data_dir", "tune.output_dir")
+    settings = config.tune
+    dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
+    for split in ("train", "val", "test"):
+        dataset.split(split)  # refuse now what would fail in the end
+    output = resolve_local(output_dir, "--output-dir")
+    config = with_settings(
+        config,
+        {"train.data_dir": str(dataset.folder), "train.output_dir": None, "train.resume": False},
+        "sweep",
+    )
+    space = search_space(config)
+    num_trials = _num_trials(config, space)
+    if settings.metric not in METRICS:
+        raise ConfigError(
+            f"tune.metric: {settings.metric!r} is reported by no trial; choose from "
+            f"{', '.join(METRICS)}"
+        )
+    base, resolved = base_checkpoint(config)
+    state = {
+        "format": SWEEP_FORMAT,
+        "samray_version": __version__,
+        "status": "running",
+        "dataset_digest": dataset.digest,
+        "base": base.progress["base"],
+        "num_trials": num_trials,
+        "deciding": _deciding(config),
+    }
+    before = _require_same(output, state)
+    if before is not None and before["status"] == "finished":
+        write_bytes(output / "report.html", write_report(before).encode())
+        return before
+    cluster.start()
+    resources = cluster.plan_resources(config.scaling, num_trials)
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    cluster.require_shared(output, "--output-dir")
+    config = with_settings(config, {"scaling.cpus_per_worker": resources.cpus_per_worker}, "sweep")
+    if before is None:
+        write_json(output / "sweep.json", state)
+        save_config(config, output / "config.yaml")
+    if not (output / "base" / "weights.pth").exists():
+        save_checkpoint(output / "base", base.weights, resolved, base.progress)
+    started = time.perf_counter()
+    cache_dir = embeddings_folder(config, dataset)
+    encoding = encode_missing(
+        dataset,
+        [record for split in ("train", "val", "test") for record in dataset.split(split)],
+        output / "base",
+        cache_dir,
+        config.embeddings.reserve_gb,
+        config.scaling.device,
+    )
+    state["embeddings"] = (before or {}).get("embeddings") or encoding.as_dict()
+    state["interrupted"] = before is not None
+    write_json(output / "sweep.json", state)
+    trials = _run_trials(Plan(config, output, resources, num_trials), space)
+    state |= {"trials": trials, "seconds": round(time.perf_counter() - started, 1)}
+    _require_one(trials)
+    best = max((t for t in trials if t["score"] is not None), key=lambda t: t["score"])
+    state |= {
+        "best": best["run"],
+        "best_settings": best["settings"],
+        "mattered": what_mattered(trials),
+        "cost": _cost(state, config.train.num_epochs),
+        "test": _test_scores(config, dataset, output, best["run"], cache_dir),
+        "status": "finished",
+    }
+    write_json(output / "sweep.json", state)
+    write_bytes(output / "report.html", write_report(state).encode())
+    return state
+
+
+def search_space(config: Config) -> dict[str, Any]:
+    """Turn `tune.search_space` into Ray Tune's own objects, each checked at its ends.
+
+    Raises:
+        ConfigError: listing every setting, word, argument or value that will not do.
+    """
+    written = config.tune.search_space
+    if not written:
+        raise ConfigError(
+            "tune.search_space is empty; name the settings to search, e.g. "
+            "{train.learning_rate: {loguniform: [1.0e-5, 1.0e-2]}}; see configs/tune.yaml"
+        )
+    space: dict[str, Any] = {}
+    mistakes = []
+    for dotted, spec in written.items():
+        try:
+            space[dotted] = _domain(config, dotted, spec)
+        except (ConfigError, ValueError, TypeError) as exc:
+            mistakes.append(f"tune.search_space: {dotted}: {exc}")
+    if config.tune.search == "optuna":
+        if importlib.util.find_spec("optuna") is None:
+            mistakes.append("tune.search: optuna is not installed; pip install optuna, or random")
+        if any(isinstance(domain, dict) for domain in space.values()):
+            mistakes.append("tune.search: optuna takes no grid_search; use choice, or random")
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
+    return space
+
+
+def _domain(config: Config, dotted: str, spec: Any) -> Any:
+    """One setting's domain: a Tune `Domain`, or Tune's {"grid_search": [...]}."""
+    if dotted in FIXED:
+        raise ConfigError(f"cannot be searched: {FIXED[dotted]}")
+    if dotted.split(".")[0] not in SEARCHED:
+        raise ConfigError(f"is no setting of training; those are in {', '.join(SEARCHED)}")
+    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in WORDS:
+        raise ConfigError(f"must be one of {{{', '.join(WORDS)}}} with its arguments, not {spec!r}")
+    ((word, arguments),) = spec.items()
+    arguments = arguments if isinstance(arguments, list) else [arguments]
+    if word in ("choice", "grid_search"):
+        if not arguments:
+            raise ConfigError(f"{word} has nothing to choose from")
+        for value in arguments:
+            with_settings(config, {dotted: value}, word)
+        return getattr(tune, word)(arguments)
+    if not all(isinstance(value, int | float) for value in arguments):
+        raise ConfigError(
+            f"{word} takes numbers, not {arguments!r}; YAML reads 1e-5 as a text, write 1.0e-5"
+        )
+    domain = getattr(tune, word)(*arguments)
+    assert isinstance(domain, Domain)
+    ends = [domain.sample() for _ in range(20)]
+    if isinstance(domain, Float | Integer) and word not in ("randn", "qrandn"):
+        if not domain.lower < domain.upper:
+            raise ConfigError(f"{word}: {domain.lower} must be below {domain.upper}")
+        last = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+        ends += [domain.lower, last]
+    for value in ends:
+        with_settings(config, {dotted: value}, f"{word} can draw {value!r}")
+    return domain
+
+
+def _num_trials(config: Config, space: dict[str, Any]) -> int:
+    points = _grid_points(space)
+    number = config.tune.num_trials or (points if points > 1 else NUM_RANDOM_TRIALS)
+    if number % points:
+        raise ConfigError(
+            f"--num-trials {number} is no multiple of the {points} points of the grid in "
+            "tune.search_space; each point is tried equally often"
+        )
+    return number
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The settings that decide a sweep's result."""
+    values = config.model_dump(mode="json", include={*SEARCHED, "tune"})
+    for section, key in (
+        *(("tune", k) for k in ("data_dir", "output_dir", "max_concurrent_trials", "mlflow_uri")),
+        *(("tune", k) for k in ("max_failures", "num_trials")),
+        *(("train", k) for k in ("data_dir", "output_dir", "resume")),
+    ):
+        del values[section][key]
+    return {
+        f"{section}.{key}": value
+        for section, content in values.items()
+        for key, value in content.items()
+    }
+
+
+def _require_same(output: Place, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state of the sweep in the folder, if there is one; refuse another's."""
+    if not is_used(output):
+        return None
+    if not (output / "sweep.json").is_file():
+        raise ConfigError(f"--output-dir: {output} is not empty and holds no sweep; choose another")
+    before: dict[str, Any] = read_json(output / "sweep.json")
+    if before.get("format") != SWEEP_FORMAT:
+        raise ConfigError(f"--output-dir: {output}: sweep.json has another format; choose another")
+    was, now = (
+        {
+            **s["deciding"],
+            **{k: s[k] for k in ("dataset_digest", "num_trials")},
+            "base digest": s["base"]["digest"],
+        }
+        for s in (before, state)
+    )
+    changed = [
+        f"{key} (was {was.get(key)!r}, now {value!r})"
+        for key, value in now.items()
+        if was.get(key) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"--output-dir: {output} holds another sweep: {', '.join(changed)}; go on with the "
+            "same settings or choose another --output-dir"
+        )
+    return before
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the trials have in common."""
+
+    config: Config
+    output: Place
+    resources: cluster.Resources
+    num_trials: int
+
+
+def _run_trials(plan: Plan, space: dict[str, Any]) -> list[dict[str, Any]]:
+    """Let Tune start, stop, retry and, after a kill, resume the trials; return the table."""
+    settings = plan.config.tune
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, config=plan.config, output=plan.output),
+        _trial_resources(plan),
+    )
+    folder = plan.output / "tune"
+    if tune.Tuner.can_restore(str(folder)):
+        print(f"going on with the sweep in {plan.output}", flush=True)
+        tuner = tune.Tuner.restore(str(folder), trainable, param_space=space)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=settings.metric,
+                mode="max",
+                num_samples=plan.num_trials // _grid_points(space),
+                search_alg=_searcher(plan, space),
+                scheduler=_scheduler(plan.config),
+                max_concurrent_trials=_concurrent(plan),
+                reuse_actors=True,  # a trial starts in the process of the one before
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(plan.output),
+                failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+                callbacks=[Progress(plan.num_trials, settings.metric), *_loggers(plan)],
+                verbose=0,
+            ),
+        )
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one speaks at verbose=0, too
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table says what failed
+    results = tuner.fit()
+    trials = [_row(plan, result) for result in results]
+    if any(trial["status"] == "unfinished" for trial in trials) or len(trials) < plan.num_trials:
+        # Tune itself ends quietly at Ctrl-C.
+        raise KeyboardInterrupt("the same command goes on where it stopped")
+    return sorted(trials, key=lambda trial: trial["trial_id"])
+
+
+def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
+    """One trial: `fit` with the chosen settings; every epoch's scores go to Tune.
+
+    Args:
+        chosen: dotted path of a setting -> value.
+        config: the sweep's.
+        output: the SWEEP folder.
+    """
+    started = time.perf_counter()
+    first_step: list[float] = []
+    context = tune.get_context()
+    run_path = output / "trials" / context.get_trial_id()
+    resume = (run_path / "run.json").is_file()
+
+    def report(event: dict[str, Any]) -> None:
+        if not first_step:
+            first_step.append(round(time.perf_counter() - started, 2))
+        if event["event"] == "epoch":
+            tell(event, startup_seconds=first_step[0])
+
+    def tell(epoch: dict[str, Any], **more: float) -> None:
+        tune.report({**{key: epoch[key] for key in ("epoch", "loss", "seconds", *METRICS)}, **more})
+
+    if resume and (epochs := RunFolder(run_path).state["epochs"]):
+        tell(epochs[-1])  # Tune may not have heard of it
+    own = {"train.output_dir": str(run_path), "train.resume": resume}
+    fit(with_settings(config, {**chosen, **own}, "trial"), Trial(output / "base", report))
+
+
+def _trial_resources(plan: Plan) -> dict[str, float]:
+    """A trial of one worker trains in Tune's own process; more workers get theirs from Train."""
+    if plan.resources.num_workers > 1:
+        return {"memory": 1}  # a byte: Tune wants some resource, and no CPU shall be held idle
+    gpu = plan.config.scaling.gpus_per_worker if plan.resources.use_gpu else 0
+    return {"cpu": plan.resources.cpus_per_worker, "gpu": gpu}
+
+
+def _concurrent(plan: Plan) -> int:
+    room = plan.resources.room // plan.resources.num_workers
+    return min(room, plan.num_trials, plan.config.tune.max_concurrent_trials or room)
+
+
+def _grid_points(space: dict[str, Any]) -> int:
+    points = 1
+    for domain in space.values():
+        points *= len(domain["grid_search"]) if isinstance(domain, dict) else 1
+    return points
+
+
+def _searcher(plan: Plan, space: dict[str, Any]) -> Searcher | BasicVariantGenerator:
+    settings = plan.config.tune
+    default = None
+    if settings.try_default and plan.num_trials > 1:
+        default = _default_point(plan.config, space)
+        if default is None:
+            print("note: the config as it stands is no trial: the search space does not hold it")
+    points = [default] if default else None
+    if settings.search == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(seed=settings.seed, points_to_evaluate=points)
+    return BasicVariantGenerator(random_state=settings.seed, points_to_evaluate=points)
+
+
+def _default_point(config: Config, space: dict[str, Any]) -> dict[str, Any] | None:
+    """The config's own values of what is searched, if the search could have chosen them."""
+    resolved = resolve_model(config, weights_given=config.model.checkpoint != "none").model_dump()
+    point = {}
+    for dotted, domain in space.items():
+        value: Any = resolved
+        for key in dotted.split("."):
+            value = value[key]
+        if isinstance(domain, dict):
+            return None  # a grid has its own points
+        inside = (
+            value in domain.categories
+            if isinstance(domain, Categorical)
+            else value is not None and domain.is_valid(value)
+        )
+        if not inside:
+            return None
+        point[dotted] = value
+    return point
+
+
+def _scheduler(config: Config) -> TrialScheduler:
+    if config.tune.scheduler == "none":
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="epoch",  # Tune's own count starts again when a trial is resumed
+        max_t=config.train.num_epochs,
+        grace_period=min(config.tune.grace_epochs, config.train.num_epochs),
+        reduction_factor=config.tune.reduction_factor,
+    )
+
+
+def _loggers(plan: Plan) -> list[tune.Callback]:
+    """MLflow, if asked; TensorBoard's files Tune writes by itself."""
+    if plan.config.tune.mlflow_uri is None:
+        return []
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError("tune.mlflow_uri: mlflow is not installed; pip install mlflow, or unset")
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    return [MLflowLoggerCallback(plan.config.tune.mlflow_uri, experiment_name=plan.output.name)]
+
+
+class Progress(tune.Callback):  # type: ignore[misc]
+    """A line for each trial that ends, and on a terminal a bar of all."""
+
+    def __init__(self, num_trials: int, metric: str) -> None:
+        self.num_trials, self.metric = num_trials, metric
+
+    @functools.cached_property
+    def bar(self) -> Any:
+        """Made where it is drawn, for Tune keeps this object in its files."""
+        return tqdm(
+            total=self.num_trials, desc="trials", unit="trial", file=sys.stderr, disable=None
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "bar"}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tell how it went."""
+        epochs = trial.last_result.get("epoch", 0)
+        plural = "" if epochs == 1 else "s"
+        self._tell(trials, trial, f"{self.metric} {self._best(trial):.3f}, {epochs} epoch{plural}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tell that it failed."""
+        self._tell(trials, trial, "failed")
+
+    def _best(self, trial: Any) -> float:
+        """A trial's best score, as far as Tune was told."""
+        return float(trial.metric_analysis.get(self.metric, {}).get("max", 0.0))
+
+    def _tell(self, trials: list[Any], trial: Any, outcome: str) -> None:
+        ended = [other for other in trials if other.is_finished() or other is trial]
+        chosen = ", ".join(f"{key.split('.')[-1]} {_short(v)}" for key, v in trial.config.items())
+        best = max(self._best(other) for other in ended)
+        self.bar.update(len(ended) - self.bar.n)
+        place = f"trial {len(ended)}/{self.num_trials} {trial.trial_id}"
+        self.bar.write(f"{place}: {outcome} ({chosen}); best so far {best:.3f}", file=sys.stdout)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _row(plan: Plan, result: Any) -> dict[str, Any]:
+    """A trial as the report shows it; what it scored is read from its RUN."""
+    metrics = result.metrics or {}
+    trial_id = metrics.get("trial_id") or result.path.rpartition("/")[2]
+    name = f"trials/{trial_id}"
+    run_path = plan.output / name
+    metric = plan.config.tune.metric
+    row: dict[str, Any] = {
+        "trial_id": trial_id,
+        "run": name,
+        "settings": result.config,
+        "status": "failed" if result.error else "unfinished",
+        "reason": _reason(result.error) if result.error else None,
+        "epochs": 0,
+        "score": None,
+        "scores": {},
+        "seconds": 0.0,
+        "startup_seconds": metrics.get("startup_seconds"),
+        "curve": [],
+    }
+    if not (run_path / "run.json").is_file():
+        return row
+    run = RunFolder(run_path)
+    epochs = run.state["epochs"]
+    if epochs:
+        best = max(epochs, key=lambda epoch: epoch[metric])
+        row |= {
+            "epochs": len(epochs),
+            "score": best[metric],
+            "scores": {key: best[f"val_iou_{key}"] for key in MATRIX},
+            "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
+            "curve": [epoch[metric] for epoch in epochs],
+        }
+    if not result.error and epochs:
+        done = len(epochs) >= plan.config.train.num_epochs
+        row["status"] = "finished" if done else "stopped"
+        if not done and not metrics.get("done"):
+            row["status"] = "unfinished"
+    if run.state["status"] != row["status"]:
+        run.update(status=row["status"])
+    return row
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the way there: the last line of Ray's story."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^[\w.]*errors\.", "", lines[-1])[:500] if lines else type(error).__name__
+
+
+def _require_one(trials: list[dict[str, Any]]) -> None:
+    if all(trial["score"] is None for trial in trials):
+        reasons = sorted({str(trial["reason"]) for trial in trials})
+        raise SweepError(f"no trial of {len(trials)} came to an end: {'; '.join(reasons)}")
+
+
+def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
+    """Seconds of this sweep, beside the same trials each trained to the end, one after another.
+
+    The latter is reckoned from what was measured: encoding, and each trial's seconds an epoch;
+    without the start of each run.
+    """
+    epochs = sum(trial["epochs"] for trial in state["trials"])
+    full = sum(
+        num_epochs * trial["seconds"] / trial["epochs"]
+        for trial in state["trials"]
+        if trial["epochs"]
+    )
+    encode = state["embeddings"]["seconds"]
+    separate = full + encode * len(state["trials"])
+    return {
+        "seconds": state["seconds"],
+        "epochs": epochs,
+        "epochs_untrained": num_epochs * len(state["trials"]) - epochs,
+        "separate_seconds": round(separate, 1),
+        "ratio": round(state["seconds"] / max(separate, 1e-9), 3),
+    }
+
+
+def _test_scores(
+    config: Config, dataset: PreparedDataset, output: Place, best: str, cache_dir: Place
+) -> dict[str, Any]:
+    """The prompt matrix of base and best trial on the test split, which no trial has seen."""
+    records = dataset.split("test")
+    checkpoints = {"base": output / "base", "best": load_checkpoint(output / best).path}
+    scores = score_models(config, dataset, records, checkpoints, cache_dir)
+    return {name: summary(scores[name]) for name in checkpoints}

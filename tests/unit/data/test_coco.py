@@ -1,0 +1,189 @@
+"""COCO instance JSON: pycocotools' masks, and nothing that could harm it."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from samray.data.coco import CocoImage, coco_annotation, looks_like_coco, read_coco
+from samray.errors import AnnotationError
+from samray.geometry.masks import rasterize_instance
+
+SIZE = (40, 60)
+SQUARE = [5, 5, 20, 5, 20, 20, 5, 20]
+
+
+def document(*annotations: dict[str, Any], **keys: Any) -> bytes:
+    content = {
+        "info": {},
+        "images": [{"id": 7, "file_name": "a.png", "height": 40, "width": 60}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": " dog "}],
+        "annotations": [{"image_id": 7, "category_id": 3} | entry for entry in annotations],
+    }
+    return json.dumps(content | keys).encode()
+
+
+def only_image(raw: bytes) -> CocoImage:
+    (image,), problems = read_coco(raw, "instances.json")
+    assert problems == []
+    return image
+
+
+def masks_of(raw: bytes) -> list[np.ndarray]:
+    frames = []
+    for shape in coco_annotation(only_image(raw)).shapes:
+        cropped = rasterize_instance([shape], SIZE)
+        (x, y), (h, w) = cropped.origin, cropped.pixels.shape
+        frame = np.zeros(SIZE, bool)
+        frame[y : y + h, x : x + w] = cropped.pixels
+        frames.append(frame)
+    return frames
+
+
+def test_polygons_of_several_parts_are_filled_as_pycocotools_does() -> None:
+    parts = [SQUARE, [30.5, 10.2, 55.7, 12.9, 40.1, 38.4]]
+    (mask,) = masks_of(document({"segmentation": parts}))
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, *SIZE)))
+    assert np.array_equal(mask, expected.astype(bool))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_rle_is_taken_as_it_is(compressed: bool) -> None:
+    for seed in range(30):
+        mask = np.random.default_rng(seed).random(SIZE) < 0.02 * (seed + 1)
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        segmentation: dict[str, Any] = {"size": list(SIZE), "counts": rle["counts"].decode()}
+        if not compressed:
+            flat = mask.ravel(order="F").astype(int)
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [2]])))
+            segmentation["counts"] = np.diff(np.concatenate([[0], edges])).tolist()
+        (found,) = masks_of(document({"segmentation": segmentation}))
+        assert np.array_equal(found, mask)
+
+
+def test_labels_are_the_categories_names_and_crowds_are_counted() -> None:
+    crowd = {"segmentation": {"size": list(SIZE), "counts": [2400]}, "iscrowd": 1}
+    raw = document({"segmentation": [SQUARE], "category_id": 4}, crowd)
+    annotation = coco_annotation(only_image(raw))
+    assert [shape.label for shape in annotation.shapes] == ["dog"]
+    assert annotation.not_instances == [("annotations[1].iscrowd", "crowd")]
+    assert annotation.num_shapes == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "field", "said"),
+    [
+        ({}, ".segmentation", "a box alone"),
+        ({"segmentation": []}, ".segmentation", "a box alone"),
+        ({"segmentation": [[1, 2, 3, 4]]}, ".segmentation[0]", "three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, ".segmentation[0]", "three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, ".segmentation[0]", "three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 1e308]]}, ".segmentation[0]", "in pixels"),
+        ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, ".segmentation[0]", "in pixels"),
+        ({"segmentation": [[100, 100, 120, 100, 110, 120]]}, ".segmentation", "no pixel"),
+        ({"segmentation": [SQUARE], "category_id": 9}, ".category_id", "9 is no id"),
+        ({"segmentation": [SQUARE], "category_id": [3]}, ".category_id", "whole number"),
+        ({"segmentation": {"size": [9, 9], "counts": [81]}}, ".segmentation.size", "[40, 60]"),
+    ],
+    ids=str,
+)
+def test_a_bad_annotation_is_one_problem_and_its_neighbours_go_through(
+    entry: dict[str, Any], field: str, said: str
+) -> None:
+    good = {"segmentation": [SQUARE]}
+    annotation = coco_annotation(only_image(document(good, entry, good)))
+    assert len(annotation.shapes) == 2
+    (problem,) = annotation.problems
+    assert problem.field == f"annotations[1]{field}"
+    assert said in problem.reason
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2401], [-1, 2401], [10**30], [], ["1"], [True] * 2400, None, 7, {},
+        "0" * 100, "o" * 100, "é", "PPPPPPPPPPPPPPPP0", "~", " ",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_runs_that_do_not_add_up_never_reach_pycocotools(counts: Any) -> None:
+    segmentation = {"size": list(SIZE), "counts": counts}
+    annotation = coco_annotation(only_image(document({"segmentation": segmentation})))
+    (problem,) = annotation.problems
+    assert "add up to the image's 2400 pixels" in problem.reason
+
+
+def test_a_polygon_past_the_border_keeps_its_slope() -> None:
+    """Its points are not moved to the border, which would bend the edges inside the image."""
+    triangle = [[-100.0, 0.0, 60.0, 0.0, 60.0, 40.0]]
+    (mask,) = masks_of(document({"segmentation": triangle}))
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(triangle, *SIZE)))
+    assert np.array_equal(mask, expected.astype(bool))
+    assert mask[20, 0], "a corner moved to (0, 0) would leave this out"
+
+
+def test_an_image_of_more_pixels_than_32_bits_count_is_refused() -> None:
+    """pycocotools raised OverflowError, which ended the whole preparation."""
+    image = {"id": 7, "file_name": "a.png", "height": 10**6, "width": 10**6}
+    found, problems = read_coco(document({"segmentation": [SQUARE]}, images=[image]), "c.json")
+    assert found == []
+    assert problems[0][0] == "images[0].width"
+    assert "more than any image" in problems[0][1]
+    assert problems[1][2] == 1
+
+
+def test_a_category_that_no_file_can_hold_costs_its_annotations_only() -> None:
+    """Half of a surrogate pair is valid JSON, and Parquet refuses it."""
+    raw = document(
+        {"segmentation": [SQUARE]},
+        {"segmentation": [SQUARE], "category_id": 4},
+        categories=[{"id": 3, "name": "\ud800"}, {"id": 4, "name": "dog"}],
+    )
+    annotation = coco_annotation(only_image(raw))
+    assert [shape.label for shape in annotation.shapes] == ["dog"]
+    (problem,) = annotation.problems
+    assert "with a name" in problem.reason
+
+
+def test_an_outline_without_end_is_refused() -> None:
+    zigzag = [0, 0, 60, 40] * 400_000
+    (problem,) = coco_annotation(only_image(document({"segmentation": [zigzag]}))).problems
+    assert "too long" in problem.reason
+
+
+def test_what_belongs_to_no_image_is_listed() -> None:
+    images = [
+        {"id": 7, "file_name": "a.png", "height": 40, "width": 60},
+        {"id": 7, "file_name": "b.png", "height": 40, "width": 60},
+        {"id": 8, "file_name": "c.png", "height": 0, "width": 60},
+        {"id": 9, "height": 40, "width": 60},
+        "x",
+    ]
+    others = {"image_id": 8}, {"image_id": 8}, {"image_id": "7"}
+    found, problems = read_coco(
+        document({"segmentation": [SQUARE]}, *others, images=images), "c.json"
+    )
+    assert [image.name for image in found] == ["c.json#7"]
+    assert [(field, count) for field, _, count in problems] == [
+        ("annotations[3].image_id", 1),
+        ("images[1].id", 0),
+        ("images[2].height", 0),
+        ("images[3].file_name", 0),
+        ("images[4].id", 0),
+        ("annotations[1].image_id", 2),
+    ]
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_a_file_without_a_list_is_no_coco(key: str) -> None:
+    with pytest.raises(AnnotationError, match=key):
+        read_coco(document(**{key: {}}), "c.json")
+
+
+def test_the_first_key_tells_coco_from_labelme() -> None:
+    assert looks_like_coco(document())
+    assert looks_like_coco(b'\xef\xbb\xbf\n{ "annotations": [')
+    assert not looks_like_coco(b'{"version": "5.0", "images": []')
+    assert not looks_like_coco(b"")

@@ -1,0 +1,248 @@
+"""Splits by hash, group or file: the same photo in one split, and new photos move none."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samray.config import PrepareConfig
+from samray.data.splits import SplitRule, split_of_hash
+from samray.errors import ConfigError, DatasetError
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def images(*names: str, num_instances: int = 1) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "image_digest": sha(name), "num_instances": num_instances} for name in names
+    ]
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    return images(*(f"{number:04d}.jpg" for number in range(count)))
+
+
+def rule(**settings: Any) -> SplitRule:
+    return SplitRule(PrepareConfig(**settings))
+
+
+def from_file(folder: Path, content: Any, suffix: str = ".json", **settings: Any) -> SplitRule:
+    path = folder / f"splits{suffix}"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return rule(split_file=str(path), **settings)
+
+
+def where(splits: dict[str, list[str]]) -> dict[str, str]:
+    return {name: split for split, names in splits.items() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("start", "split"),
+    [
+        ("00000000", "val"),
+        ("1fffffff", "val"),  # u is just below 1/8
+        ("20000000", "test"),  # 1/8 itself
+        ("3fffffff", "test"),
+        ("5fffffff", "test"),
+        ("60000000", "train"),  # 3/8 itself
+        ("ffffffff", "train"),
+    ],
+)
+def test_formula_is_exact_at_its_bounds(start: str, split: str) -> None:
+    for rest in ("0" * 56, "f" * 56):  # only the first eight digits count
+        assert split_of_hash(start + rest, 1 / 8, 1 / 4) == split
+
+
+def test_formula_by_hand_on_known_hashes() -> None:
+    """sha256("abc") is ba7816bf..., u = 0.7284; of "" e3b0c442..., u = 0.8894."""
+    assert split_of_hash(sha("abc"), 0.2, 0.2) == "train"
+    assert split_of_hash(sha("abc"), 0.2, 0.53) == "test"
+    assert split_of_hash(sha("abc"), 0.73, 0.2) == "val"
+    assert split_of_hash(sha(""), 0.73, 0.159) == "train"
+    assert split_of_hash(sha(""), 0.73, 0.16) == "test"
+
+
+def test_shares_come_out_as_asked_over_many_images() -> None:
+    splits, _ = rule(val_fraction=0.1, test_fraction=0.3).assign(many(3000))
+    shares = {split: len(names) / 3000 for split, names in splits.items()}
+    assert shares == pytest.approx({"train": 0.6, "val": 0.1, "test": 0.3}, abs=0.03)
+
+
+def test_adding_images_moves_none_and_order_does_not_matter() -> None:
+    few, more = many(40), many(200)
+    before = where(rule().assign(few)[0])
+    after = where(rule().assign(more[::-1])[0])
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 200
+
+
+def test_same_photo_under_two_names_is_in_one_split() -> None:
+    copies = [{**image, "name": f"copy/{image['name']}"} for image in many(60)]
+    splits, warnings = rule().assign(many(60) + copies)
+    found = where(splits)
+    assert all(found[f"copy/{image['name']}"] == found[image["name"]] for image in many(60))
+    assert warnings == []
+
+
+def test_members_are_sorted_and_every_image_is_in_one_split() -> None:
+    splits, _ = rule().assign(many(60)[::-1])
+    assert all(names == sorted(names) for names in splits.values())
+    found = [name for names in splits.values() for name in names]
+    assert sorted(found) == [image["name"] for image in many(60)]
+
+
+def test_group_by_folder_keeps_folders_together() -> None:
+    grouped = images(*(f"patient {p}/{n}.jpg" for p in range(40) for n in range(5)))
+    splits, _ = rule(group_by="folder").assign(grouped)
+    found = where(splits)
+    for p in range(40):
+        assert len({found[f"patient {p}/{n}.jpg"] for n in range(5)}) == 1
+        assert found[f"patient {p}/0.jpg"] == split_of_hash(sha(f"patient {p}"), 0.2, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"), [(r"(patient\d+)_", "patient{}"), (r"patient\d+", "patient{}")]
+)
+def test_group_by_regex_keeps_groups_together_by_its_group_or_all_of_it(
+    pattern: str, group: str
+) -> None:
+    grouped = images(*(f"{n}/patient{p}_{n}.jpg" for p in range(40) for n in range(5)))
+    found = where(rule(group_by=pattern).assign(grouped)[0])
+    for p in range(40):
+        expected = split_of_hash(sha(group.format(p)), 0.2, 0.2)
+        assert {found[f"{n}/patient{p}_{n}.jpg"] for n in range(5)} == {expected}
+
+
+@pytest.mark.parametrize("pattern", [r"patient(\d+)", r"(patient)?\d"])
+def test_regex_that_finds_no_group_is_an_error_and_no_group_of_the_rest(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"--group-by: .* does not match other_1\.jpg"):
+        rule(group_by=pattern).assign(images("patient1.jpg", "other_1.jpg"))
+
+
+def test_pattern_that_is_no_regex_is_refused_before_any_work() -> None:
+    with pytest.raises(ConfigError, match=r"--group-by: .* neither `folder` nor a regular"):
+        rule(group_by="(patient")
+
+
+SPLITS = {"train": ["x/a.jpg", "b.jpg"], "val": ["c.jpg"], "test": ["d.jpg"]}
+CSV = "image,split\nx/a.jpg,train\nb.jpg , train\n\nc.jpg,val\nd.jpg,test\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix"),
+    [(SPLITS, ".json"), (CSV, ".csv"), (CSV.partition("\n")[2], ".txt"), ("\ufeff" + CSV, ".csv")],
+    ids=["json", "csv", "csv-without-header", "csv-from-a-spreadsheet"],
+)
+def test_split_file_wins_over_hash_and_group_by_path_or_file_name(
+    tmp_path: Path, content: Any, suffix: str
+) -> None:
+    given = from_file(tmp_path, content, suffix, group_by="folder")
+    names = images("x/a.jpg", "x/b.jpg", "x/c.jpg", "y/z/d.jpg")
+    assert given.assign(names)[0] == {
+        "train": ["x/a.jpg", "x/b.jpg"],
+        "val": ["x/c.jpg"],
+        "test": ["y/z/d.jpg"],
+    }
+    given.require_known(names, [])
+
+
+def test_image_that_the_split_file_leaves_out_goes_by_its_hash(tmp_path: Path) -> None:
+    given = from_file(tmp_path, SPLITS)
+    for image in many(30):
+        expected = split_of_hash(image["image_digest"], 0.2, 0.2)
+        assert given.split_of(image["name"], image["image_digest"]) == expected
+
+
+def test_whole_path_wins_over_file_name(tmp_path: Path) -> None:
+    given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["x/a.jpg"]})
+    assert given.split_of("x/a.jpg", sha("")) == "val"
+    assert given.split_of("y/a.jpg", sha("")) == "train"
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "said"),
+    [
+        ({"training": ["a.jpg"]}, ".json", "puts a.jpg in 'training'; splits are train, val, test"),
+        ("a.jpg,valid\n", ".csv", "puts a.jpg in 'valid'"),
+        ({"train": ["a.jpg"], "val": ["a.jpg"]}, ".json", "puts a.jpg in train and in val"),
+        ("a.jpg,train\na.jpg,test\n", ".csv", "puts a.jpg in train and in test"),
+        ("a.jpg\n", ".csv", "CSV lines"),
+        ("{", ".json", "must be JSON"),
+        (["a.jpg"], ".json", "must be JSON"),
+        ({"train": "a.jpg"}, ".json", "a list of image paths"),
+        ({"train": [["a.jpg"]]}, ".json", "a list of image paths"),
+        ({"train": [1]}, ".json", "a list of image paths"),
+        ({"train": None}, ".json", "must be JSON"),
+        (f"{'a' * 200_000},train\n", ".csv", "CSV lines"),
+    ],
+)
+def test_split_file_that_cannot_be_meant_is_refused(
+    tmp_path: Path, content: Any, suffix: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_file(tmp_path, content, suffix)
+    assert str(caught.value).startswith("--split-file: ")
+    assert said in str(caught.value)
+
+
+def test_missing_split_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--split-file: .*gone\.json"):
+        rule(split_file=str(tmp_path / "gone.json"))
+
+
+def test_split_file_with_unknown_images_is_refused_before_they_leak(tmp_path: Path) -> None:
+    given = from_file(tmp_path, SPLITS)
+    match = r"2 of its names stand for no annotated image.*the first: c\.jpg"
+    with pytest.raises(ConfigError, match=match):
+        given.require_known(images("x/a.jpg", "y/b.jpg"), [])
+
+
+def test_split_file_may_name_images_whose_annotation_was_bad(tmp_path: Path) -> None:
+    from_file(tmp_path, SPLITS).require_known(images("x/a.jpg", "b.jpg"), ["x/c.jpg", "d.jpg"])
+
+
+def test_empty_split_names_the_ways_out(tmp_path: Path) -> None:
+    given = from_file(tmp_path, {"train": ["a.jpg", "b.jpg"]})
+    with pytest.raises(DatasetError) as caught:
+        given.assign(images("a.jpg", "b.jpg"))
+    message = str(caught.value)
+    assert (
+        "the val and test split would be empty (train 2, val 0, test 0 images with an object)"
+        in message
+    )
+    assert "--split-file" in message
+    assert "--group-by" in message
+
+
+def test_split_of_background_images_only_counts_as_empty(tmp_path: Path) -> None:
+    given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["b.jpg"], "test": ["c.jpg"]})
+    with pytest.raises(DatasetError, match="the test split would be empty"):
+        given.assign(images("a.jpg", "b.jpg") + images("c.jpg", num_instances=0))
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.5])
+def test_fraction_of_zero_allows_an_empty_split(val_fraction: float) -> None:
+    given = rule(val_fraction=val_fraction, test_fraction=0)
+    splits, _ = given.assign(many(30))
+    assert splits["test"] == []
+    assert (splits["val"] == []) == (val_fraction == 0)
+    assert splits["train"]
+
+
+def test_training_split_may_never_be_empty(tmp_path: Path) -> None:
+    given = from_file(tmp_path, {"val": ["a.jpg"]}, test_fraction=0)
+    with pytest.raises(DatasetError, match="the train split would be empty"):
+        given.assign(images("a.jpg"))
+
+
+def test_same_photo_put_into_two_splits_by_file_is_warned_about(tmp_path: Path) -> None:
+    given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["b.jpg"], "test": ["copy.jpg"]})
+    listed = images("a.jpg", "b.jpg", "copy.jpg")
+    listed[2]["image_digest"] = listed[0]["image_digest"]
+    _, (warning,) = given.assign(listed)
+    assert warning["file"] == "copy.jpg"
+    assert warning["reason"] == "is the same photo as a.jpg, but test and train have one each"

@@ -1,0 +1,77 @@
+"""The guard before a promotion, on scores made up to show each side of its rules."""
+
+import numpy as np
+import pytest
+
+from samray.evaluation.metrics import Score
+from samray.evaluation.promote import guard
+from samray.evaluation.scoring import MATRIX
+
+
+def scores(shift=0.0, row=None, noise=0.0, images=12, seed=0):
+    """IoU 0.7 in 12 images of 3 objects; `shift` is added, to one row of the matrix if named."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for image in range(images):
+        for instance in range(3):
+            for strategy in MATRIX:
+                iou = 0.7 + rng.normal(0, noise)
+                iou += shift if row in (None, strategy) else 0
+                name = f"{image}.jpg"
+                found.append(Score(name, name, instance, "nut", strategy, iou, iou, 0.9))
+    return found
+
+
+def test_a_better_model_passes():
+    assert guard({"base": scores(), "tuned": scores(0.05, noise=0.1)}, ["clicks"], 0.02) == []
+
+
+def test_a_worse_model_is_refused_by_base_and_by_current():
+    given = {"base": scores(), "tuned": scores(-0.1, noise=0.05), "current": scores(0.1)}
+    reasons = guard(given, [], 0.02)
+    assert len(reasons) == 2
+    assert "worse than its base: mIoU over the prompt matrix 0.6" in reasons[0]
+    assert "worse than the current version" in reasons[1]
+
+
+def test_what_may_be_chance_is_not_held_against_it():
+    def times_refused(shift):
+        base = scores(noise=0.1)
+        tuned = [scores(shift, noise=0.1, seed=seed) for seed in range(1, 41)]
+        return sum(bool(guard({"base": base, "tuned": t}, [], 0.02)) for t in tuned)
+
+    assert times_refused(0.0) <= 8  # as good as the base: 1 in 40 would be fair, one base for all
+    assert times_refused(-0.1) == 40
+
+
+def test_one_bad_image_of_many_instances_is_no_proof():
+    """Instances of one image resemble each other: resampling them alone would refuse."""
+    base, tuned = scores(), scores()
+    tuned = [Score(**{**s.__dict__, "iou": 0.1}) if s.image == "0.jpg" else s for s in tuned]
+    assert guard({"base": base, "tuned": tuned}, [], 1.0) == []
+
+
+def test_few_photos_prove_little():
+    """Two photos that lose the same give an interval of no width, which proves nothing."""
+    base, slightly, clearly = (scores(shift, images=2) for shift in (0.0, -0.013, -0.03))
+    assert guard({"base": base, "tuned": slightly}, [], 0.02) == []
+    (reason,) = guard({"base": base, "tuned": clearly}, [], 0.02)
+    assert "2 test photos, too few for an interval" in reason
+
+
+def test_forgetting_counts_off_target_only():
+    given = {"base": scores(), "tuned": scores(-0.05, row="clicks")}
+    given["tuned"] = [
+        Score(**{**s.__dict__, "iou": 0.9}) if s.strategy == "bbox" else s for s in given["tuned"]
+    ]
+    (reason,) = guard(given, ["clicks"], 0.02)
+    assert "forgot clicks prompts" in reason
+    assert "0.700 before, 0.650 after" in reason
+    assert guard(given, ["center"], 0.02) == []
+    assert guard(given, ["clicks"], 0.06) == []
+
+
+@pytest.mark.parametrize("row", MATRIX)
+def test_forgetting_knows_every_row(row):
+    given = {"base": scores(), "tuned": scores(-0.05, row=row)}
+    assert any(row in reason for reason in guard(given, [row], 0.02))

@@ -1,0 +1,219 @@
+"""Image files by their content: as people see them, and never more than the limit in memory."""
+
+import io
+import struct
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samray.errors import AnnotationError
+from samray.geometry.images import MAX_FILE_BYTES, decode_image, read_image_file
+
+ORIENTATION = 0x0112
+# What a viewer does with the stored pixels, by the EXIF standard; axes are (row, column).
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.transpose(1, 0, 2),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """40 x 64 RGB without any symmetry."""
+    y, x = np.mgrid[:40, :64]
+    return np.stack([x * 4, y * 6, (x + 2 * y) % 256], axis=2).astype(np.uint8)
+
+
+def encode(picture: Image.Image | np.ndarray, kind: str, **settings: object) -> bytes:
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **settings)
+    return buffer.getvalue()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises the size; its content is short."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000)))
+    return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotated_jpeg_comes_out_as_people_see_it(photo: np.ndarray, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    raw = encode(photo, "JPEG", exif=exif, quality=95)
+    stored = np.asarray(Image.open(io.BytesIO(raw)))
+    assert np.array_equal(decode_image(raw), UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_content_decides_whatever_the_name_says(photo: np.ndarray, kind: str) -> None:
+    """No name is passed at all: a BMP called .jpg is a BMP."""
+    settings = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode_image(encode(photo, kind, **settings)), photo)
+
+
+def test_palette_image_gives_its_colours_and_not_its_indices(photo: np.ndarray) -> None:
+    palette = Image.fromarray(photo).quantize(16)
+    image = decode_image(encode(palette, "PNG"))
+    assert np.array_equal(image, np.asarray(palette.convert("RGB")))
+    assert np.abs(image.astype(int) - photo).mean() < 30
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "CMYK"])
+def test_every_usual_mode_becomes_three_channels_of_bytes(photo: np.ndarray, mode: str) -> None:
+    picture = Image.fromarray(photo).convert(mode)
+    image = decode_image(encode(picture, "TIFF" if mode == "CMYK" else "PNG"))
+    assert (image.shape, image.dtype) == ((40, 64, 3), np.uint8)
+    assert np.array_equal(image, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_grey_image_is_stretched_instead_of_cut_to_white(kind: str) -> None:
+    """A microscope's 12 bits in 16: 1000..3000 of 65535 would be nearly black, cut it is white."""
+    deep = np.linspace(1000, 3000, 100 * 100).reshape(100, 100).astype(np.uint16)
+    image = decode_image(encode(deep, kind))
+    assert (image.shape, image.dtype) == ((100, 100, 3), np.uint8)
+    assert (image[:, :, 0] == image[:, :, 2]).all()
+    assert (image[0, 0, 0], image[-1, -1, 0]) == (0, 255)
+    # Linear: from the 0.1 percentile, 1002, to the 99.9th, 2998, the middle stays the middle.
+    assert image[50, 0, 0] == pytest.approx(127.5, abs=1)
+    assert image[25, 0, 0] == pytest.approx((1500 - 1002) / (2998 - 1002) * 255, abs=1)
+
+
+def test_hot_pixel_does_not_darken_a_deep_image() -> None:
+    deep = np.full((100, 100), 1000, np.uint16)
+    deep[:, 50:] = 2000
+    deep[3, 3] = 65535
+    image = decode_image(encode(deep, "PNG"))
+    assert image[60, 60, 0] == 255
+    assert image[60, 10, 0] == 0
+
+
+def test_float_image_is_stretched_instead_of_shown_black() -> None:
+    shares = np.linspace(0, 1, 100 * 100, dtype=np.float32).reshape(100, 100)
+    image = decode_image(encode(shares, "TIFF"))
+    assert (image[0, 0, 0], image[-1, -1, 0]) == (0, 255)
+    assert image[50, 0, 0] == pytest.approx(127.5, abs=1)
+    assert not decode_image(encode(shares * 0, "TIFF")).any()
+    for value in (np.nan, np.inf):
+        shares[3, 3] = value
+        with pytest.raises(AnnotationError, match="not finite"):
+            decode_image(encode(shares, "TIFF"))
+
+
+def test_deep_image_of_one_value_gives_no_division_by_zero() -> None:
+    assert not decode_image(encode(np.full((8, 8), 500, np.uint16), "PNG")).any()
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (12_000, 10_000)])
+def test_png_bomb_is_refused_by_its_header_at_once_and_without_memory(
+    size: tuple[int, int],
+) -> None:
+    raw = png_of(*size)
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(AnnotationError) as caught:
+        decode_image(raw, max_megapixels=100)
+    seconds = time.perf_counter() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.field == "image"
+    assert "limit" in caught.value.reason
+    assert "100 megapixels" in caught.value.reason or "is 100" in caught.value.reason
+    assert seconds < 1
+    assert peak < 2e6
+
+
+def test_limit_is_in_megapixels_and_named(photo: np.ndarray) -> None:
+    raw = encode(np.zeros((1000, 1100, 3), np.uint8), "PNG")
+    assert decode_image(raw, max_megapixels=1.1).shape == (1000, 1100, 3)
+    with pytest.raises(AnnotationError, match=r"prepare\.max_megapixels"):
+        decode_image(raw, max_megapixels=1.09)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP"])
+def test_file_of_many_pages_is_refused_because_only_one_could_be_meant(
+    photo: np.ndarray, kind: str
+) -> None:
+    pages = [Image.fromarray(photo[:, ::-1].copy()), Image.fromarray(photo[::-1].copy())]
+    raw = encode(photo, kind, save_all=True, append_images=pages)
+    with pytest.raises(AnnotationError, match="has 3 pages"):
+        decode_image(raw)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+def test_image_cut_short_is_refused_instead_of_grey_below(kind: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    raw = encode(noise, kind)
+    with pytest.raises(AnnotationError, match="must be a whole") as caught:
+        decode_image(raw[: int(len(raw) * share)])
+    assert caught.value.field == "image"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"\x00", b"GIF89a", b"%PDF-1.4\n", b'{"shapes": []}', b"\xff\xd8\xff\xe0", bytes(5000)],
+)
+def test_what_is_no_image_is_refused_in_one_line(raw: bytes) -> None:
+    with pytest.raises(AnnotationError) as caught:
+        decode_image(raw)
+    assert caught.value.field == "image"
+    assert "\n" not in str(caught.value)
+
+
+def test_gif_stays_shut_with_all_other_parsers(photo: np.ndarray) -> None:
+    with pytest.raises(AnnotationError, match="no known image format"):
+        decode_image(encode(Image.fromarray(photo).quantize(8), "GIF"))
+
+
+def test_damage_anywhere_ends_in_an_annotation_error_or_an_image(photo: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP"):
+        whole = np.frombuffer(encode(photo, kind), np.uint8)
+        for _ in range(60):
+            damaged = whole.copy()
+            where = rng.integers(0, min(len(whole), 400), size=4)
+            damaged[where] = rng.integers(0, 256, size=4)
+            try:
+                image = decode_image(damaged.tobytes(), max_megapixels=1)
+            except AnnotationError:
+                continue
+            assert image.ndim == 3
+            assert image.shape[2] == 3
+
+
+@pytest.mark.parametrize("size", [(2, 600), (600, 2)])
+def test_image_too_thin_to_be_scaled_is_refused_and_a_ribbon_is_not(size: tuple[int, int]) -> None:
+    with pytest.raises(AnnotationError, match="too thin to be scaled"):
+        decode_image(encode(np.zeros((*size, 3), np.uint8), "PNG"))
+    ribbon = np.zeros((*(min(side, 512) for side in size), 3), np.uint8)  # 256 : 1
+    assert decode_image(encode(ribbon, "PNG")).shape == ribbon.shape
+
+
+def test_file_too_large_for_a_photograph_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no disk
+    with pytest.raises(AnnotationError, match=r"has 1024 MiB; at most 1024"):
+        read_image_file(path)

@@ -1,0 +1,122 @@
+"""Runs and checkpoints: best and latest, what counts as one, and who may resume."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from sam_parts import add_noise
+
+from samray.config import load_config
+from samray.errors import CheckpointError, ConfigError
+from samray.sam.checkpoint import (
+    RunFolder,
+    find_checkpoint,
+    load_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
+from samray.sam.model import build_model
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return add_noise(build_model("tiny"))
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    """A run of three epochs; the second is the best."""
+    run = RunFolder.create(tmp_path / "run", load_config(), dataset_digest="d1")
+    for epoch, val_iou in enumerate((0.3, 0.6, 0.5), start=1):
+        add_epoch(run, tiny, epoch, val_iou)
+    return run
+
+
+def add_epoch(run, sam, epoch, val_iou):
+    name = f"epoch_{epoch:04d}"
+    save_checkpoint(run.path / "checkpoints" / name, sam.state_dict(), load_config(), {"e": epoch})
+    run.register(name, {"epoch": epoch, "val_iou": val_iou})
+
+
+def test_consumers_take_the_best_and_only_best_and_latest_are_kept(run):
+    assert run.state["best"] == "checkpoints/epoch_0002"
+    assert run.state["latest"] == "checkpoints/epoch_0003"
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == [
+        "epoch_0002",
+        "epoch_0003",
+    ]
+    assert load_checkpoint(run.path).progress == {"e": 2}
+    for name in ("best", "latest"):
+        assert (run.path / name).resolve() == run.path / run.state[name]
+        assert (run.path / name / "weights.pth").is_file()
+
+
+def test_a_checkpoint_that_was_written_but_not_registered_does_not_count(run, tiny):
+    save_checkpoint(run.path / "checkpoints" / "epoch_0004", tiny.state_dict(), load_config(), {})
+    again = RunFolder(run.path)
+    assert again.latest.name == "epoch_0003"
+    add_epoch(again, tiny, 4, 0.9)  # a resumed run writes it anew
+    assert load_checkpoint(run.path).progress == {"e": 4}
+
+
+def test_weights_come_back_exactly(run, tiny):
+    loaded = load_checkpoint(run.path / "latest").model().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny.state_dict().items())
+
+
+def test_a_run_without_an_epoch_says_so(tmp_path):
+    RunFolder.create(tmp_path / "run", load_config(), "d1")
+    with pytest.raises(CheckpointError, match="finished no epoch yet"):
+        load_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=0.5", r"train.learning_rate \(was 0.0001, now 0.5\)"),
+        ("train.seed=9", "train.seed"),
+        ("prompts.point_selection=bbox", "prompts.point_selection"),
+        ("loss.dice_weight=2", "loss.dice_weight"),
+        ("model.freeze_mask_decoder=true", "model.freeze_mask_decoder"),
+    ],
+)
+def test_resuming_with_another_setting_is_refused_by_name(run, override, message):
+    with pytest.raises(ConfigError, match=message):
+        require_same_run(run, load_config(None, [override]), "d1")
+
+
+def test_resuming_with_other_epochs_and_workers_is_welcome(run):
+    config = load_config(None, ["train.num_epochs=99", "scaling.num_workers=4"])
+    require_same_run(run, config, "d1")
+
+
+def test_resuming_on_other_data_is_refused(run):
+    with pytest.raises(ConfigError, match="was trained on dataset d1"):
+        require_same_run(run, load_config(), "d2")
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_to_pass(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config.yaml.*pass a RUN folder"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_damaged_run_json_is_a_clear_error(run):
+    (run.path / "run.json").write_text('{"format": 1, ')
+    with pytest.raises(CheckpointError, match=r"run.json: is damaged"):
+        load_checkpoint(run.path)
+
+
+def test_a_truncated_checkpoint_is_a_clear_error(run):
+    weights = run.path / "checkpoints" / "epoch_0002" / "weights.pth"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"weights.pth.*truncated"):
+        load_checkpoint(run.path)
+
+
+def test_a_checkpoint_moves_alone_to_another_place(run, tmp_path):
+    shutil.copytree(run.path / "best", tmp_path / "elsewhere")
+    assert load_checkpoint(tmp_path / "elsewhere").model_type == "tiny"
+    assert json.loads((tmp_path / "elsewhere" / "progress.json").read_text()) == {"e": 2}

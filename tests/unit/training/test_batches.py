@@ -1,0 +1,99 @@
+"""The data order: every image once, whoever is there; and prompts that workers do not change."""
+
+import numpy as np
+import pytest
+import torch
+from sam_parts import blob_record, small_sam
+
+from samray.config import PromptConfig
+from samray.errors import DatasetError
+from samray.geometry.prompts import Prompt
+from samray.sam.decode import group_prompts
+from samray.sam.embeddings import EmbeddingCache
+from samray.training.batches import BatchLoader, epoch_steps, share_of
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 12])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
+def test_an_epoch_has_every_image_once(num_images, batch_size):
+    steps = epoch_steps(num_images, batch_size, seed=3, epoch=2)
+    assert sorted(index for step in steps for index in step) == list(range(num_images))
+    assert all(len(step) == batch_size for step in steps[:-1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_workers_share_a_step_without_drop_or_repeat(world_size):
+    for step in epoch_steps(11, 4, seed=0, epoch=0):
+        shares = [share_of(step, rank, world_size) for rank in range(world_size)]
+        assert sorted(index for share in shares for index in share) == sorted(step)
+
+
+def test_order_changes_with_epoch_and_seed_and_repeats_with_both():
+    assert epoch_steps(50, 2, 0, 0) == epoch_steps(50, 2, 0, 0)
+    assert epoch_steps(50, 2, 0, 0) != epoch_steps(50, 2, 0, 1)
+    assert epoch_steps(50, 2, 0, 0) != epoch_steps(50, 2, 1, 0)
+
+
+@pytest.fixture
+def loader(tmp_path):
+    records = [blob_record(f"{n}.png", (60, 80 + n), n, seed=n) for n in (1, 4, 7)]
+    sam = small_sam()
+    cache = EmbeddingCache(tmp_path, sam)
+    rng = np.random.default_rng(0)
+    for record in records:
+        cache.save(record.digest, rng.normal(size=(32, 4, 4)))
+    return BatchLoader(None, records, PromptConfig(), 5, cache, img_size=64, low_res_size=16)
+
+
+def everything_in(batch):
+    """All prompts of a batch as comparable rows, in any order."""
+    rows = []
+    for group, targets in zip(batch.groups, batch.targets, strict=True):
+        given = group.boxes if group.boxes is not None else group.point_coords.flatten(1)
+        for i in range(len(group)):
+            rows.append((tuple(given[i].tolist()), round(float(targets[i].sum()), 4)))
+    return sorted(rows)
+
+
+def test_every_instance_of_every_image_is_trained_on(loader):
+    batch = loader.load([0, 1, 2], 0, 1, epoch=0)
+    assert sum(len(group) for group in batch.groups) == 1 + 4 + 7
+    assert batch.image_embeddings.shape == (3, 32, 4, 4)
+    assert batch.valid.shape == (3, 1, 16, 16)
+
+
+def test_number_of_workers_changes_no_prompt(loader):
+    alone = everything_in(loader.load([2, 0, 1], 0, 1, epoch=4))
+    shared = [loader.load([2, 0, 1], rank, 2, epoch=4) for rank in range(2)]
+    assert sorted(row for batch in shared for row in everything_in(batch)) == alone
+
+
+def test_prompts_are_drawn_afresh_each_epoch_and_repeat_with_the_seed(loader):
+    first, again, later = (
+        everything_in(loader.load([1, 2], 0, 1, epoch=epoch)) for epoch in (0, 0, 1)
+    )
+    assert first == again
+    assert first != later
+
+
+def test_a_worker_without_an_image_gets_no_batch(loader):
+    assert loader.load([1], rank=1, world_size=2, epoch=0) is None
+
+
+def test_an_embedding_that_has_gone_is_an_error_that_names_it(loader):
+    loader.cache.path(loader.records[1].digest).unlink()
+    with pytest.raises(DatasetError, match=r"\.npy: the embedding of 4.png has gone"):
+        loader.load([1], 0, 1, epoch=0)
+
+
+def test_kinds_of_prompts_are_never_mixed_in_a_group():
+    one = Prompt(np.zeros((1, 2), np.float32), np.ones(1, np.int64))
+    three = Prompt(np.zeros((3, 2), np.float32), np.ones(3, np.int64))
+    box = Prompt(box=np.array([0, 0, 5, 5], np.float32))
+    both = Prompt(one.point_coords, one.point_labels, box.box)
+    prompts = [one, box, three, one, both, box]
+    groups = group_prompts(prompts, [0] * 6, [(10, 10)], img_size=64)
+    assert sorted(sorted(places) for _, places in groups) == [[0, 3], [1, 5], [2], [4]]
+    for group, places in groups:
+        assert len(group) == len(places)
+        assert group.point_labels is None or not torch.any(group.point_labels == -1)

@@ -1,0 +1,210 @@
+"""The training step: ragged batches, workers with less or nothing, and the traps of peers."""
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sam_parts import blob_record, small_sam
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from samray.config import ModelConfig, PromptConfig, TrainConfig
+from samray.errors import TrainingError
+from samray.sam.decode import decode_prompts
+from samray.sam.embeddings import EmbeddingCache
+from samray.sam.model import freeze
+from samray.training.batches import BatchLoader
+from samray.training.loop import Worker, learning_rate_at, train_step
+from samray.training.losses import sam_loss
+from samray.training.step import PromptedSam
+
+WEIGHTS = (20.0, 1.0, 1.0)
+INSTANCES = (1, 4, 7)
+CPU = torch.device("cpu")
+
+
+MIXED, INTERACTIVE = PromptConfig(), PromptConfig(point_selection="interactive", num_clicks=3)
+
+
+def make_loader(folder, instances=INSTANCES, prompts=MIXED):
+    records = [blob_record(f"{n}", (60, 80), n, seed=n) for n in instances]
+    cache = EmbeddingCache(Path(folder), small_sam())
+    for record in records:
+        rng = np.random.default_rng(int(record.digest, 16))
+        cache.save(record.digest, rng.normal(size=(32, 4, 4)))
+    return BatchLoader(None, records, prompts, 5, cache, img_size=64, low_res_size=16)
+
+
+def frozen_module(max_prompts=64):
+    sam = small_sam()
+    freeze(sam, ModelConfig(freeze_image_encoder=True))
+    return PromptedSam(sam, WEIGHTS, max_prompts)
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        scale = max(float(one[name].abs().max()), 1e-3)
+        assert float((one[name] - two[name]).abs().max()) <= 1e-4 * scale, name
+
+
+def loss_and_gradients(module, batches):
+    module.zero_grad()
+    total = sum(module(batch)["loss"] for batch in batches)
+    (total / sum(INSTANCES)).backward()
+    return float(total.detach()), gradients(module)
+
+
+def test_a_ragged_batch_equals_looping_over_its_images(tmp_path):
+    loader, module = make_loader(tmp_path), frozen_module()
+    whole, grads = loss_and_gradients(module, [loader.load([0, 1, 2], 0, 1, epoch=0)])
+    parts = [loader.load([index], 0, 1, epoch=0) for index in range(3)]
+    looped, looped_grads = loss_and_gradients(module, parts)
+    assert whole == pytest.approx(looped, rel=1e-5)
+    assert_same_gradients(grads, looped_grads)
+
+
+def test_the_loss_equals_the_stock_decoder_called_image_by_image(tmp_path):
+    loader, module = make_loader(tmp_path), frozen_module()
+    batch = loader.load([0, 1, 2], 0, 1, epoch=0)
+    ours = float(module(batch)["loss"].detach())
+    sam, total = module.sam, 0.0
+    for group, targets in zip(batch.groups, batch.targets, strict=True):
+        for i, image in enumerate(group.image_index.tolist()):
+            points = None
+            if group.point_coords is not None:
+                points = (group.point_coords[i : i + 1], group.point_labels[i : i + 1])
+            boxes = None if group.boxes is None else group.boxes[i : i + 1]
+            sparse, dense = sam.prompt_encoder(points, boxes, None)
+            masks, ious = sam.mask_decoder(
+                batch.image_embeddings[image : image + 1],
+                sam.prompt_encoder.get_dense_pe(),
+                sparse,
+                dense,
+                multimask_output=points is not None,
+            )
+            valid = batch.valid[image : image + 1]
+            total += float(
+                sam_loss(masks, ious, targets[i : i + 1], valid, WEIGHTS)["loss"].detach()
+            )
+    assert ours == pytest.approx(total, rel=1e-5)
+
+
+def test_chunks_change_memory_and_nothing_else(tmp_path):
+    loader = make_loader(tmp_path)
+    batch = loader.load([0, 1, 2], 0, 1, epoch=0)
+    whole = loss_and_gradients(frozen_module(max_prompts=64), [batch])
+    chunked = loss_and_gradients(frozen_module(max_prompts=2), [batch])
+    assert whole[0] == pytest.approx(chunked[0], rel=1e-5)
+    assert_same_gradients(whole[1], chunked[1])
+
+
+def test_the_image_encoder_gets_gradients_when_it_learns(tmp_path):
+    loader = make_loader(tmp_path)
+    batch = loader.load([0, 1], 0, 1, epoch=0)
+    batch.images, batch.image_embeddings = torch.randn(2, 3, 64, 64), None
+    for max_prompts in (64, 2):  # through recomputed chunks, too
+        module = PromptedSam(small_sam(), WEIGHTS, max_prompts)
+        module(batch)["loss"].backward()
+        assert float(module.sam.image_encoder.stem[0].weight.grad.abs().max()) > 0
+
+
+def test_frozen_parts_get_no_gradient_and_never_move(tmp_path):
+    module = frozen_module()
+    before = {k: v.clone() for k, v in module.sam.image_encoder.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    batch = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
+    train_step(module, optimizer, batch, 12, Worker(0, 1, CPU), TrainConfig())
+    after = module.sam.image_encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None for p in module.sam.image_encoder.parameters())
+
+
+def test_a_step_uses_its_own_gradients_only(tmp_path):
+    """Left-over gradients of the step before would change the result."""
+    batch = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
+    results = []
+    for leftover in (False, True):
+        module = frozen_module()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if leftover:
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        train_step(module, optimizer, batch, 12, Worker(0, 1, CPU), TrainConfig())
+        results.append(module.sam.mask_decoder.iou_token.weight.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path):
+    module = frozen_module()
+    with torch.no_grad():
+        module.sam.mask_decoder.iou_token.weight.fill_(float("nan"))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    batch = make_loader(tmp_path).load([0], 0, 1, epoch=0)
+    with pytest.raises(TrainingError, match=r"lower train.learning_rate \(--lr\)"):
+        train_step(module, optimizer, batch, 1, Worker(0, 1, CPU), TrainConfig())
+
+
+def test_the_decoder_listens_to_the_prompt(tmp_path):
+    """Another point, another mask: nothing on the way loses the prompt."""
+    loader, module = make_loader(tmp_path), frozen_module()
+    batch = loader.load([2], 0, 1, epoch=0)
+    group = next(g for g in batch.groups if g.point_coords is not None)
+    with torch.no_grad():
+        here, _ = decode_prompts(module.sam, batch.image_embeddings, group, True)
+        group.point_coords = 63 - group.point_coords
+        there, _ = decode_prompts(module.sam, batch.image_embeddings, group, True)
+    assert float((here - there).abs().max()) > 1e-3
+
+
+def test_learning_rate_warms_up_and_falls_to_its_final_share():
+    settings = TrainConfig(learning_rate=1.0, warmup_steps=10, final_lr_fraction=0.1)
+    rates = [learning_rate_at(step, 100, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def ddp_worker(rank, world_size, folder, step, prompts):
+    """One process: its share of the step through DDP; rank 0 saves the gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    loader, module = make_loader(f"{folder}/cache", prompts=prompts), frozen_module()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
+    ddp = DistributedDataParallel(module)
+    num_instances = sum(INSTANCES[index] for index in step)
+    batch = loader.load(step, rank, world_size, epoch=0)
+    settings = TrainConfig(clip_grad_norm=1e9)
+    train_step(ddp, optimizer, batch, num_instances, Worker(rank, world_size, CPU), settings)
+    torch.save(gradients(module), f"{folder}/gradients_{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("step", "prompts"),
+    [([0, 1, 2], MIXED), ([2], MIXED), ([1, 0, 2], INTERACTIVE)],
+    ids=["one_worker_has_fewer", "one_worker_has_none", "with_correction_clicks"],
+)
+def test_two_workers_give_the_gradients_of_one(step, prompts):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(ddp_worker, args=(2, folder, step, prompts), nprocs=2)
+        both = [torch.load(f"{folder}/gradients_{rank}.pth") for rank in range(2)]
+        module = frozen_module()
+    assert_same_gradients(*both)
+    with tempfile.TemporaryDirectory() as folder:
+        batch = make_loader(folder, prompts=prompts).load(step, 0, 1, epoch=0)
+    assert bool(batch.corrections) == (prompts is INTERACTIVE)
+    total = module(batch)["loss"] / sum(INSTANCES[index] for index in step)
+    total.backward()
+    assert_same_gradients(gradients(module), both[0])

@@ -1,0 +1,119 @@
+"""Pre-training: no scene twice, the same steps from the same seed, and resuming to the last bit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from samray.config import load_config, resolve_model
+from samray.errors import ConfigError
+from samray.sam.checkpoint import RunFolder, load_checkpoint
+from samray.sam.model import build_model
+from samray.training.pretraining import DrawnScenes, pretrain
+
+SETTINGS = [
+    "model.checkpoint=none", "prompts.num_clicks=1", "train.batch_size=2", "train.warmup_steps=1",
+    "pretrain.scenes_per_epoch=6", "pretrain.regions_per_scene=2", "pretrain.val_scenes=2",
+    "scaling.cpus_per_worker=1", "scaling.device=cpu",
+]  # fmt: skip
+
+
+def config_of(run, *words):
+    return load_config(None, [*SETTINGS, f"train.output_dir={run}", *words])
+
+
+@pytest.fixture(scope="module")
+def source():
+    return DrawnScenes(resolve_model(config_of("unused"), False), build_model("tiny"))
+
+
+def test_every_scene_comes_once(source):
+    steps = [step for epoch in range(3) for step in source.steps(epoch)]
+    scenes = [scene for step in steps for scene in step]
+    assert sorted(scenes) == list(range(18))
+    assert {len(step) for step in steps} == {2}
+
+
+def test_a_step_is_drawn_the_same_again_and_validation_is_not_among_them(source):
+    one, two = (source.load([4, 5], 0, 1, epoch=0) for _ in range(2))
+    assert one[1] == two[1] == len(one[0]) >= 2
+    assert torch.equal(one[0].images, two[0].images)
+    for a, b in zip(one[0].targets, two[0].targets, strict=True):
+        assert torch.equal(a, b)
+    assert one[0].corrections == two[0].corrections
+    other, _ = source.load([6, 7], 0, 1, epoch=0)
+    assert not torch.equal(one[0].images, other.images)
+
+
+def test_points_lie_in_their_region_and_boxes_around_it(source):
+    for first in range(0, 40, 2):
+        batch, _ = source.load([first, first + 1], 0, 1, epoch=0)
+        for group, targets in zip(batch.groups, batch.targets, strict=True):
+            assert float(targets.amax(dim=(1, 2, 3)).min()) > 0
+            if group.point_coords is not None:
+                x, y = (group.point_coords[:, 0] // 4).long().T
+                assert (targets[torch.arange(len(group)), 0, y, x] > 0).all()
+            else:
+                rows = targets[:, 0].amax(dim=2) > 0
+                # From first to last: something may lie across the region and part it.
+                last = rows.shape[1] - rows.flip(1).int().argmax(dim=1)
+                height = (last - rows.int().argmax(dim=1)) * 4
+                given = group.boxes[:, 3] - group.boxes[:, 1]
+                assert ((given - height).abs() <= 0.7 * height + 8).all()
+
+
+def test_a_run_stopped_and_resumed_ends_as_if_undisturbed(tmp_path):
+    whole = pretrain(config_of(tmp_path / "whole", "train.num_epochs=2"))
+    assert whole["status"] == "finished"
+    pieces = tmp_path / "pieces"
+    limit = "pretrain.max_minutes=0.0001"  # one epoch always runs, a second would be too long
+    first = pretrain(config_of(pieces, "train.num_epochs=2", limit))
+    assert len(first["epochs"]) == 1
+    assert first["status"] == "running"
+    with pytest.raises(ConfigError, match="--resume"):
+        pretrain(config_of(pieces, "train.num_epochs=2"))
+    second = pretrain(config_of(pieces, "train.num_epochs=2", "train.resume=true"))
+    for one, two in zip(whole["epochs"], second["epochs"], strict=True):
+        del one["seconds"], two["seconds"]
+        assert one == two
+    weights = [load_checkpoint(RunFolder(r).latest).weights for r in (tmp_path / "whole", pieces)]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+    for path in pieces.rglob("*.pth"):
+        assert path.stat().st_size <= 16 * 2**20, path
+
+
+def test_it_runs_where_ray_is_not_installed():
+    code = (
+        "import sys\n"
+        "sys.modules['ray'] = None\n"
+        "from samray.cli import main\n"
+        "import samray.training.pretraining\n"
+        "print('imported')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def test_only_tiny_is_pretrained(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.type: only tiny"):
+        pretrain(config_of(tmp_path / "run", "model.type=vit_b"))
+
+
+def test_the_door_exports_what_the_package_ships(tmp_path, run_cli):
+    from samray.sam.shipped import load_shipped
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ["pretrain", "--output-dir", run, "--num-epochs", 1, "--export", out, *SETTINGS]
+    status, stdout, stderr = run_cli(*words)
+    assert status == 0, stderr
+    assert "exported" in stdout
+    shipped, best = load_shipped(out), load_checkpoint(run)
+    for name, value in best.weights.items():
+        torch.testing.assert_close(shipped.weights[name], value, rtol=1e-3, atol=1e-4)
+    history = json.loads((out / "tiny.json").read_text())["made_by"]
+    assert history["scenes"] == 6
+    assert history["seed"] == 0
+    assert history["scores"]["val_iou"] == pytest.approx(best.progress["val_iou"], abs=1e-4)
