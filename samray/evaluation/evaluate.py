@@ -18,12 +18,12 @@ from samray.evaluation.scoring import (
     MATRIX,
     embedding_of,
     evaluation_prompt,
-    predict_masks,
     score_image,
 )
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
 from samray.sam.checkpoint import RunFolder, find_run, load_checkpoint
+from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.storage import (
     Place,
@@ -204,8 +204,8 @@ class Evaluator:
         masks = [gt_mask]
         for model, sam in self.sams.items():
             embedding = embedding_of(sam, self.dataset, self.caches[model], record)
-            ((mask, _),) = predict_masks(sam, embedding, [prompt], record.size)
-            masks.append(mask)
+            ((_, found),) = predict_masks(sam, embedding, [prompt], record.size)
+            masks.append(found.mask(found.best))
         panels = [draw_prompt_marks(image.copy(), prompt)]
         colors = [(0, 158, 115), (213, 94, 0), (86, 180, 233)]
         for mask, color in zip(masks, colors, strict=True):

@@ -10,12 +10,11 @@ from samray.config import Config, required
 from samray.data.labelme import labelme_document, mask_to_shapes
 from samray.errors import AnnotationError, ConfigError
 from samray.geometry.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, encode_picture
-from samray.geometry.frames import masks_to_original
 from samray.geometry.images import decode_image, read_image_file
 from samray.geometry.prompts import Prompt
 from samray.geometry.tiles import Window, tile_windows
 from samray.sam.checkpoint import Checkpoint, load_checkpoint
-from samray.sam.decode import decode_prompts, group_prompts
+from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
 from samray.sam.shipped import load_shipped
 from samray.storage import Place, make_folder, relative_path, resolve, write_bytes, write_json
@@ -83,7 +82,6 @@ class Predictor:
         self._embedding = encode_image(self.sam, image)
         self._original_size = (image.shape[0], image.shape[1])
 
-    @torch.inference_mode()
     def predict(self, prompt: Prompt, multimask_output: bool | None = None) -> Prediction:
         """Return masks for one prompt.
 
@@ -99,15 +97,18 @@ class Predictor:
             raise ValueError("call set_image first")
         if prompt.layout == (0, False):
             raise ValueError("the prompt has neither a point nor a box")
-        img_size = self.sam.image_encoder.img_size
-        ((group, _),) = group_prompts([prompt], [0], [self._original_size], img_size)
-        if multimask_output is None:
-            multimask_output = group.ambiguous
-        low_res, predicted = decode_prompts(
-            self.sam, self._embedding[None], group.to(self._embedding.device), multimask_output
+        ((_, found),) = predict_masks(
+            self.sam,
+            self._embedding,
+            [prompt],
+            self._original_size,
+            multimask_output=multimask_output,
         )
-        masks = masks_to_original(low_res, self._original_size, img_size)[0] > 0
-        return Prediction(masks.cpu().numpy(), predicted[0].cpu().numpy(), low_res[0].cpu().numpy())
+        return Prediction(
+            np.stack([found.mask(number) for number in range(len(found.iou_predictions))]),
+            found.iou_predictions.cpu().numpy(),
+            found.low_res_masks.cpu().numpy(),
+        )
 
     def predict_in_tiles(self, image: np.ndarray, prompt: Prompt, tile: int) -> np.ndarray:
         """Answer a prompt from a part of a large image, in the whole image's frame: H x W bool.

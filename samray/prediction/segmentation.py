@@ -21,11 +21,10 @@ from samray.config import PredictConfig
 from samray.data.labelme import mask_to_shapes
 from samray.errors import AnnotationError
 from samray.geometry.drawing import shrink
-from samray.geometry.frames import masks_to_original
 from samray.geometry.masks import CroppedMask, decode_rle, encode_rle
 from samray.prediction.answers import describe_mask, prompt_of
 from samray.prediction.requests import PromptRequest
-from samray.sam.decode import decode_prompts, group_prompts
+from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
 
 MAX_OBJECTS = 65535  # of an image: what 16 bits can number
@@ -35,7 +34,6 @@ MAX_OBJECTS = 65535  # of an image: what 16 bits can number
 MAX_SEARCH_SIDE = 2048  # pixels
 MAX_LOGITS = 2**25  # of one batch
 POINTS_PER_BATCH = 64  # SAM's own
-PROMPTS_PER_BATCH = 64
 # (pred_iou_thresh, stability_score_thresh) where they are unset. `tiny` predicts an IoU that is too
 # low: of 50 nuts on photographs, SAM's leave nothing and these find 0.88 at IoU 0.5, with two more
 # masks for each; (0.5, 0.8) find 0.82, with four more.
@@ -163,7 +161,6 @@ def require_countable(objects: list[Any]) -> None:
         )
 
 
-@torch.inference_mode()
 def answer_prompts(
     sam: Any, image: np.ndarray, requests: list[PromptRequest]
 ) -> tuple[list[SegmentedObject], list[dict[str, Any]]]:
@@ -177,34 +174,24 @@ def answer_prompts(
         One object a prompt, in their order; one with an empty mask has area 0.
         The endpoint's `results`, masks as RLE and the best first.
     """
-    size, img_size = (image.shape[0], image.shape[1]), sam.image_encoder.img_size
-    embedding = encode_image(sam, image)[None]
-    prompts = [prompt_of(request) for request in requests]
+    size = (image.shape[0], image.shape[1])
+    embedding = encode_image(sam, image)
     objects: dict[int, SegmentedObject] = {}
     results: dict[int, dict[str, Any]] = {}
-    for whole_group, all_places in group_prompts(prompts, [0] * len(prompts), [size], img_size):
-        starts = range(0, len(all_places), PROMPTS_PER_BATCH)
-        for start, part in zip(starts, whole_group.chunks(PROMPTS_PER_BATCH), strict=True):
-            group = part.to(embedding.device)
-            low_res, predicted = decode_prompts(sam, embedding, group, group.ambiguous)
-            for row, place in enumerate(all_places[start : start + PROMPTS_PER_BATCH]):
-                masks = []
-                for choice in predicted[row].argsort(descending=True).tolist():
-                    # One at a time: three of 100 megapixels would be 1.2 GB.
-                    logits = masks_to_original(
-                        low_res[row : row + 1, choice : choice + 1], size, img_size
-                    )[0, 0]
-                    mask = (logits > 0).cpu().numpy()
-                    score = float(predicted[row, choice])
-                    masks.append({"score": score, **describe_mask(mask, "rle", "", 0.5, 0)})
-                    if place not in objects:
-                        low, high = int((logits > 1).sum()), int((logits > -1).sum())
-                        stability = low / high if high else 0.0
-                        objects[place] = _segmented(
-                            _crop(mask), score, stability, requests[place].id
-                        )
-                results[place] = {"id": requests[place].id, "masks": masks}
-    places = range(len(prompts))
+    for place, found in predict_masks(sam, embedding, [prompt_of(r) for r in requests], size):
+        prompt_id = requests[place].id
+        masks = []
+        for number in found.ranking:
+            logits = found.logits(number)
+            mask = (logits > 0).cpu().numpy()
+            score = float(found.iou_predictions[number])
+            masks.append({"score": score, **describe_mask(mask, "rle", "", 0.5, 0)})
+            if place not in objects:
+                low, high = int((logits > 1).sum()), int((logits > -1).sum())
+                stability = low / high if high else 0.0
+                objects[place] = _segmented(_crop(mask), score, stability, prompt_id)
+        results[place] = {"id": prompt_id, "masks": masks}
+    places = range(len(requests))
     return [objects[place] for place in places], [results[place] for place in places]
 
 

@@ -1,14 +1,132 @@
-"""Prompts to masks."""
+"""Prompts to masks: one way for scores, predictions and the endpoint.
 
+`predict_masks` reads top-down: group the prompts on one image by layout, decode them in chunks, and
+give each prompt's masks, which are enlarged to the image's resolution when they are asked for.
+Training calls `decode_prompts` on batches of several images itself.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from samray.geometry.frames import box_to_input, points_to_input
+from samray.geometry.frames import (
+    box_to_input,
+    masks_to_original,
+    points_to_input,
+)
 from samray.geometry.prompts import Prompt
+
+# Prompts decoded at once, which bounds memory: 64 take 1.6 GiB in a ViT's decoder. Fewer on large
+# images, so that the masks of a chunk at the image's resolution stay within MAX_PIXELS.
+MAX_PROMPTS = 64
+MAX_PIXELS = 16_000_000
+
+
+@dataclass(frozen=True)
+class PromptMasks:
+    """The masks that the decoder gives for one prompt, C of them.
+
+    Attributes:
+        low_res_masks: C x h x w float32 logits, on the model's device.
+        iou_predictions: C float32, the model's own estimate.
+        original_size: (H, W) of the image.
+        img_size: side of the model's frame, in pixels.
+    """
+
+    low_res_masks: Tensor
+    iou_predictions: Tensor
+    original_size: tuple[int, int]
+    img_size: int
+
+    @property
+    def best(self) -> int:
+        """Which mask has the highest predicted IoU."""
+        return int(self.iou_predictions.argmax())
+
+    @property
+    def predicted_iou(self) -> float:
+        """The predicted IoU of the best mask."""
+        return float(self.iou_predictions.amax())
+
+    @property
+    def ranking(self) -> list[int]:
+        """All masks, the highest predicted IoU first."""
+        ranking: list[int] = self.iou_predictions.argsort(descending=True).tolist()
+        return ranking
+
+    def logits(self, number: int) -> Tensor:
+        """Return a mask's logits at the image's resolution, H x W.
+
+        One mask at a time: three of 100 megapixels would take 1.2 GB.
+        """
+        chosen = self.low_res_masks[None, number : number + 1]
+        return masks_to_original(chosen, self.original_size, self.img_size)[0, 0]
+
+    def mask(self, number: int) -> np.ndarray:
+        """Return a mask at the image's resolution, H x W bool."""
+        mask: np.ndarray = (self.logits(number) > 0).cpu().numpy()
+        return mask
+
+
+@torch.inference_mode()
+def predict_masks(
+    sam: Any,
+    image_embedding: Tensor,
+    prompts: Sequence[Prompt],
+    original_size: tuple[int, int],
+    mask_inputs: Sequence[Tensor | None] | None = None,
+    multimask_output: bool | None = None,
+) -> Iterator[tuple[int, PromptMasks]]:
+    """Yield the masks of each prompt on one image, as `SamPredictor.predict_torch` gives them.
+
+    Args:
+        image_embedding: C x h x w float32, on the model's device.
+        prompts: points, a box or both each, in pixels of the image; layouts may differ.
+        original_size: (H, W) of the image.
+        mask_inputs: for each prompt the logits of an earlier answer, 1 x h x w, or None.
+        multimask_output: three masks a prompt or one; unset: three for one point alone, which may
+            mean part, object or group.
+
+    Yields:
+        (place in `prompts`, its masks), each prompt once, layout by layout.
+    """
+    img_size = sam.image_encoder.img_size
+    for group, places in _groups_of_image(prompts, mask_inputs, original_size, img_size):
+        multimask = group.ambiguous if multimask_output is None else multimask_output
+        for rows in prompt_chunks(len(places), original_size):
+            chunk = group.part(rows).to(image_embedding.device)
+            low_res, predicted = decode_prompts(sam, image_embedding[None], chunk, multimask)
+            for answer, row in enumerate(rows):
+                masks = PromptMasks(low_res[answer], predicted[answer], original_size, img_size)
+                yield places[row], masks
+
+
+def prompt_chunks(number: int, original_size: tuple[int, ...]) -> list[range]:
+    """Cut prompts 0 .. number - 1 on an image of (H, W) into ranges that are decoded at once."""
+    size = max(1, min(MAX_PROMPTS, MAX_PIXELS // (original_size[0] * original_size[1])))
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def _groups_of_image(
+    prompts: Sequence[Prompt],
+    mask_inputs: Sequence[Tensor | None] | None,
+    original_size: tuple[int, int],
+    img_size: int,
+) -> "Iterator[tuple[PromptGroup, list[int]]]":
+    """Group prompts by layout, those with an earlier answer apart: (group, places in `prompts`)."""
+    earlier = [None] * len(prompts) if mask_inputs is None else list(mask_inputs)
+    for corrects in (False, True):
+        chosen = [place for place, logits in enumerate(earlier) if (logits is not None) == corrects]
+        some = [prompts[place] for place in chosen]
+        for group, rows in group_prompts(some, [0] * len(some), [original_size], img_size):
+            places = [chosen[row] for row in rows]
+            given = [logits for place in places if (logits := earlier[place]) is not None]
+            yield group.with_answer(torch.stack(given)) if corrects else group, places
 
 
 @dataclass
@@ -49,22 +167,23 @@ class PromptGroup:
             point_labels = torch.cat([self.point_labels, point_labels], dim=1)
         return replace(self, point_coords=point_coords, point_labels=point_labels)
 
+    def part(self, rows: range) -> "PromptGroup":
+        """Return some of the prompts."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows.start : rows.stop]
+
+        return PromptGroup(
+            self.image_index[rows.start : rows.stop],
+            cut(self.point_coords),
+            cut(self.point_labels),
+            cut(self.boxes),
+            cut(self.mask_inputs),
+        )
+
     def chunks(self, size: int) -> list["PromptGroup"]:
         """Cut into groups of at most `size` prompts."""
-
-        def cut(tensor: Tensor | None, start: int) -> Tensor | None:
-            return None if tensor is None else tensor[start : start + size]
-
-        return [
-            PromptGroup(
-                self.image_index[start : start + size],
-                cut(self.point_coords, start),
-                cut(self.point_labels, start),
-                cut(self.boxes, start),
-                cut(self.mask_inputs, start),
-            )
-            for start in range(0, len(self), size)
-        ]
+        return [self.part(range(start, start + size)) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> "PromptGroup":
         """Copy to a device."""
@@ -135,9 +254,9 @@ def decode_prompts(
 
 
 def group_prompts(
-    prompts: list[Prompt],
-    image_index: list[int],
-    sizes: list[tuple[int, int]],
+    prompts: Sequence[Prompt],
+    image_index: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
     img_size: int,
 ) -> list[tuple[PromptGroup, list[int]]]:
     """Sort prompts by layout and move them to the model's frame.

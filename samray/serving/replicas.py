@@ -24,11 +24,10 @@ from ray.util.metrics import Counter, Histogram
 from samray.config import ServeConfig
 from samray.data.labelme import labelme_document
 from samray.errors import AnnotationError, SamrayError
-from samray.geometry.frames import masks_to_original
 from samray.geometry.images import decode_image
 from samray.prediction.answers import describe_mask, drop_small_parts, prompt_of
 from samray.prediction.requests import ApiError, PredictRequest, mistakes_error
-from samray.sam.decode import decode_prompts, group_prompts
+from samray.sam.decode import PromptMasks, predict_masks
 from samray.sam.embeddings import encode_images
 from samray.sam.model import encoder_digest
 from samray.serving.catalogue import ModelRef
@@ -280,7 +279,6 @@ class Decoder:
             found.append(logits)
         return found
 
-    @torch.inference_mode()
     def _decode(
         self,
         sam: Any,
@@ -289,76 +287,48 @@ class Decoder:
         call: Call,
         earlier: list[torch.Tensor | None],
     ) -> dict[str, Any]:
-        """All prompts of one layout in one batch; then their masks, each as asked for."""
+        """Decode all prompts, then describe their masks as the request asks for."""
         request, began = call.request, time.perf_counter()
         assert request is not None
-        img_size = sam.image_encoder.img_size
-        image_embedding = torch.from_numpy(embedding.astype(np.float32))[None].to(sam.device)
-        prompts = [prompt_of(prompt) for prompt in request.prompts]
-        results: list[dict[str, Any]] = [{} for _ in prompts]
-        best_shapes: list[list[dict[str, Any]]] = [[] for _ in prompts]
-        known = {number: logits for number, logits in enumerate(earlier) if logits is not None}
-        fresh = [number for number in range(len(prompts)) if number not in known]
-        for numbers in (fresh, list(known)):
-            chosen = [prompts[number] for number in numbers]
-            for group, places in group_prompts(chosen, [0] * len(chosen), [size], img_size):
-                group = group.to(sam.device)
-                if numbers is not fresh:
-                    logits = torch.stack([known[numbers[place]] for place in places])
-                    group = group.with_answer(logits.to(sam.device))
-                multimask = request.multimask_output
-                if multimask is None:
-                    multimask = group.ambiguous
-                low_res, predicted = decode_prompts(sam, image_embedding, group, multimask)
-                for row, place in enumerate(places):
-                    number = numbers[place]
-                    masks, best_shapes[number] = self._masks(
-                        low_res[row], predicted[row], size, img_size, number, call
-                    )
-                    results[number] = {"id": request.prompts[number].id, "masks": masks}
+        found = predict_masks(
+            sam,
+            torch.from_numpy(embedding.astype(np.float32)).to(sam.device),
+            [prompt_of(prompt) for prompt in request.prompts],
+            size,
+            [None if logits is None else logits.to(sam.device) for logits in earlier],
+            request.multimask_output,
+        )
+        described = dict(sorted((n, self._describe(n, masks, call)) for n, masks in found))
+        results = [
+            {"id": prompt.id, "masks": described[number]}
+            for number, prompt in enumerate(request.prompts)
+        ]
         answer: dict[str, Any] = {"results": results}
         if request.mask_format == "labelme":
-            shapes = [shape for found in best_shapes for shape in found]
+            shapes = [shape for masks in described.values() for shape in masks[0]["shapes"]]
             name = request.image_name or f"{call.image_id.removeprefix('sha256:')[:16]}.png"
             answer["labelme"] = labelme_document(name, size, shapes)
         answer["decode_ms"] = 1000 * (time.perf_counter() - began)
         return answer
 
-    def _masks(
-        self,
-        low_res: torch.Tensor,
-        predicted: torch.Tensor,
-        size: tuple[int, int],
-        img_size: int,
-        number: int,
-        call: Call,
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """A prompt's masks, the best first, and the best one's LabelMe shapes."""
+    def _describe(self, number: int, found: PromptMasks, call: Call) -> list[dict[str, Any]]:
+        """Return a prompt's masks, the best first, and keep their logits for corrections."""
         request = call.request
         assert request is not None
-        masks = (masks_to_original(low_res[:, None], size, img_size)[:, 0] > 0).cpu().numpy()
         described = []
-        for place in predicted.argsort(descending=True).tolist():
-            mask = drop_small_parts(masks[place], request.min_area)
+        for place in found.ranking:
+            mask = drop_small_parts(found.mask(place), request.min_area)
             token = secrets.token_urlsafe(12)
             # A copy: a part would keep alive the answers to all prompts of the request.
-            logits = low_res[place][None].to("cpu", copy=True)
+            logits = found.low_res_masks[place][None].to("cpu", copy=True)
             key = (token, call.image_id, call.model.digest)
             self.logits.put(key, logits, logits.nbytes)
-            described.append(
-                {
-                    "score": float(predicted[place]),
-                    **describe_mask(
-                        mask,
-                        request.mask_format,
-                        request.label,
-                        request.polygon_tolerance,
-                        number + 1,
-                    ),
-                    "mask_token": token,
-                }
+            content = describe_mask(
+                mask, request.mask_format, request.label, request.polygon_tolerance, number + 1
             )
-        return described, described[0].get("shapes", [])
+            score = float(found.iou_predictions[place])
+            described.append({"score": score, **content, "mask_token": token})
+        return described
 
     async def forget(self, image_id: str) -> None:
         """Drop an image's embeddings, and the answers on it."""

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 
 from samray.data.sample_data import write_sample_data
 from samray.evaluation.metrics import iou_and_dice
-from samray.evaluation.scoring import click_through, predict_masks
+from samray.evaluation.scoring import click_through
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import draw_prompt
+from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
 from samray.sam.shipped import load_shipped
 
@@ -47,8 +47,8 @@ def test_the_first_answer_is_that_of_a_single_prompt_and_clicks_help(scene):
     prompts = prompts_of(masks)
     single = list(predict_masks(sam, embedding, prompts, masks[0].shape))
     clicked = list(click_through(sam, embedding, masks, prompts, 5))
-    for (mask, _), answers in zip(single, clicked, strict=True):
-        assert np.array_equal(mask, answers[0][0])
+    for (_, masks_of), answers in zip(single, clicked, strict=True):
+        assert np.array_equal(masks_of.mask(masks_of.best), answers[0][0])
     first, last = (
         np.mean([iou_and_dice(a[n][0], m)[0] for a, m in zip(clicked, masks, strict=True)])
         for n in (0, -1)
@@ -59,12 +59,11 @@ def test_the_first_answer_is_that_of_a_single_prompt_and_clicks_help(scene):
 def test_a_right_answer_is_not_clicked_on_again(scene):
     sam, embedding, masks = scene
     (prompt,) = prompts_of(masks[:1])
-    ((answer, _),) = predict_masks(sam, embedding, [prompt], masks[0].shape)
-    (answers,) = click_through(sam, embedding, [answer], [prompt], 3)
+    ((_, found),) = predict_masks(sam, embedding, [prompt], masks[0].shape)
+    (answers,) = click_through(sam, embedding, [found.mask(found.best)], [prompt], 3)
     assert all(given is answers[0] for given in answers)
 
 
 def test_no_object_no_answer(scene):
     sam, embedding, _ = scene
     assert list(click_through(sam, embedding, [], [], 3)) == []
-    assert list(predict_masks(sam, torch.zeros_like(embedding), [], (9, 9))) == []
