@@ -495,7 +495,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_serve(config: Config) -> None:
-    from samray.serving.ingress import serve_here
+    from samray.serving.app import serve_here
 
     serve_here(config.serve)
 

@@ -5,6 +5,6 @@ shorter `configs/serve.yaml` is enough, which needs samray itself alone on the c
 """
 
 from samray.config import ServeConfig
-from samray.serving.ingress import build_app
+from samray.serving.app import build_app
 
 app = build_app(ServeConfig())

@@ -30,7 +30,7 @@ def serving(settings: ServeConfig, proxies: bool = False, **options: object) -> 
     """
     from ray import serve
 
-    from samray.serving.ingress import bind_app
+    from samray.serving.app import bind_app
 
     settings = settings.model_copy(update={"port": free_port()})
     options = {"host": "127.0.0.1", "port": settings.port, "request_timeout_s": 90, **options}

@@ -1,4 +1,4 @@
-"""Masks to what a client asked for: polygons, RLE, PNG or LabelMe shapes. No Ray."""
+"""Masks in the format that a client asked for: polygons, RLE, PNG or LabelMe shapes."""
 
 import base64
 import io
@@ -15,9 +15,9 @@ from samray.prediction.requests import PromptRequest
 
 
 def prompt_of(request: PromptRequest) -> Prompt:
-    """Return a request's prompt as the model's side knows it; without labels every point belongs.
+    """Return the prompt of a request; without labels every point is a foreground point.
 
-    An earlier answer that it names is left aside.
+    Its `mask_token` is ignored here.
     """
     coords = request.point_coords
     return Prompt(
@@ -28,7 +28,7 @@ def prompt_of(request: PromptRequest) -> Prompt:
 
 
 def drop_small_parts(mask: np.ndarray, min_area: int) -> np.ndarray:
-    """Return the mask without the parts below `min_area` pixels; the largest one always stays.
+    """Return the mask without its parts below `min_area` pixels; the largest part is always kept.
 
     Args:
         mask: H x W bool.
@@ -46,12 +46,12 @@ def drop_small_parts(mask: np.ndarray, min_area: int) -> np.ndarray:
 def describe_mask(
     mask: np.ndarray, mask_format: str, label: str, tolerance: float, group_id: int
 ) -> dict[str, Any]:
-    """Return a mask's area and box, and the mask in the format that was asked for.
+    """Return a mask's area and box, and the mask in one of the formats.
 
     Args:
         mask: H x W bool.
         mask_format: polygon, rle, png, labelme or none.
-        tolerance: pixels by which a polygon may leave the outline.
+        tolerance: maximum distance of a polygon from the outline, in pixels.
         group_id: joins the parts of a mask, in LabelMe.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -81,7 +81,7 @@ def describe_mask(
 
 
 def _polygons(mask: np.ndarray, tolerance: float) -> list[dict[str, Any]]:
-    """Outlines of parts and holes, (x, y) of the border pixels' centres."""
+    """Return the outlines of parts and holes, (x, y) of the border pixels' centres."""
     contours, hierarchy = cv2.findContours(
         mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )

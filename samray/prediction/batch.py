@@ -1,13 +1,13 @@
-"""`samray predict` for many images: everything in them, or what a file of prompts points at.
+"""`samray predict` for many images: every object in them, or the objects of a prompts file.
 
-`predict_images` reads down the page: list the images, plan what each is asked, let Ray Data hand
-them to actors that have loaded the model once (`ImageSegmenter`), add up what came of it.
+`predict_images` reads top-down: list the images, plan the work, let Ray Data pass the images to
+actors that load the model once (`ImageSegmenter`), and sum up the outcomes.
 
-    OUT/<folders as in the input>/<stem>.json              LabelMe; says by which settings
+    OUT/<folders as in the input>/<stem>.json              LabelMe; also records the settings
                                   <stem>_labels.png        label map, 16 bits
-                                  <stem>.csv               a row an object
-                                  <stem>.predictions.json  with prompts: answers as the endpoint's
-    OUT/predictions.json                                   what became of all of them
+                                  <stem>.csv               one row per object
+                                  <stem>.predictions.json  with prompts: the endpoint's results
+    OUT/predictions.json                                   summary and rejected images
 """
 
 import hashlib
@@ -57,20 +57,20 @@ from samray.storage import (
     write_json,
 )
 
-FORMAT = 1  # of the outputs: raise it when the same settings write something else
+FORMAT = 1  # of the outputs; raise it when the same settings write different files
 SUMMARY = "predictions.json"
 SUFFIXES = {"labelme": ".json", "labels": "_labels.png", "table": ".csv"}
 ANSWERS = ".predictions.json"
-MAX_BLOCKS = 2000  # of Ray Data; with fewer images each is a block, so that the bar moves
+MAX_BLOCKS = 2000  # of Ray Data; with fewer images each is a block of its own, for the progress bar
 MAX_PROMPTS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every actor needs to know.
+class BatchJob:
+    """What every actor needs.
 
     Attributes:
-        root: folder that the images' names are seen from.
+        root: folder that the images' names are relative to.
         checkpoint: folder or file; None is `tiny` as it ships.
         model: name, version and checkpoint_digest.
         generator: arguments of SAM's mask generator.
@@ -86,12 +86,12 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be done.
+class BatchPlan:
+    """The images to segment, and those left out.
 
     Attributes:
         work: {name, stamp, prompts} of each image; prompts are a JSON list, or None.
-        skipped: images without an entry in the file of prompts.
+        skipped: images without an entry in the prompts file.
         rejected: {file, field, reason} of each image or entry that cannot be used.
     """
 
@@ -101,19 +101,19 @@ class Plan:
 
 
 def predict_images(config: Config) -> dict[str, Any]:
-    """Segment every image of a folder, or one image, and write what was found in each.
+    """Segment every image of a folder, or one image, and write the objects found in each.
 
     Args:
         config: its `predict` section, and the device of `scaling`.
 
     Returns:
         The summary, as written to OUTPUT_DIR/predictions.json: `images` done, `objects` in them,
-        `found` (images that an earlier call had done), `skipped`, `rejected`, `model`, `settings`.
+        `found` (images done by an earlier call), `skipped`, `rejected`, `model`, `settings`.
 
     Raises:
-        ConfigError: a setting, folder or the file of prompts cannot work.
+        ConfigError: a setting, a folder or the prompts file cannot be used.
         CheckpointError: the checkpoint cannot be used.
-        DatasetError: not one image could be done.
+        DatasetError: no image could be segmented.
     """
     settings = config.predict
     image_path, output_dir = required(config, "predict.image_path", "predict.output_dir")
@@ -151,10 +151,10 @@ def predict_images(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _run(work: list[dict[str, Any]], job: Job, device: str) -> list[dict[str, Any]]:
-    """Have actors segment the images; return what became of each."""
+def _run(work: list[dict[str, Any]], job: BatchJob, device: str) -> list[dict[str, Any]]:
+    """Have actors segment the images; return the outcome of each."""
     cluster.quiet_ray_data()
-    # Blocks from the driver and not from tasks, for which the actors leave no CPU.
+    # Blocks come from the driver: the actors leave no CPU for tasks.
     images = ray.data.from_items(work, override_num_blocks=min(len(work), MAX_BLOCKS))
     dataset = images.map_batches(
         ImageSegmenter,
@@ -176,14 +176,14 @@ def _run(work: list[dict[str, Any]], job: Job, device: str) -> list[dict[str, An
 
 
 class ImageSegmenter:
-    """An actor of Ray Data: loads the model once, then takes image by image."""
+    """An actor of Ray Data: loads the model once, then segments image after image."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BatchJob) -> None:
         self.job = job
         self.sam = _load(job.checkpoint).model().eval().to(cluster.actor_device())
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Segment the images of a block; return what became of each, as JSON."""
+        """Segment the images of a block; return the outcome of each, as JSON."""
         return pa.Table.from_pylist([self._outcome(row) for row in rows.to_pylist()], _OUTCOMES)
 
     def _outcome(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class ImageSegmenter:
         except (MemoryError, torch.OutOfMemoryError):
             reason = "needs more memory than there is; cut it, or lower predict.points_per_side"
             outcome = {"file": row["name"], "field": "image", "reason": reason}
-        except Exception as exc:  # Ray Data would try it again for ever
+        except Exception as exc:  # Ray Data would retry it for ever
             exc.add_note(traceback.format_exc())
             return {"outcome": "", "error": cloudpickle.dumps(exc)}
         return {"outcome": json.dumps({"reason": None, **outcome}), "error": b""}
@@ -204,8 +204,8 @@ class ImageSegmenter:
         """Segment one image, unless it has been; return the counts.
 
         Raises:
-            AnnotationError: the image or its prompts cannot be used, or what would be written is
-                there and is not ours.
+            AnnotationError: the image or its prompts cannot be used, or an output file exists that
+                this command did not write.
         """
         job, name = self.job, row["name"]
         digest = _digest([FORMAT, job.model["checkpoint_digest"], job.label, job.generator, row])
@@ -231,7 +231,7 @@ class ImageSegmenter:
         )
         document["samray"] = {"digest": digest, "objects": len(objects)}
         try:
-            if record:  # it must not speak for the files that replace the old ones
+            if record:  # it must not vouch for the files that replace the old ones
                 outputs["labelme"].unlink()
                 _beside(target, ANSWERS).unlink(missing_ok=True)
             make_folder(target.parent, "--output-dir")
@@ -239,7 +239,7 @@ class ImageSegmenter:
             write_bytes(outputs["table"], object_table(objects))
             if answer is not None:
                 write_json(_beside(target, ANSWERS), answer)
-            write_json(outputs["labelme"], document)  # last: it says that all is there
+            write_json(outputs["labelme"], document)  # last: it marks the other files as complete
         except StorageError:
             raise
         except OSError as exc:
@@ -251,7 +251,7 @@ _OUTCOMES = pa.schema([("outcome", pa.string()), ("error", pa.binary())])
 
 
 def _find_images(path: Place, output: Place) -> RawFiles:
-    """List the images that are meant; what lies in the output folder is none of them."""
+    """List the images to segment; files in the output folder are not among them."""
     with plain_errors(f"--image-path: {path}"):
         if path.is_file():
             status = path.stat()
@@ -259,7 +259,7 @@ def _find_images(path: Place, output: Place) -> RawFiles:
             return RawFiles(path.parent, [], [path.name], [], stamps)
         if not path.is_dir():
             raise ConfigError(f"--image-path: {path} does not exist; check the path")
-    way = _way(path, output)
+    way = _relative_folder(path, output)
     if way is not None and way.split("/")[0] in (".", ".."):
         if set(way.split("/")) <= {".", ".."}:
             raise ConfigError(
@@ -277,8 +277,8 @@ def _find_images(path: Place, output: Place) -> RawFiles:
     return files
 
 
-def _way(folder: Place, other: Place) -> str | None:
-    """The way from a folder to another; None where there is none."""
+def _relative_folder(folder: Place, other: Place) -> str | None:
+    """Return the path of another folder relative to a folder; None if there is none."""
     if isinstance(folder, Path) != isinstance(other, Path):
         return None
     if not isinstance(folder, Path) and folder.drive != other.drive:
@@ -287,7 +287,7 @@ def _way(folder: Place, other: Place) -> str | None:
 
 
 def _require_batch(settings: PredictConfig) -> None:
-    """Refuse settings that mean one object of one image."""
+    """Refuse settings that apply to one object of one image."""
     if settings.points or settings.negative_points or settings.box is not None:
         raise ConfigError("--prompts takes the place of --point and --box; leave those out")
     if settings.tile is not None:
@@ -295,7 +295,7 @@ def _require_batch(settings: PredictConfig) -> None:
 
 
 def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
-    """The content of the file of prompts, its entries unchecked; None if there is none."""
+    """Return the content of the prompts file, entries unchecked; None without such a file."""
     if settings.prompts is None:
         return None
     path = resolve(settings.prompts, "--prompts")
@@ -317,15 +317,15 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
     return content
 
 
-def _plan(files: RawFiles, entries: dict[str, Any] | None) -> Plan:
-    """Decide what each image is asked, and refuse what cannot work before anything is loaded."""
+def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
+    """Collect the prompts of each image, and reject what cannot work before a model is loaded."""
     rejected = [_rejection(name, problem) for name, problem in files.skipped]
     asked: dict[str, str | None] = dict.fromkeys(files.images)
     if entries is not None:
         asked = {}
         for key, content in entries.items():
             try:
-                name = _image_of(key, files)
+                name = _image_named(key, files)
                 if name in asked:
                     raise AnnotationError("name", f"is {name} once more; join the two entries")
                 asked[name] = _checked(content)
@@ -345,14 +345,14 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> Plan:
         work.append({"name": name, "stamp": files.stamps[name], "prompts": asked[name]})
     named = {problem["file"] for problem in rejected}
     skipped = sum(name not in asked and name not in named for name in files.images)
-    return Plan(work, skipped, rejected)
+    return BatchPlan(work, skipped, rejected)
 
 
-def _image_of(key: str, files: RawFiles) -> str:
-    """The image that an entry of the file of prompts is about.
+def _image_named(key: str, files: RawFiles) -> str:
+    """Return the image that an entry of the prompts file names.
 
     Raises:
-        AnnotationError: field `name`; it is none of those that were found.
+        AnnotationError: field `name`; no such image was found.
     """
     name = posixpath.normpath(key)
     if posixpath.isabs(name) or name.split("/")[0] == "..":
@@ -365,7 +365,7 @@ def _image_of(key: str, files: RawFiles) -> str:
 
 
 def _checked(content: Any) -> str:
-    """An image's prompts as JSON, once they are found to be usable.
+    """Return an image's prompts as JSON, checked.
 
     Raises:
         AnnotationError: naming every mistake.
@@ -393,7 +393,7 @@ def _require_inside(prompts: list[PromptRequest], size: tuple[int, int]) -> None
     """Refuse prompts outside an image of (H, W).
 
     Raises:
-        AnnotationError: naming every coordinate that is.
+        AnnotationError: naming every such coordinate.
     """
     mistakes = [
         mistake
@@ -405,13 +405,13 @@ def _require_inside(prompts: list[PromptRequest], size: tuple[int, int]) -> None
 
 
 def _as_problem(exc: ApiError) -> AnnotationError:
-    """The endpoint's refusal of a request as one of an image."""
+    """Return the endpoint's error on a request as a rejection of the image."""
     field = exc.field or "prompts"
     return AnnotationError(field, exc.message.removeprefix(f"{field}: "))
 
 
 def _require_own(output: Place) -> None:
-    """Refuse an output folder whose list of results is somebody else's."""
+    """Refuse an output folder whose predictions.json another program wrote."""
     if (output / SUMMARY).exists():
         content = read_json(output / SUMMARY)
         if not isinstance(content, dict) or not {"model", "rejected", "found"} <= content.keys():
@@ -421,15 +421,15 @@ def _require_own(output: Place) -> None:
             )
 
 
-def _job(root: Place, output: Place, settings: PredictConfig) -> Job:
-    """Find the model and say which it is.
+def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
+    """Find the model, check that it loads, and record which one it is.
 
     Raises:
         CheckpointError: it cannot be used.
     """
     given = settings.checkpoint
     checkpoint = _load(None if given is None else resolve(given, "--checkpoint"))
-    checkpoint.model()  # a mistake in it ends the call here, with one line
+    checkpoint.model()  # an unusable checkpoint ends the call here, with one line
     digest = digest_of(checkpoint.weights)
     if given is None:
         name, version = "tiny", f"shipped-{__version__}"
@@ -437,9 +437,9 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> Job:
         name, version = PurePosixPath(given).name, f"{checkpoint.path.name}-{digest[:8]}"
     model = {"name": name, "version": version, "checkpoint_digest": digest}
     generator = generator_settings(settings, checkpoint.model_type)
-    # The folder that was found and not what was given, which a promotion may change meanwhile.
+    # The folder found, not the path given: a promotion may change what that path means.
     place = None if given is None else checkpoint.path
-    return Job(root, output, place, model, generator, settings.label)
+    return BatchJob(root, output, place, model, generator, settings.label)
 
 
 def _load(place: Place | None) -> Checkpoint:
@@ -447,11 +447,11 @@ def _load(place: Place | None) -> Checkpoint:
 
 
 def _read(path: Place) -> bytes:
-    """An image file's content; that it cannot be read is the image's problem alone.
+    """Return an image file's content; if it cannot be read, only this image is rejected.
 
     Raises:
         AnnotationError: field `file`.
-        StorageError: the server is not there, and so is no other image.
+        StorageError: the server cannot be reached, so no other image can be read either.
     """
     try:
         return read_image_file(path)
@@ -462,10 +462,10 @@ def _read(path: Place) -> bytes:
 
 
 def _record(path: Place) -> dict[str, Any] | None:
-    """What an earlier call says in a LabelMe file of having written it; None if there is none.
+    """Return the record that an earlier call left in its LabelMe file; None if there is none.
 
     Raises:
-        AnnotationError: field `output`; the file is there and not ours.
+        AnnotationError: field `output`; the file exists and was not written by this command.
     """
     if not path.exists():
         return None
@@ -495,7 +495,7 @@ def _rejection(file: str, problem: AnnotationError) -> dict[str, str]:
 
 
 def _nothing_done(summary: dict[str, Any]) -> str:
-    """Why no image was segmented, by the first reason."""
+    """Return why no image was segmented, with the first reason."""
     rejected = summary["rejected"]
     if not rejected:
         return f"none of its {summary['skipped']} images has an entry in --prompts"

@@ -1,4 +1,4 @@
-"""A checkpoint, an image and prompts to masks: no Ray, one image encoded once for many prompts."""
+"""Masks from a checkpoint, an image and prompts; the image is encoded once for many prompts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ class Predictor:
         mask = predictor.predict(Prompt(box=np.array([10, 20, 110, 90]))).best
 
     Args:
-        sam: a `Sam`; its device is where the work is done.
+        sam: a `Sam`, on the device to compute on.
     """
 
     def __init__(self, sam: Any) -> None:
@@ -63,8 +63,8 @@ class Predictor:
         """Load the best checkpoint of a RUN, a checkpoint folder or a ViT weights file.
 
         Args:
-            path: unset takes `tiny` as it comes with samray.
-            device: torch's name of it; unset takes a GPU where there is one.
+            path: unset: the `tiny` that comes with samray.
+            device: a torch device name; unset: the GPU if there is one.
 
         Raises:
             CheckpointError: it cannot be used.
@@ -78,7 +78,7 @@ class Predictor:
         return cls(checkpoint.model().to(device))
 
     def set_image(self, image: np.ndarray) -> None:
-        """Encode an image, H x W x 3 uint8 RGB, for the prompts to come."""
+        """Encode an image, H x W x 3 uint8 RGB; `predict` then answers prompts on it."""
         self._embedding = encode_image(self.sam, image)
         self._original_size = (image.shape[0], image.shape[1])
 
@@ -111,11 +111,11 @@ class Predictor:
         )
 
     def predict_in_tiles(self, image: np.ndarray, prompt: Prompt, tile: int) -> np.ndarray:
-        """Answer a prompt from a part of a large image, in the whole image's frame: H x W bool.
+        """Return the mask for a prompt on a large image, computed in windows: H x W bool.
 
-        What the prompt spans is looked at in one window where it fits; a larger box in several
-        that share a quarter, each asked for its part of the box, and the answers are united.
-        Takes the place of `set_image` and `predict`; another image must be set afterwards.
+        A prompt that fits into one window is answered there. A larger box is cut into windows that
+        overlap by a quarter; each answers its part of the box, and the mask is their union.
+        Replaces `set_image` and `predict`; call `set_image` again afterwards.
 
         Args:
             image: H x W x 3 uint8 RGB.
@@ -131,10 +131,10 @@ class Predictor:
 
 
 def _windows_around(prompt: Prompt, image: np.ndarray, tile: int) -> list[Window]:
-    """Windows of `tile` pixels, or the image's own side, that cover what the prompt spans.
+    """Return windows of `tile` pixels, or the image's own side, that cover the prompt.
 
-    What does not fit in one gets a quarter of a window around it: a point at the border of a
-    window would be seen from one side only.
+    A prompt that does not fit into one window gets a margin of a quarter of a window, so that no
+    point lies at the border of a window, where half of its context is missing.
     """
     corners = np.empty((0, 2)) if prompt.point_coords is None else prompt.point_coords
     if prompt.box is not None:
@@ -154,7 +154,7 @@ def _windows_around(prompt: Prompt, image: np.ndarray, tile: int) -> list[Window
 
 
 def _part_of(prompt: Prompt, window: Window) -> Prompt | None:
-    """The prompt in a window's own frame; None where it says nothing of an object."""
+    """Return the prompt in a window's frame; None if no foreground part of it lies there."""
     corner = np.array([window.x, window.y], dtype=np.float32)
     size = np.array([window.width, window.height], dtype=np.float32)
     coords, labels, box = prompt.point_coords, prompt.point_labels, prompt.box
@@ -187,7 +187,7 @@ def predict(config: Config) -> dict[str, Place]:
     image_path, output_dir = required(config, "predict.image_path", "predict.output_dir")
     path = resolve(image_path, "--image-path")
     output = resolve(output_dir, "--output-dir")
-    prompt = _prompt_of(config)
+    prompt = _prompt_from(config)
     try:
         image = decode_image(read_image_file(path))
     except OSError as exc:
@@ -226,7 +226,7 @@ def predict(config: Config) -> dict[str, Place]:
     return outputs
 
 
-def _prompt_of(config: Config) -> Prompt:
+def _prompt_from(config: Config) -> Prompt:
     settings = config.predict
     points = [*settings.points, *settings.negative_points]
     if not settings.points and settings.box is None:

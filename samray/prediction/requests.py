@@ -1,6 +1,6 @@
-"""What crosses HTTP: requests, answers and errors of API v1, checked field by field. No Ray.
+"""Requests, answers and errors of the HTTP API v1, validated field by field.
 
-Coordinates are absolute pixels, (x, y), of the image as people see it (EXIF applied).
+Coordinates are (x, y) in pixels of the image as shown, with its EXIF orientation applied.
 """
 
 import base64
@@ -46,7 +46,7 @@ CODES = {
 
 
 class ApiError(Exception):
-    """A refusal that a client is told; what it says is all that it learns."""
+    """An error for the client; nothing but its code, message and field leaves the server."""
 
     def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(code, message, field)
@@ -58,7 +58,7 @@ class ApiError(Exception):
         return CODES[self.code][0]
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """Return the one shape that every error has."""
+        """Return the body of the response; every error has this form."""
         return {
             "error": {
                 "code": self.code,
@@ -71,7 +71,7 @@ class ApiError(Exception):
 
 
 def _decoded(text: str) -> str:
-    """Without the line breaks that many tools make."""
+    """Check base64 text, and remove the line breaks that many tools insert."""
     text = "".join(text.split())
     try:
         base64.b64decode(text, validate=True)
@@ -99,18 +99,18 @@ Coordinate = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class PromptRequest(_Strict):
-    """What points at one object: points, a box, an earlier answer, or several of them."""
+    """The prompt for one object: points, a box, or both; with a mask_token, a correction."""
 
     id: Annotated[str, StringConstraints(max_length=200)] | None = None
-    """Given back with the answer."""
+    """Returned with the answer."""
     point_coords: Annotated[list[tuple[Coordinate, Coordinate]], Field(max_length=MAX_POINTS)] = []
-    """(x, y) pixels of the image as people see it."""
+    """(x, y) in pixels of the image as shown."""
     point_labels: Annotated[list[Literal[0, 1]], Field(max_length=MAX_POINTS)] | None = None
-    """1: belongs to the object, 0: does not. Without it, every point belongs."""
+    """1 foreground, 0 background; without it, every point is a foreground point."""
     box: tuple[Coordinate, Coordinate, Coordinate, Coordinate] | None = None
     """x1, y1, x2, y2."""
     mask_token: Annotated[str, StringConstraints(max_length=100)] | None = None
-    """Of an earlier answer on this image by this model, which the new points correct."""
+    """From an earlier answer on this image by this model, which the new points correct."""
 
     @model_validator(mode="after")
     def _point_at_something(self) -> "PromptRequest":
@@ -144,26 +144,26 @@ class PredictRequest(_Strict):
     """`POST /v1/predict`."""
 
     image: ImageContent | None = None
-    """The image itself; or image_id; or, in multipart, a file named `image`."""
+    """The image file; alternatives: image_id, or a file named `image` in multipart."""
     image_id: Annotated[str, StringConstraints(pattern=IMAGE_ID)] | None = None
-    """Of an image that the server has been given before."""
+    """The id of an image that was uploaded before."""
     model: Annotated[str, StringConstraints(max_length=64)] | None = None
-    """One of `GET /v1/models`; unset: the first."""
+    """A name of `GET /v1/models`; unset: the first."""
     prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS)]
-    """One an object; they are decoded together."""
+    """One prompt per object."""
     multimask_output: bool | None = None
-    """Three masks a prompt or one; unset: three for a single point alone."""
+    """Three masks per prompt or one; unset: three for a single point without a box."""
     mask_format: Literal["polygon", "rle", "png", "labelme", "none"] = "polygon"
-    """polygon: outlines; rle: COCO's compressed counts; png: 1 bit a pixel, base64; labelme:
-    shapes, and a whole file of the best masks; none: scores, areas and boxes alone."""
+    """polygon: outlines; rle: COCO's compressed counts; png: 1 bit per pixel, base64; labelme:
+    shapes, and a whole file of the best masks; none: only scores, areas and boxes."""
     label: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "object"
-    """For LabelMe's shapes."""
+    """Label of the LabelMe shapes."""
     image_name: Annotated[str, StringConstraints(pattern=IMAGE_NAME, max_length=200)] | None = None
-    """For LabelMe's `imagePath`; unset: the name of the file sent in multipart, else the digest."""
+    """LabelMe's `imagePath`; unset: the name of the file sent in multipart, else the digest."""
     polygon_tolerance: Annotated[float, Field(ge=0, le=50)] = 0.5
-    """Pixels by which a polygon may leave the mask's outline."""
+    """Maximum distance of a polygon from the mask's outline, in pixels."""
     min_area: Annotated[int, Field(ge=0)] = 0
-    """Parts of a mask smaller than this many pixels are left out; never the largest."""
+    """Parts of a mask smaller than this many pixels are removed; the largest is always kept."""
 
 
 class ModelAnswer(BaseModel):
@@ -175,7 +175,7 @@ class ModelAnswer(BaseModel):
 
 
 class MaskAnswer(BaseModel):
-    """One mask; which of the last five is there follows `mask_format`."""
+    """One mask; `mask_format` decides which of the last four fields are set."""
 
     score: float
     area: int
@@ -221,7 +221,7 @@ class ImageAnswer(BaseModel):
 
 
 class ErrorContent(BaseModel):
-    """What went wrong; all mistakes are in the message, the first one's place in `field`."""
+    """What went wrong; the message lists all mistakes, `field` names the first one's place."""
 
     code: str
     message: str
@@ -231,17 +231,17 @@ class ErrorContent(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The one shape of every error."""
+    """The form of every error."""
 
     error: ErrorContent
 
 
 def read_request(content: bytes | str) -> PredictRequest:
-    """Parse and check a `PredictRequest`; see `read_json`."""
-    return read_json(PredictRequest, content)
+    """Parse and check a `PredictRequest`; see `read_body`."""
+    return read_body(PredictRequest, content)
 
 
-def read_json(model: type[Content], content: bytes | str) -> Content:
+def read_body(model: type[Content], content: bytes | str) -> Content:
     """Parse and check a body.
 
     Raises:
@@ -256,7 +256,7 @@ def read_json(model: type[Content], content: bytes | str) -> Content:
 
 
 def read_prompts(content: bytes | str) -> list[PromptRequest]:
-    """Parse and check the JSON list of one image's prompts, by the rules of a request's.
+    """Parse and check the JSON list of one image's prompts, by the rules of a request.
 
     Raises:
         ApiError: invalid_request with every mistake, the first one's place in `field`.
@@ -272,7 +272,7 @@ _PROMPTS = TypeAdapter(Annotated[list[PromptRequest], Field(min_length=1)])
 
 
 def mistakes_error(mistakes: list[tuple[str, str]]) -> ApiError:
-    """One invalid_request for all (field, message)."""
+    """Return one invalid_request that lists all (field, message)."""
     text = "; ".join(f"{field or 'request'}: {message}" for field, message in mistakes[:20])
     if len(mistakes) > 20:
         text += f"; and {len(mistakes) - 20} more"

@@ -1,4 +1,4 @@
-"""One image to its objects, and those to a label map, a table and LabelMe shapes. No Ray."""
+"""All objects of one image, as a label map, a table and LabelMe shapes."""
 
 import csv
 import io
@@ -27,16 +27,16 @@ from samray.prediction.requests import PromptRequest
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
 
-MAX_OBJECTS = 65535  # of an image: what 16 bits can number
-# SAM keeps the logits of a batch of masks at the picture's size: 64 points of a 100-megapixel
-# picture would be 77 GB. The model sees 1024 pixels at most anyway, so larger pictures are
-# searched at this size, and few points at a time.
+MAX_OBJECTS = 65535  # of an image: the label map has 16 bits
+# SAM keeps the logits of a batch of masks at the image's resolution: 64 points of a 100-megapixel
+# image would take 77 GB. The model sees at most 1024 pixels a side, so larger images are segmented
+# at this size, with fewer points at a time.
 MAX_SEARCH_SIDE = 2048  # pixels
 MAX_LOGITS = 2**25  # of one batch
 POINTS_PER_BATCH = 64  # SAM's own
-# (pred_iou_thresh, stability_score_thresh) where they are unset. `tiny` predicts an IoU that is too
-# low: of 50 nuts on photographs, SAM's leave nothing and these find 0.88 at IoU 0.5, with two more
-# masks for each; (0.5, 0.8) find 0.82, with four more.
+# (pred_iou_thresh, stability_score_thresh) where unset. `tiny` predicts an IoU that is too low: of
+# 50 nuts on photographs, SAM's thresholds find none and these find 0.88 at IoU 0.5, with two more
+# masks for each object; (0.5, 0.8) find 0.82, with four more.
 THRESHOLDS = {"tiny": (0.4, 0.9)}
 SAM_THRESHOLDS = (0.88, 0.95)
 COLUMNS = ("id", "x1", "y1", "x2", "y2", "area", "score", "stability_score", "prompt_id")
@@ -44,7 +44,7 @@ COLUMNS = ("id", "x1", "y1", "x2", "y2", "area", "score", "stability_score", "pr
 
 @dataclass(frozen=True)
 class SegmentedObject:
-    """One object; its mask is kept as runs inside its box, so thousands take little memory.
+    """One object; its mask is kept as run lengths inside its box, to save memory.
 
     Attributes:
         counts: compressed COCO RLE of the box's pixels; empty where the mask is.
@@ -52,7 +52,7 @@ class SegmentedObject:
         area: in pixels.
         score: predicted IoU.
         stability_score: IoU of the masks at a higher and a lower cutoff of the logits.
-        prompt_id: what the prompt was called, if it was.
+        prompt_id: the `id` of the prompt, if it had one.
     """
 
     counts: bytes
@@ -70,7 +70,7 @@ class SegmentedObject:
 
 
 def generator_settings(settings: PredictConfig, model_type: str) -> dict[str, Any]:
-    """Return the arguments of SAM's mask generator, by its own names."""
+    """Return the arguments of `SamAutomaticMaskGenerator`."""
     pred_iou, stability = THRESHOLDS.get(model_type, SAM_THRESHOLDS)
     if settings.pred_iou_thresh is not None:
         pred_iou = settings.pred_iou_thresh
@@ -85,11 +85,11 @@ def generator_settings(settings: PredictConfig, model_type: str) -> dict[str, An
 
 
 class MaskGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]
-    """SAM's own, with the same answers, but one mask in memory where it holds all of them."""
+    """SAM's generator with the same results, but one full-size mask in memory instead of all."""
 
     @staticmethod
     def postprocess_small_regions(mask_data: Any, min_area: int, nms_thresh: float) -> Any:
-        """Remove small parts and holes, then the duplicates that this has made."""
+        """Remove small parts and holes, then the duplicates that this creates."""
         if not mask_data["rles"]:
             return mask_data
         unchanged = []
@@ -110,7 +110,7 @@ class MaskGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]
 def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> list[SegmentedObject]:
     """Return all objects of an image, as SAM's automatic mask generator finds them.
 
-    A picture of more than MAX_SEARCH_SIDE pixels a side is searched at that size, and the masks
+    An image of more than MAX_SEARCH_SIDE pixels a side is segmented at that size, and the masks
     are enlarged.
 
     Args:
@@ -139,8 +139,8 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
                 cropped = _enlarge(mask, cropped, scale)
             scores = float(record["predicted_iou"]), float(record["stability_score"])
             segmented = _segmented(cropped, *scores)
-            # SAM tells duplicates by their boxes, of which those of a single row or column are
-            # empty to it: the same mask many times over.
+            # SAM finds duplicates by their boxes, and a box of a single row or column is empty
+            # to it: the same mask would be kept many times.
             found.setdefault((segmented.box, segmented.counts), segmented)
     objects = list(found.values())
     require_countable(objects)
@@ -148,7 +148,7 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
 
 
 def require_countable(objects: list[Any]) -> None:
-    """Refuse more objects than a label map can number.
+    """Refuse more objects than a label map can hold.
 
     Raises:
         AnnotationError: field `image`.
@@ -168,7 +168,7 @@ def answer_prompts(
 
     Args:
         image: H x W x 3 uint8 RGB.
-        requests: prompts inside the image; an earlier answer that one names is left aside.
+        requests: prompts inside the image; their `mask_token` is ignored.
 
     Returns:
         One object a prompt, in their order; one with an empty mask has area 0.
@@ -196,7 +196,7 @@ def answer_prompts(
 
 
 def label_map(objects: list[SegmentedObject], size: tuple[int, int]) -> np.ndarray:
-    """Return H x W uint16: 0 for the ground, i for the i-th object; smaller ones lie on top."""
+    """Return H x W uint16: 0 for the background, i for the i-th object; smaller ones on top."""
     numbers = np.zeros(size, dtype=np.uint16)
     for place in sorted(range(len(objects)), key=lambda place: -objects[place].area):
         if objects[place].area:
@@ -206,7 +206,7 @@ def label_map(objects: list[SegmentedObject], size: tuple[int, int]) -> np.ndarr
 
 
 def labelme_shapes(objects: list[SegmentedObject], label: str) -> list[dict[str, Any]]:
-    """Return the shapes of all objects; `description`, and `group_id` of parts, is the number."""
+    """Return the shapes of all objects, numbered in `description` and the parts' `group_id`."""
     shapes: list[dict[str, Any]] = []
     for number, found in enumerate(objects, start=1):
         if not found.area:
@@ -221,7 +221,7 @@ def labelme_shapes(objects: list[SegmentedObject], label: str) -> list[dict[str,
 
 
 def object_table(objects: list[SegmentedObject]) -> bytes:
-    """Return a CSV file, a row an object; `id` is its number in the label map."""
+    """Return a CSV file with one row per object; `id` is its number in the label map."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -234,7 +234,7 @@ def object_table(objects: list[SegmentedObject]) -> bytes:
 def _segmented(
     mask: CroppedMask, score: float, stability_score: float, prompt_id: str | None = None
 ) -> SegmentedObject:
-    """A tightly cropped mask, as runs."""
+    """Return an object from its tightly cropped mask."""
     (x, y), (h, w) = mask.origin, mask.pixels.shape
     counts = encode_rle(CroppedMask(mask.pixels, (0, 0)), (h, w)) if mask.pixels.size else b""
     area = int(np.count_nonzero(mask.pixels))
@@ -242,22 +242,22 @@ def _segmented(
 
 
 def _crop(mask: np.ndarray) -> CroppedMask:
-    """The tight part of an H x W mask; nothing at (0, 0) where it is empty."""
+    """Crop an H x W mask tightly; an empty one becomes 0 x 0 pixels at (0, 0)."""
     x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
     return CroppedMask(mask[y : y + height, x : x + width], (x, y))
 
 
 def _enlarge(mask: np.ndarray, tight: CroppedMask, scale: tuple[float, float]) -> CroppedMask:
-    """A mask of a shrunk picture in the picture's own pixels, its outline smoothed.
+    """Enlarge a mask of a shrunk image to the image's resolution, its outline smoothed.
 
     Args:
         mask: h x w uint8, all of it.
-        tight: the same, cropped.
-        scale: pixels of the picture for one of the shrunk one's, across and down.
+        tight: the same mask, cropped.
+        scale: pixels of the image per pixel of the shrunk one, in x and y.
     """
     (x, y), (h, w) = tight.origin, tight.pixels.shape
     height, width = mask.shape
-    # A pixel more on each side, for the smoothing to see the edge.
+    # One pixel more on each side, so that the smoothing includes the edge.
     x1, y1, x2, y2 = max(0, x - 1), max(0, y - 1), min(width, x + w + 1), min(height, y + h + 1)
     left, top, right, bottom = (
         round(value * scale[axis % 2]) for axis, value in enumerate((x1, y1, x2, y2))

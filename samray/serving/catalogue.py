@@ -1,4 +1,4 @@
-"""Which models the endpoint serves: a checkpoint and its base, a store's, or `tiny`. No Ray."""
+"""The models that the endpoint serves: a checkpoint and its base, a store's, or `tiny`."""
 
 import contextlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from samray.storage import Place, resolve
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model that requests may name; small enough to travel with each.
+    """A model that requests may name; small enough to be sent with each request.
 
     Attributes:
         folder: its checkpoint folder; None is `tiny` as it ships.
@@ -37,7 +37,7 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
     """Return the models that the settings name, the default one first.
 
     Args:
-        known: what was read before; a version's digest never changes.
+        known: the catalogue read before; a version's digest never changes.
 
     Raises:
         SamrayError: a checkpoint or the store cannot be used.
@@ -58,7 +58,7 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
             raise ConfigError(f"--store: {store.folder} has no models; promote one")
         return found
     if known:
-        return known  # a checkpoint does not change under our feet
+        return known  # a checkpoint is read once
     if settings.checkpoint is None:
         shipped = load_shipped()
         digest = digest_of(shipped.weights)

@@ -1,7 +1,7 @@
-"""labelme with the endpoint behind its AI tools: `samray labelme`. No Ray.
+"""`samray labelme`: labelme with the endpoint behind its AI tools.
 
-labelme runs its models in its own process, through osam. `model_type` is such a model whose work
-is done by an endpoint: the image is uploaded once, clicks and boxes are sent as they are made.
+labelme runs its models in its own process, through osam. `model_type` returns such a model that
+forwards to an endpoint: the image is uploaded once, clicks and boxes are sent as they are made.
 """
 
 import base64
@@ -20,15 +20,15 @@ from PIL import Image
 from samray.config import LabelmeConfig
 from samray.errors import ConfigError, EndpointError
 
-NAME = "samray:latest"  # osam's form of a model's name
+NAME = "samray:latest"  # a model name in osam's format
 TITLE = "samray"  # in labelme's list
 TOKEN_VARIABLE = "SAMRAY_TOKEN"
-PATIENCE = (5, 120)  # seconds to connect, and for an answer
-PAUSE_SECONDS = 5.0  # after a failure; labelme asks anew with each move of the mouse
+TIMEOUTS = (5, 120)  # seconds to connect, and for an answer
+PAUSE_SECONDS = 5.0  # after a failure; labelme sends a request with each mouse movement
 
 
 class Endpoint:
-    """A samray endpoint, as a client sees it."""
+    """A client of a samray endpoint."""
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url.rstrip("/")
@@ -37,10 +37,10 @@ class Endpoint:
             self.session.headers["Authorization"] = f"Bearer {token}"
 
     def require_samray(self) -> None:
-        """Ask for the models, which only a samray endpoint has and only its token opens.
+        """Check that the URL is a samray endpoint and that the token is right.
 
         Raises:
-            EndpointError: nothing answers, something else does, or the token is wrong.
+            EndpointError: no answer, an answer of another server, or a wrong token.
         """
         models = self._call("GET", "/v1/models").get("models")
         if not isinstance(models, list):
@@ -62,8 +62,8 @@ class Endpoint:
         """Return the best mask, H x W bool, and its `MaskAnswer`.
 
         Raises:
-            EndpointError: it does not answer with a mask; `code` is `unknown_image` if the image
-                must be uploaded again.
+            EndpointError: there is no mask; `code` is `unknown_image` if the image must be
+                uploaded again.
         """
         body = {"image_id": image_id, "prompts": [prompt], "mask_format": "png"}
         answer = self._call("POST", "/v1/predict", json=body)["results"][0]["masks"][0]
@@ -72,7 +72,7 @@ class Endpoint:
 
     def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         try:
-            response = self.session.request(method, self.url + path, timeout=PATIENCE, **content)
+            response = self.session.request(method, self.url + path, timeout=TIMEOUTS, **content)
         except requests.RequestException as exc:
             if isinstance(exc, ValueError):  # InvalidURL and its like
                 raise EndpointError(f"{self.url} is no address; http://HOST:PORT is one") from exc
@@ -97,21 +97,21 @@ class Endpoint:
 
 
 def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
-    """Return an osam model class that answers by the endpoint.
+    """Return an osam model class that forwards to the endpoint.
 
     Args:
-        tell: shows the user what went wrong. Nothing is raised, for labelme ends with any error
-            of a model, and with it what is not yet saved.
+        tell: shows the user an error. Nothing is raised, because any exception of a model ends
+            labelme and loses unsaved work.
     """
     import osam
 
     class Upload(osam.types.ImageEmbedding):  # type: ignore[misc]
-        """Stands for the embedding, which stays at the endpoint; labelme keeps it per image."""
+        """Placeholder for the embedding at the endpoint; labelme keeps one per image."""
 
         image_id: str | None = None
 
     class SamrayModel(osam.types.Model):  # type: ignore[misc]
-        """Forwards prompts; has no weights of its own, so osam finds nothing to download."""
+        """Forwards prompts; it has no weights, so osam downloads nothing."""
 
         name = NAME
         metadata = osam.types.ModelMetadata(
@@ -121,14 +121,14 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
         silent_until = 0.0
 
         def encode_image(self, image: np.ndarray) -> Upload:
-            """Wait with the upload until the first click, where a failure can be told."""
+            """Defer the upload to the first click, when an error can be shown."""
             nothing = np.zeros((1, 1, 1), np.float32)
             return Upload(
                 original_height=image.shape[0], original_width=image.shape[1], embedding=nothing
             )
 
         def generate(self, request: Any) -> Any:
-            """Answer points or a box with the best mask, cut to its box."""
+            """Answer points or a box with the best mask, cropped to its box."""
             annotations = []
             if time.monotonic() >= self.silent_until:
                 try:
@@ -144,7 +144,7 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
                 raise EndpointError("samray answers clicks and boxes on an image, not text")
             embedding = request.image_embedding
             upload = embedding if isinstance(embedding, Upload) else self.encode_image(image)
-            asked = read_prompt(prompt.points, prompt.point_labels, image.shape[:2])
+            asked = prompt_of_points(prompt.points, prompt.point_labels, image.shape[:2])
             if asked is None:
                 return []
             known = upload.image_id is not None
@@ -155,7 +155,9 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
             except EndpointError as exc:
                 if exc.code != "unknown_image" or not known:
                     raise
-                upload.image_id = endpoint.upload(image)  # restarted, or its cache was full
+                upload.image_id = endpoint.upload(
+                    image
+                )  # the endpoint was restarted, or its cache was full
                 mask, answer = endpoint.predict(upload.image_id, asked)
             if not mask.any():
                 return []
@@ -168,14 +170,14 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
     return SamrayModel
 
 
-def read_prompt(
+def prompt_of_points(
     points: np.ndarray, labels: np.ndarray, size: tuple[int, int]
 ) -> dict[str, Any] | None:
-    """Turn osam's points into a prompt of API v1; None if they show nothing.
+    """Turn osam's points into a prompt of API v1; None without a foreground point and a box.
 
     Args:
-        points: N x 2, (x, y) pixels; labelme lets them lie on the border.
-        labels: N; 1 belongs to the object, 0 does not, 2 and 3 are corners of a box.
+        points: N x 2, (x, y) pixels; labelme allows points on the border.
+        labels: N; 1 foreground, 0 background, 2 and 3 are corners of a box.
         size: (H, W).
     """
     inside = np.clip(points, 0, [np.nextafter(size[1], 0), np.nextafter(size[0], 0)])
@@ -196,7 +198,7 @@ def start(settings: LabelmeConfig) -> None:
     """Run the user's labelme with the endpoint as its first model, until it is closed.
 
     Raises:
-        ConfigError: the token file cannot be read, or there is no labelme, or none of the kind.
+        ConfigError: the token file cannot be read, or labelme is missing or of another version.
         EndpointError: the endpoint does not answer, or refuses.
     """
     endpoint = Endpoint(settings.url, _read_token(settings.token_file))
@@ -219,7 +221,7 @@ def start(settings: LabelmeConfig) -> None:
     showing = False
 
     def tell(message: str) -> None:
-        """Show a message once labelme has drawn; for it also asks for masks while it draws."""
+        """Show a message once labelme has drawn: it also requests masks while it draws."""
         nonlocal showing
         print(f"samray: {message}", file=sys.stderr)
         if not showing:
@@ -243,7 +245,7 @@ def start(settings: LabelmeConfig) -> None:
         **options: Any,
     ) -> None:
         begin(self, TITLE, on_model_changed, *words, **options)
-        on_model_changed(NAME)  # Qt does not tell when the first of the list is chosen
+        on_model_changed(NAME)  # Qt emits no signal when the first entry is selected
 
     AiAssistedAnnotationWidget.__init__ = begin_with_samray
     print(f"labelme {__version__} with {endpoint.url}", flush=True)

@@ -1,9 +1,9 @@
-"""Label Studio's ML backend: its labelling config, regions and answers; its pictures. No Ray.
+"""Label Studio's ML backend protocol: labelling config, regions, predictions, and its images.
 
 Label Studio sends a task, the XML of its labelling interface and, after a click with a smart tool,
-the regions drawn so far. Back goes the mask in the form of the interface's own output tag. What
-is sent and expected: https://labelstud.io/guide/ml_create and Label Studio's
-`label_studio/ml/api_connector.py`. Coordinates are percent (0..100) of the picture as shown.
+the regions drawn so far. The answer is the mask in the form of the interface's output tag. Source:
+https://labelstud.io/guide/ml_create and Label Studio's `label_studio/ml/api_connector.py`.
+Coordinates are percentages (0..100) of the image as shown.
 """
 
 import base64
@@ -44,7 +44,7 @@ MAX_ADDRESS = 8000  # characters
 MAX_REDIRECTS = 3
 CHUNK = 2**16  # bytes
 
-# Output tags, the better ones first: a brush holds the very mask, a polygon its outline.
+# Output tags in order of preference: a brush holds the exact mask, a polygon its outline.
 OUTPUTS = {
     "BrushLabels": "brushlabels",
     "Brush": "brush",
@@ -56,13 +56,13 @@ RECTANGLES = ("rectanglelabels", "rectangle")
 
 
 class _Sent(BaseModel):
-    """Part of a request; what samray does not use is let through, for it differs by version."""
+    """Part of a request; unknown fields are ignored, because they differ between versions."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 class Region(_Sent):
-    """A region that somebody drew with a smart tool."""
+    """A region drawn with a smart tool."""
 
     type: str
     value: dict[str, Any] = {}
@@ -78,13 +78,13 @@ class Context(_Sent):
 
 
 class Params(_Sent):
-    """Of the parameters, only the context counts."""
+    """The parameters; only the context is used."""
 
     context: Context | None = None
 
 
 class Task(_Sent):
-    """One task; `data` holds the picture's address under the name that the config gives it."""
+    """One task; `data` holds the image's URL under the name that the config defines."""
 
     data: dict[str, Any] = {}
 
@@ -97,21 +97,21 @@ class PredictionRequest(_Sent):
     params: Params | None = None
 
     def regions(self) -> list[Region]:
-        """What was drawn; empty when Label Studio asks for predictions before anyone drew."""
+        """Return the regions drawn; none when Label Studio asks for predictions of a whole task."""
         context = self.params.context if self.params is not None else None
         return (context.result or []) if context is not None else []
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where an answer belongs in the labelling interface.
+    """The tag of the labelling interface that an answer is for.
 
     Attributes:
         from_name: name of the output tag.
         to_name: name of the Image tag.
-        data_key: which entry of a task's data is the picture.
+        data_key: the entry of a task's data that holds the image's URL.
         kind: brushlabels, brush, polygonlabels or polygon.
-        labels: the tag's labels; empty without, or if they come with each task.
+        labels: the tag's labels; empty if it has none, or if each task brings its own.
     """
 
     from_name: str
@@ -122,13 +122,13 @@ class Output:
 
 
 def read_output(label_config: str, to_name: str | None = None) -> Output:
-    """Find where masks go, in the XML of a labelling interface.
+    """Find the output tag for masks in the XML of a labelling interface.
 
     Args:
-        to_name: the Image that was drawn on; None: the first one that takes masks.
+        to_name: the Image tag that was drawn on; None: the first one with an output tag.
 
     Raises:
-        ApiError: invalid_request, field `label_config`; it is no plain XML, or has no such tag.
+        ApiError: invalid_request, field `label_config`; it is not plain XML, or has no such tag.
     """
     # Entities can only be declared in a DOCTYPE; without one there is nothing to expand.
     if "<!DOCTYPE" in label_config or "<!ENTITY" in label_config:
@@ -160,15 +160,17 @@ def read_output(label_config: str, to_name: str | None = None) -> Output:
     raise _refusal("label_config", f"needs a {', '.join(list(OUTPUTS)[:3])} or Polygon tag{where}")
 
 
-def read_prompt(regions: list[Region], size: tuple[int, int], to_name: str) -> PromptRequest | None:
-    """Turn drawn regions into one prompt; None if nothing says where the object is.
+def prompt_of_regions(
+    regions: list[Region], size: tuple[int, int], to_name: str
+) -> PromptRequest | None:
+    """Turn drawn regions into one prompt; None if they contain no foreground point and no box.
 
-    Points and the last rectangle count, other regions do not. Points may lie on the picture's
-    border or a little beyond, where Label Studio lets people draw; they are moved inside.
+    All points and the last rectangle are used. Label Studio allows points on the image's border and
+    slightly beyond it; they are moved inside.
 
     Args:
-        size: (H, W) of the picture as shown.
-        to_name: the Image; regions of others do not count.
+        size: (H, W) of the image as shown.
+        to_name: the Image tag; regions of other tags are ignored.
 
     Raises:
         ApiError: invalid_request, naming the region's field.
@@ -204,7 +206,7 @@ def read_prompt(regions: list[Region], size: tuple[int, int], to_name: str) -> P
 
 
 def choose_label(regions: list[Region], output: Output) -> str | None:
-    """The label that the drawn region carries, if the output tag has it; else that tag's first."""
+    """Return the drawn region's label if the output tag has it; else that tag's first label."""
     drawn = [
         label
         for region in regions
@@ -219,7 +221,7 @@ def choose_label(regions: list[Region], output: Output) -> str | None:
 
 
 def request_for(prompt: PromptRequest, output: Output) -> PredictRequest:
-    """Return what to ask of a decoder so that `build_prediction` can answer."""
+    """Return the request whose answer `build_prediction` can convert."""
     mask_format: Any = "rle" if output.kind.startswith("brush") else "polygon"
     return PredictRequest(prompts=[prompt], mask_format=mask_format)
 
@@ -227,7 +229,7 @@ def request_for(prompt: PromptRequest, output: Output) -> PredictRequest:
 def build_prediction(
     mask: dict[str, Any], size: tuple[int, int], output: Output, label: str | None, version: str
 ) -> dict[str, Any]:
-    """Return one of Label Studio's predictions.
+    """Return a prediction in Label Studio's format.
 
     Args:
         mask: a `MaskAnswer` in the format of `request_for`.
@@ -242,7 +244,7 @@ def build_prediction(
     else:
         scale = np.array([100 / width, 100 / height])
         for part in mask["polygons"]:
-            # Outlines run through the middles of pixels. Label Studio's polygons have no holes.
+            # Outlines run through pixel centres. Label Studio's polygons have no holes.
             if not part["hole"] and len(part["points"]) >= 3:
                 points = (np.array(part["points"]) + 0.5) * scale
                 values.append({"points": points.round(4).tolist(), "closed": True})
@@ -267,9 +269,10 @@ def build_prediction(
 def encode_brush(mask: np.ndarray) -> list[int]:
     """Return a mask as Label Studio's brush RLE: the bytes of a bit-packed RGBA image.
 
-    32 bits count the values, 5 hold the bits of a value less one, four times 4 the bits of a
-    run's length less one; then each run is 1, which of the four (2 bits), length less one, value.
-    A literal would begin with 0; masks need none. From the decoder that Label Studio uses,
+    The header: the number of values (32 bits), the bits per value minus one (5 bits), and four run
+    length sizes in bits minus one (4 bits each). Each run: a 1 bit, the index of its length size
+    (2 bits), its length minus one, its value. Literals, which begin with 0, are not used.
+    From the decoder that Label Studio uses,
     https://github.com/thi-ng/umbrella/blob/develop/packages/rle-pack/src/index.ts
 
     Args:
@@ -282,7 +285,7 @@ def encode_brush(mask: np.ndarray) -> list[int]:
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = 4 * np.diff(np.append(starts, flat.size))  # four channels a pixel
     longest = 2**16
-    pieces = -(-lengths // longest)  # a run longer than 16 bits can say becomes several
+    pieces = -(-lengths // longest)  # a run longer than 16 bits allow is split
     values = np.repeat(np.where(flat[starts], 255, 0), pieces)
     lasts = np.cumsum(pieces) - 1
     runs = np.full(len(values), longest)
@@ -314,7 +317,7 @@ def _inside(value: float, side: int) -> float:
 def _upright(
     x: float, y: float, wide: float, high: float, angle: float, size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """The box around a rectangle that is turned about its corner (x, y), cut at the picture."""
+    """Return the box around a rectangle rotated about its corner (x, y), clipped to the image."""
     cos, sin = math.cos(angle), math.sin(angle)
     xs = [x, x + wide * cos, x - high * sin, x + wide * cos - high * sin]
     ys = [y, y + wide * sin, y + high * cos, y + wide * sin + high * cos]
@@ -336,14 +339,14 @@ def _refusal(field: str, message: str) -> ApiError:
 
 @dataclass(frozen=True)
 class PictureSource:
-    """The one place that pictures are fetched from, and how.
+    """The one server that images are fetched from.
 
     Attributes:
-        scheme, host, port: of Label Studio; nobody else is ever connected to.
-        base: its whole address, which relative ones start from.
+        scheme, host, port: of Label Studio; no other host is ever connected to.
+        base: its URL, which relative URLs are resolved against.
         key: sent as `Authorization: Token KEY`.
-        max_bytes: larger pictures are refused while they arrive.
-        timeout: seconds for a picture, redirects included.
+        max_bytes: larger images are refused while they arrive.
+        timeout: seconds for an image, redirects included.
     """
 
     scheme: str
@@ -355,14 +358,14 @@ class PictureSource:
     timeout: float
 
     def fetch(self, url: str, field: str) -> bytes:
-        """Return a picture's file. Blocks: never call it on an event loop.
+        """Return an image file. Blocks: never call it on an event loop.
 
         Args:
-            url: as in the task; relative ones are Label Studio's own.
-            field: where it stands in the request, for messages.
+            url: as in the task; relative ones refer to Label Studio.
+            field: its place in the request, for messages.
 
         Raises:
-            ApiError: it is another's address, Label Studio does not give it, or it is too large.
+            ApiError: the URL is of another host, Label Studio refuses it, or it is too large.
         """
         deadline = time.monotonic() + self.timeout
         base = self.base
@@ -375,10 +378,10 @@ class PictureSource:
         raise _refusal(field, f"Label Studio redirects more than {MAX_REDIRECTS} times")
 
     def _own_path(self, url: str, base: str, field: str, redirected: bool) -> tuple[str, str]:
-        """Return path and query of an address of Label Studio's, and the whole address.
+        """Return path and query of a URL of Label Studio, and the whole URL.
 
-        The connection is made to the configured host whatever stands in the address, so readers
-        of it that disagree (on backslashes, user names, white space) can gain nothing.
+        The connection always goes to the configured host, so URL parsers that disagree (on
+        backslashes, user names, white space) cannot be exploited.
         """
         if len(url) > MAX_ADDRESS:
             raise _refusal(field, f"is an address of more than {MAX_ADDRESS} characters")
@@ -403,9 +406,9 @@ class PictureSource:
         return path, whole
 
     def _get(self, path: str, deadline: float, field: str) -> bytes | str:
-        """Return the content, or where it is redirected to.
+        """Return the content, or the URL of a redirect.
 
-        http.client follows no redirect, asks no proxy, reads no .netrc and unpacks nothing.
+        http.client follows no redirects, uses no proxy, reads no .netrc and decompresses nothing.
         """
         left = max(deadline - time.monotonic(), 0.01)
         kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
@@ -417,7 +420,7 @@ class PictureSource:
             headers["Authorization"] = f"Token {self.key}"
         try:
             connection.connect()
-            # Each byte of a slow answer would renew a socket's own timeout; this one does not.
+            # A socket's own timeout restarts with each byte received; this one does not.
             watch.args = (connection.sock, late)
             watch.daemon = True
             watch.start()
@@ -443,7 +446,7 @@ class PictureSource:
             connection.close()
 
     def _read(self, response: http.client.HTTPResponse, late: threading.Event, field: str) -> bytes:
-        length = response.length  # None if the server does not say
+        length = response.length  # None without Content-Length
         if (length or 0) > self.max_bytes:
             raise self._too_large(field)
         content = bytearray()
@@ -468,12 +471,12 @@ class PictureSource:
 def _hang_up(sock: socket.socket, late: threading.Event) -> None:
     late.set()
     with contextlib.suppress(OSError):
-        # Unlike `close` this wakes the reader; and not SSLSocket's own, which would unwrap it.
+        # Unlike `close` this wakes the reader. Not SSLSocket.shutdown, which would unwrap it.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def read_data_url(url: str, field: str) -> bytes:
-    """Return the content of a `data:` address.
+    """Return the content of a `data:` URL.
 
     Raises:
         ApiError: invalid_request; it is not base64.
@@ -488,7 +491,7 @@ def read_data_url(url: str, field: str) -> bytes:
 
 
 def read_source(settings: ServeConfig) -> PictureSource | None:
-    """Return where pictures are fetched from; None if the settings name no Label Studio.
+    """Return the server to fetch images from; None if the settings name no Label Studio.
 
     Raises:
         ConfigError: the address or the key cannot be used.

@@ -1,9 +1,10 @@
-"""The processes behind the endpoint: files, embeddings, masks. Each a Ray Serve deployment.
+"""The Ray Serve deployments behind the Ingress: image files, embeddings and masks.
 
-Requests for one image and model go to one Decoder, by consistent hashing, so its cache holds what
-they need. A Decoder that gets an image it does not know, because replicas came or went, fetches the
-file from the vault and has it encoded; the client notices nothing. Every key holds a digest of the
-image's bytes, computed by the Ingress, and of the weights, so neither clients nor models mix.
+Requests for one image and model go to one Decoder, by consistent hashing, so that its cache holds
+what they need. On a cache miss, for example because replicas were added or removed, the Decoder
+fetches the file from the vault and has it encoded; the client does not notice. Every key contains a
+digest of the image's bytes, computed by the Ingress, and of the weights, so neither clients nor
+models are mixed up.
 """
 
 import asyncio
@@ -32,22 +33,22 @@ from samray.sam.embeddings import encode_images
 from samray.sam.model import encoder_digest
 from samray.serving.catalogue import ModelRef
 
-MODELS_LOADED = 4  # by one replica; the least recently used goes
+MODELS_LOADED = 4  # by one replica; the least recently used is evicted
 LATENCY = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000]  # ms
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the Ingress passes to a Decoder."""
+    """A request as the Ingress passes it to a Decoder."""
 
     image_id: str
     model: ModelRef
-    request: PredictRequest | None  # None: only encode
+    request: PredictRequest | None  # None: encode only
 
 
 @dataclass
 class ByteCache:
-    """The most recently used values whose sizes add up to a bound."""
+    """An LRU cache bounded by the sum of its values' sizes."""
 
     max_bytes: int
     used: int = 0
@@ -61,7 +62,7 @@ class ByteCache:
         return self.entries[key][0]
 
     def put(self, key: Any, value: Any, size: int) -> None:
-        """Keep a value; what was used least recently makes room, the new one itself at last."""
+        """Keep a value, and evict the least recently used ones; a value above the bound, too."""
         self.drop(key)
         self.entries[key] = (value, size)
         self.used += size
@@ -70,14 +71,14 @@ class ByteCache:
             self.used -= freed
 
     def drop(self, key: Any) -> bool:
-        """Forget a value; whether it was there."""
+        """Drop a value; return whether it was there."""
         entry = self.entries.pop(key, None)
         self.used -= entry[1] if entry else 0
         return entry is not None
 
 
 class LoadedModels:
-    """The models a replica has loaded, each once however many ask at the same time."""
+    """The models that a replica has loaded, each once for concurrent requests."""
 
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +94,7 @@ class LoadedModels:
         try:
             return await asyncio.shield(self._sams[ref.digest])
         except SamrayError:
-            self._sams.pop(ref.digest, None)  # the next request tries again
+            self._sams.pop(ref.digest, None)  # the next request retries
             raise
 
     def _load(self, ref: ModelRef) -> tuple[Any, str]:
@@ -103,7 +104,7 @@ class LoadedModels:
 
 @serve.deployment(max_ongoing_requests=256)
 class ImageVault:
-    """The files of the images in use, by digest, within a bound. Lost, clients upload again."""
+    """The image files in use, by digest, within a bound. Clients upload again what was evicted."""
 
     def __init__(self, settings: ServeConfig) -> None:
         self.files = ByteCache(settings.image_cache_mb * 2**20)
@@ -118,13 +119,13 @@ class ImageVault:
         return raw
 
     async def drop(self, image_id: str) -> bool:
-        """Forget a file; whether it was there."""
+        """Drop a file; return whether it was there."""
         return self.files.drop(image_id)
 
 
 @serve.deployment(max_ongoing_requests=16)
 class Encoder:
-    """Image files to embeddings; keeps nothing but models."""
+    """Encodes image files; its only state is the loaded models."""
 
     def __init__(self, settings: ServeConfig) -> None:
         torch.set_num_threads(settings.threads)
@@ -134,14 +135,14 @@ class Encoder:
         self.encode.set_max_batch_size(settings.encode_batch or (4 if on_gpu else 1))
 
     async def warm_up(self, ref: ModelRef) -> None:
-        """Load a model before the first request does."""
+        """Load a model ahead of the first request."""
         await self.models.get(ref)
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.002)
     async def encode(
         self, files: list[bytes], refs: list[ModelRef]
     ) -> list[tuple[np.ndarray, tuple[int, int]] | str]:
-        """Return C x h x w float16 and (H, W) for each file; for a bad file, what is wrong."""
+        """Return C x h x w float16 and (H, W) for each file, or the reason why it is unusable."""
         self.sizes.observe(len(files))
         sams = [(await self.models.get(ref))[0] for ref in refs]
         return await asyncio.to_thread(self._encode, files, sams)
@@ -149,7 +150,7 @@ class Encoder:
     def _encode(
         self, files: list[bytes], sams: list[Any]
     ) -> list[tuple[np.ndarray, tuple[int, int]] | str]:
-        """Encode the images of one model together; a bad file spoils no other."""
+        """Encode the images of each model together; a bad file does not affect the others."""
         made: list[tuple[np.ndarray, tuple[int, int]] | str] = [""] * len(files)
         images: dict[int, np.ndarray] = {}
         for place, raw in enumerate(files):
@@ -172,7 +173,7 @@ class Encoder:
     ),
 )
 class Decoder:
-    """Prompts to masks, from embeddings and earlier answers that it keeps."""
+    """Decodes prompts, with a cache of embeddings and of earlier answers."""
 
     def __init__(
         self, settings: ServeConfig, encoder: DeploymentHandle, vault: DeploymentHandle
@@ -183,22 +184,22 @@ class Decoder:
         self.embeddings = ByteCache(settings.embedding_cache_mb * 2**20)
         self.logits = ByteCache(settings.logits_cache_mb * 2**20)
         self.encoding: dict[Any, asyncio.Future[Any]] = {}
-        # Torch's threads serve one at a time; whoever gives up waiting leaves the queue.
+        # One decoding at a time uses torch's threads; a cancelled request leaves the queue.
         self.worker = ThreadPoolExecutor(1)
-        lookup = "embeddings asked for"
+        lookup = "embedding cache lookups"
         self.lookups = Counter("samray_embedding_lookups", lookup, ("result",))
         self.decode_ms = Histogram("samray_decode_ms", "decoding", LATENCY)
         self.encode_ms = Histogram("samray_encode_ms", "waiting for an embedding", LATENCY)
 
     async def warm_up(self, ref: ModelRef) -> None:
-        """Load a model, and have an encoder load it, before the first request does."""
+        """Load a model here and in an encoder ahead of the first request."""
         await asyncio.gather(self.models.get(ref), self.encoder.warm_up.remote(ref))
 
     async def answer(self, call: Call) -> dict[str, Any]:
-        """Encode the image if need be, and decode the prompts.
+        """Encode the image if needed, and decode the prompts.
 
         Returns:
-            The content of a `PredictAnswer` but for what the Ingress adds, or {"refused": (code,
+            The content of a `PredictAnswer` without what the Ingress adds, or {"refused": (code,
             message, field)}.
         """
         try:
@@ -232,7 +233,7 @@ class Decoder:
         return answer
 
     async def _encode(self, key: Any, call: Call) -> tuple[np.ndarray, tuple[int, int]]:
-        """One encoding per key, however many wait for it."""
+        """Encode once per key for all concurrent requests."""
         if key not in self.encoding:
             self.encoding[key] = asyncio.ensure_future(self._encode_once(key, call))
         embedding: tuple[np.ndarray, tuple[int, int]] = await asyncio.shield(self.encoding[key])
@@ -262,7 +263,7 @@ class Decoder:
             raise mistakes_error(mistakes)
 
     def _earlier_answers(self, call: Call) -> list[torch.Tensor | None]:
-        """The logits that prompts build on, 1 x h x w each."""
+        """Return the logits that the prompts correct, 1 x h x w each, or None."""
         assert call.request is not None
         found: list[torch.Tensor | None] = []
         for number, prompt in enumerate(call.request.prompts):
@@ -319,7 +320,7 @@ class Decoder:
         for place in found.ranking:
             mask = drop_small_parts(found.mask(place), request.min_area)
             token = secrets.token_urlsafe(12)
-            # A copy: a part would keep alive the answers to all prompts of the request.
+            # A copy: a view would keep the masks of the whole chunk in memory.
             logits = found.low_res_masks[place][None].to("cpu", copy=True)
             key = (token, call.image_id, call.model.digest)
             self.logits.put(key, logits, logits.nbytes)
@@ -331,7 +332,7 @@ class Decoder:
         return described
 
     async def forget(self, image_id: str) -> None:
-        """Drop an image's embeddings, and the answers on it."""
+        """Drop an image's embeddings and the answers for it."""
         for key in [key for key in self.embeddings.entries if key[0] == image_id]:
             self.embeddings.drop(key)
         for key in [key for key in self.logits.entries if key[1] == image_id]:

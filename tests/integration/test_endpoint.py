@@ -35,7 +35,8 @@ from samray.prediction.requests import MAX_POINTS, MAX_PROMPTS
 from samray.sam.checkpoint import load_checkpoint, save_checkpoint
 from samray.sam.shipped import load_shipped
 from samray.sam.store import ModelStore
-from samray.serving.ingress import BODIES, build_app, serve_here
+from samray.serving.app import build_app, serve_here
+from samray.serving.gate import BODIES
 
 ROOT = Path(__file__).parents[2]
 

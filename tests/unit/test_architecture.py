@@ -20,7 +20,7 @@ inspection  preview report duplicates
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
 training    losses batches step loop finetuning encode* train* tune* sweep_report pretraining scenes
-serving     ingress* replicas* catalogue labelstudio labelme_client
+serving     gate openapi ingress* app* replicas* catalogue labelstudio labelme_client
 """
 ROOMS = {line.split()[0]: line.split()[1:] for line in HOUSE.strip().splitlines()}
 ORDER = list(ROOMS)

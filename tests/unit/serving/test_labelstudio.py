@@ -20,9 +20,9 @@ from samray.serving.labelstudio import (
     build_prediction,
     choose_label,
     encode_brush,
+    prompt_of_regions,
     read_data_url,
     read_output,
-    read_prompt,
     read_source,
     request_for,
 )
@@ -151,22 +151,22 @@ def test_no_entity_is_ever_expanded(start):
 
 def test_percents_become_pixels():
     regions = [keypoint(25, 50), keypoint(50, 10, is_positive=False), rectangle(10, 20, 40, 60)]
-    prompt = read_prompt(regions, SIZE, "picture")
+    prompt = prompt_of_regions(regions, SIZE, "picture")
     assert prompt.point_coords == [(50, 50), (100, 10)]
     assert prompt.point_labels == [1, 0]
     assert prompt.box == (20, 20, 100, 80)
 
 
 def test_what_is_drawn_beyond_the_border_is_moved_inside():
-    prompt = read_prompt([keypoint(100, 100), keypoint(-3, 130)], SIZE, "picture")
+    prompt = prompt_of_regions([keypoint(100, 100), keypoint(-3, 130)], SIZE, "picture")
     assert not prompt.require_inside(SIZE, "")
-    prompt = read_prompt([rectangle(-5, -5, 50, 200)], SIZE, "picture")
+    prompt = prompt_of_regions([rectangle(-5, -5, 50, 200)], SIZE, "picture")
     assert prompt.box == (0, 0, 90, 100)
 
 
 def test_a_turned_rectangle_is_boxed():
     """Turned by a right angle about its corner, in pixels: 40 wide and 20 high become 20 and 40."""
-    prompt = read_prompt([rectangle(50, 20, 20, 20, rotation=90)], SIZE, "picture")
+    prompt = prompt_of_regions([rectangle(50, 20, 20, 20, rotation=90)], SIZE, "picture")
     assert prompt.box == pytest.approx((80, 20, 100, 60))
 
 
@@ -181,7 +181,7 @@ def test_a_turned_rectangle_is_boxed():
     ],
 )
 def test_nothing_that_shows_an_object_is_no_prompt(regions):
-    assert read_prompt(regions, SIZE, "picture") is None
+    assert prompt_of_regions(regions, SIZE, "picture") is None
 
 
 @pytest.mark.parametrize(
@@ -199,14 +199,14 @@ def test_nothing_that_shows_an_object_is_no_prompt(regions):
 )
 def test_a_bad_region_is_told_its_field(region, field):
     with pytest.raises(ApiError) as caught:
-        read_prompt([region], SIZE, "picture")
+        prompt_of_regions([region], SIZE, "picture")
     assert caught.value.field == field
     assert caught.value.status == 422
 
 
 def test_too_many_points_are_refused_and_not_an_error_of_ours():
     with refused("params.context.result: has 65 points"):
-        read_prompt([keypoint(5, 5)] * (MAX_POINTS + 1), SIZE, "picture")
+        prompt_of_regions([keypoint(5, 5)] * (MAX_POINTS + 1), SIZE, "picture")
 
 
 # A busy machine is no failure.
@@ -223,7 +223,7 @@ NUMBERS = st.floats(allow_nan=True) | st.integers() | st.text(max_size=3) | st.n
 def test_any_region_becomes_a_prompt_inside_or_a_refusal(values, kind, size):
     regions = [Region(type=kind, value=value) for value in values]
     with contextlib.suppress(ApiError):
-        prompt = read_prompt(regions, size, "picture")
+        prompt = prompt_of_regions(regions, size, "picture")
         assert prompt is None or not prompt.require_inside(size, "")
 
 

@@ -1,0 +1,151 @@
+"""The endpoint as one Ray Serve application, and `samray serve`, which runs it."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+
+import ray
+import requests
+from ray import serve
+
+from samray import cluster
+from samray.config import ServeConfig
+from samray.errors import ConfigError
+from samray.serving import labelstudio
+from samray.serving.catalogue import read_catalogue
+from samray.serving.gate import LOOPBACK, TOKEN_VARIABLE, read_token
+from samray.serving.ingress import Ingress
+from samray.serving.replicas import Decoder, Encoder, ImageVault
+from samray.storage import require_folder, resolve
+
+LISTEN_SECONDS = 60
+
+
+def build_app(settings: ServeConfig) -> serve.Application:
+    """Return the application for `serve deploy configs/serve.yaml`, behind Serve's proxies.
+
+    Raises:
+        ConfigError: no model can be served under these settings.
+    """
+    return bind_app(settings, listen=False)  # Serve allows a builder one parameter only
+
+
+def bind_app(settings: ServeConfig, listen: bool) -> serve.Application:
+    """Return the application.
+
+    Args:
+        listen: the Ingress listens at the settings' host and port itself; otherwise Serve's
+            proxies do, which find it on any node of a cluster.
+
+    Raises:
+        ConfigError: no model can be served under these settings.
+    """
+    if settings.store is not None and settings.checkpoint is not None:
+        raise ConfigError("give --checkpoint or --store, not both")
+    if settings.model is not None and settings.store is None and settings.checkpoint is None:
+        raise ConfigError("--model names a model of a --store, or a --checkpoint; give one of them")
+    if settings.store is not None:
+        require_folder(resolve(settings.store, "--store"), "--store")
+    read_catalogue(settings, {})  # fail now if no replica could load the models
+    token = read_token(settings)
+    pictures = labelstudio.read_source(settings)
+    options = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
+    vault = ImageVault.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": 0}
+    ).bind(settings)
+    encoder = Encoder.options(  # type: ignore[attr-defined]
+        ray_actor_options=options,
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": settings.encoder_replicas,
+            "target_ongoing_requests": 4,
+        },
+    ).bind(settings)
+    decoder = Decoder.options(  # type: ignore[attr-defined]
+        ray_actor_options=options,
+        num_replicas=settings.decoder_replicas,
+        # More than the Ingress lets through: requests queue inside the Decoder. Serve's router
+        # polls full replicas repeatedly, which halved the answers per second.
+        max_ongoing_requests=2 * settings.max_in_flight,
+        max_queued_requests=settings.max_in_flight,
+    ).bind(settings, encoder, vault)
+    ingress = Ingress.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=1,  # until a dead one is noticed, clients get no answer
+    )
+    application: serve.Application = ingress.bind(settings, token, decoder, vault, pictures, listen)
+    return application
+
+
+def serve_here(settings: ServeConfig) -> None:
+    """Start the endpoint on this machine, or on the cluster of RAY_ADDRESS, until Ctrl-C.
+
+    Raises:
+        ConfigError: no model can be served, the port is taken, or other machines could send
+            requests without a token.
+    """
+    if settings.host not in LOOPBACK and read_token(settings) is None:
+        raise ConfigError(
+            f"--host {settings.host}: others could ask; set a token first (--token-file or "
+            f"${TOKEN_VARIABLE}), e.g. `openssl rand -hex 24 > token.txt`"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as exc:
+            raise ConfigError(
+                f"--port {settings.port} on {settings.host} cannot be had ({exc.strerror}); "
+                "choose another --port"
+            ) from exc
+    alone = not os.environ.get("RAY_ADDRESS")
+    application = bind_app(settings, listen=alone)
+    # The handlers never block, so they need no thread of their own; this raises throughput.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")  # it would choose its own ports
+    cluster.start()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    options = {
+        "host": settings.host,
+        "port": settings.port,
+        "request_timeout_s": settings.timeout_seconds + 30,
+    }
+    try:
+        serve.start(
+            proxy_location="Disabled" if alone else "EveryNode",
+            http_options=options,
+            logging_config={"log_level": "WARNING"},
+        )
+        serve.run(application, name="samray", route_prefix="/")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        host = f"[{host}]" if ":" in host else host
+        address = f"http://{host}:{settings.port}/"
+        _wait_until_ready(address)
+        print(f"serving {address}  (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        print("stopped", flush=True)
+    finally:
+        if alone:
+            ray.shutdown()  # this process started it
+        else:
+            serve.shutdown()
+
+
+def _wait_until_ready(address: str) -> None:
+    deadline = time.monotonic() + LISTEN_SECONDS
+    while True:
+        try:
+            if requests.get(f"{address}v1/readyz", timeout=60).status_code == 200:
+                return
+        except requests.ConnectionError:  # not listening yet
+            if time.monotonic() > deadline:
+                raise
+        else:
+            deadline = float("inf")  # models are being loaded
+        time.sleep(0.2)

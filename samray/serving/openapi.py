@@ -1,0 +1,66 @@
+"""The OpenAPI document: what FastAPI cannot see of the requests that the routes read themselves."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from samray.prediction.requests import ErrorAnswer, PredictRequest
+
+PREDICT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["request"],
+                    "properties": {
+                        "image": {"type": "string", "format": "binary"},
+                        "request": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "description": "a PredictRequest, without image",
+                        },
+                    },
+                }
+            },
+        },
+    }
+}
+IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": {"type": "string", "format": "binary"}},
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route: these statuses, and those that any route can have."""
+    return {
+        code: {"model": ErrorAnswer} for code in (*codes, 401, 403, 408, 413, 422, 429, 500, 503)
+    }
+
+
+def describe_api(app: FastAPI, needs_token: bool) -> dict[str, Any]:
+    """Return FastAPI's document with the schema of `PredictRequest` and the token's scheme."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    template = "#/components/schemas/{model}"
+    schema = PredictRequest.model_json_schema(ref_template=template)
+    document["components"]["schemas"] |= schema.pop("$defs")
+    document["components"]["schemas"]["PredictRequest"] = schema
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    if needs_token:
+        document["security"] = [{"token": []}]
+    return document
