@@ -147,18 +147,7 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
             asked = prompt_of_points(prompt.points, prompt.point_labels, image.shape[:2])
             if asked is None:
                 return []
-            known = upload.image_id is not None
-            if upload.image_id is None:
-                upload.image_id = endpoint.upload(image)
-            try:
-                mask, answer = endpoint.predict(upload.image_id, asked)
-            except EndpointError as exc:
-                if exc.code != "unknown_image" or not known:
-                    raise
-                upload.image_id = endpoint.upload(
-                    image
-                )  # the endpoint was restarted, or its cache was full
-                mask, answer = endpoint.predict(upload.image_id, asked)
+            mask, answer = _predict(endpoint, upload, image, asked)
             if not mask.any():
                 return []
             x1, y1, x2, y2 = (int(value) for value in answer["bbox"])
@@ -168,6 +157,22 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
             return [osam.types.Annotation(bounding_box=box, mask=part, score=score)]
 
     return SamrayModel
+
+
+def _predict(
+    endpoint: Endpoint, upload: Any, image: np.ndarray, prompt: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Answer a prompt; upload the image first where `upload.image_id` is None or unknown."""
+    known = upload.image_id is not None
+    if not known:
+        upload.image_id = endpoint.upload(image)
+    try:
+        return endpoint.predict(upload.image_id, prompt)
+    except EndpointError as exc:
+        if exc.code != "unknown_image" or not known:
+            raise
+    upload.image_id = endpoint.upload(image)  # the endpoint was restarted, or its cache was full
+    return endpoint.predict(upload.image_id, prompt)
 
 
 def prompt_of_points(
