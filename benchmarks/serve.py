@@ -1,13 +1,13 @@
-"""The endpoint beside `SamPredictor` in process, and beside the two servers that people write.
+"""The endpoint compared with `SamPredictor` in process and with two common ways to serve it.
 
     python benchmarks/serve.py click      [--model-type tiny|vit_b]   one warm click
     python benchmarks/serve.py throughput [--clients 32 --clicks 20]  requests a second
     python benchmarks/serve.py encodes                                how often an image is encoded
-    python benchmarks/serve.py swap       2,000 clicks across a promotion: who answered, and truly?
+    python benchmarks/serve.py swap       2,000 clicks during a promotion: answers and errors
     python benchmarks/serve.py kill       kill -9 of a decoder, an ingress and the proxy, under load
     python benchmarks/serve.py soak       [--minutes 10] at 80 % of capacity, then one at 300 %
 
-All with the same weights on the same machine, one torch thread a process. `naive` is FastAPI around
+All use the same weights on the same machine, one torch thread per process. `naive` is FastAPI around
 `SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one
 process. With encode time E and decode time D, measured here, and c clicks an image, no server
 that encodes once can beat the naive one by more than (E + D) / (E / c + D).

@@ -1,4 +1,4 @@
-"""Score a model on one image as a user would see it: fixed prompts, original resolution."""
+"""Scores of a model on one image: fixed prompts, masks at the original resolution."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from samray.geometry.prompts import STRATEGIES, Prompt, correction_point, draw_p
 from samray.sam.decode import predict_masks, prompt_chunks
 from samray.sam.embeddings import EmbeddingCache, encode_image
 
-# The prompt matrix: what every model is scored on, whatever it was trained with.
+# The prompt matrix: every model is scored on these prompts, whatever it was trained with.
 CLICKS, NUM_CLICKS = "clicks", 3  # one random point, then two corrections
 MATRIX = (*STRATEGIES, CLICKS)
 
@@ -21,7 +21,7 @@ MATRIX = (*STRATEGIES, CLICKS)
 def evaluation_prompt(
     record: ImageRecord, number: int, mask: np.ndarray, strategy: str, seed: int
 ) -> Prompt:
-    """Return the point or box by which an instance is scored first, the same for every model.
+    """Return the first prompt for an instance, the same for every model.
 
     Args:
         number: the instance's place in the image.
@@ -84,18 +84,20 @@ def click_through(
     first: Sequence[Prompt],
     num_clicks: int,
 ) -> Iterator[list[tuple[np.ndarray, float]]]:
-    """Answer first prompts, then click on each answer's error, as a person would.
+    """Answer the first prompts, then simulate correction clicks.
 
-    Each answer's logits are fed back with the next click, which `correction_point` chooses.
+    `correction_point` chooses each click from the errors of the last mask, whose logits are fed
+    back with it.
 
     Args:
         image_embedding: C x h x w float32, on the model's device.
         gt_masks: H x W bool, one for each object.
         first: one point or a box for each object, all of one layout.
-        num_clicks: prompts in all; the first counts as one.
+        num_clicks: number of answers; the first prompt counts as one.
 
     Yields:
-        For each object num_clicks times (H x W bool, predicted IoU); a right answer is repeated.
+        For each object num_clicks pairs (H x W bool, predicted IoU); a mask without an error is
+        repeated.
     """
     original_size = gt_masks[0].shape if len(first) else (1, 1)
     for chunk in prompt_chunks(len(first), original_size):
@@ -131,7 +133,7 @@ def embedding_of(
 ) -> torch.Tensor:
     """Return an image's embedding, C x h x w float32 on the model's device.
 
-    With a cache it is read, or encoded and published; without, it is encoded.
+    With a cache it is read, or encoded and written to it; without, it is encoded.
     """
     if cache is not None:
         cached = cache.load(record.digest)
@@ -140,5 +142,5 @@ def embedding_of(
     embedding = encode_image(sam, decode_image(dataset.image_bytes(record)))
     if cache is not None:
         cache.save(record.digest, embedding.cpu().numpy())
-        embedding = embedding.half().float()  # what the next reader will see
+        embedding = embedding.half().float()  # equal to what is read from the cache later
     return embedding

@@ -131,7 +131,7 @@ def _groups_of_image(
 
 @dataclass
 class PromptGroup:
-    """Prompts of one layout, of any images of a batch, in the model's frame.
+    """Prompts of one layout on any images of a batch, in the model's frame.
 
     Attributes:
         image_index: P int64, which image of the batch each prompt belongs to.
@@ -152,12 +152,12 @@ class PromptGroup:
 
     @property
     def ambiguous(self) -> bool:
-        """One point alone may mean part, object or group: SAM answers it with three masks."""
+        """Whether it may mean part, object or group, so that SAM gives three masks: one point."""
         one_point = self.point_coords is not None and self.point_coords.shape[1] == 1
         return one_point and self.boxes is None and self.mask_inputs is None
 
     def with_answer(self, logits: Tensor) -> "PromptGroup":
-        """Feed an answer back as the mask prompt: P x 1 x h x w."""
+        """Add the logits of earlier masks as mask prompts: P x 1 x h x w."""
         return replace(self, mask_inputs=logits)
 
     def with_point(self, point_coords: Tensor, point_labels: Tensor) -> "PromptGroup":
@@ -201,7 +201,7 @@ class PromptGroup:
 
 
 def best_masks(low_res_masks: Tensor, iou_predictions: Tensor) -> Tensor:
-    """Of each prompt's masks, P x C x h x w, return the one of highest predicted IoU.
+    """Return each prompt's mask of highest predicted IoU, of P x C x h x w.
 
     Returns:
         P x 1 x h x w.
@@ -215,14 +215,14 @@ def decode_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Return masks for prompts of several images in one call.
 
-    The stock `MaskDecoder.predict_masks` repeats one image's embedding for all prompts; this
-    gathers each prompt's own and drives the decoder's parts in the same order, so the numbers
-    are those of `SamPredictor.predict_torch`.
+    The stock `MaskDecoder.predict_masks` repeats one image's embedding for all prompts. This
+    function gathers each prompt's own embedding and calls the decoder's parts in the same order, so
+    the results equal `SamPredictor.predict_torch`.
 
     Args:
         image_embeddings: B x C x h x w.
         prompts: P prompts whose image_index is below B.
-        multimask_output: three masks a prompt, else the single-mask token's.
+        multimask_output: three masks per prompt, else that of the single-mask token.
 
     Returns:
         low_res_masks: P x 3 or 1 x 4h x 4w logits.
@@ -259,17 +259,17 @@ def group_prompts(
     sizes: Sequence[tuple[int, int]],
     img_size: int,
 ) -> list[tuple[PromptGroup, list[int]]]:
-    """Sort prompts by layout and move them to the model's frame.
+    """Group prompts by layout and transform them to the model's frame.
 
-    Prompts of different kinds are never filled up to one another: the filling moves the logits.
+    Prompts of different layouts are not padded to a common one: padding changes the logits.
 
     Args:
         prompts: in original pixels.
-        image_index: which image of the batch each belongs to.
+        image_index: the image of the batch that each belongs to.
         sizes: (H, W) of each image of the batch.
 
     Returns:
-        (group, places of its prompts in `prompts`), one a layout.
+        (group, places of its prompts in `prompts`), one per layout.
     """
     by_layout: dict[tuple[int, bool], list[int]] = {}
     for place, prompt in enumerate(prompts):

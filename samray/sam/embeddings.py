@@ -1,7 +1,7 @@
-"""Encode once: a content-addressed cache of image embeddings that every run shares.
+"""Image embeddings, and a content-addressed cache of them that all runs share.
 
-A key stands for the image's bytes, the image encoder's weights, the transform and the
-precision. One `.npy` a key: tensors in Parquet write 80 times slower and read 130 times slower.
+A key is a digest of the image's bytes, the image encoder's weights, the transform and the
+precision. Each key has a `.npy` file: tensors in Parquet are written 80 and read 130 times slower.
 
     CACHE/<encoder digest>/<first two of key>/<key>.npy      C x h x w float16
 """
@@ -29,7 +29,7 @@ class EmbeddingCache:
 
     Args:
         folder: shared by all encoders; each gets a folder of its own inside.
-        sam: whose encoder the embeddings come from.
+        sam: the model whose image encoder made, or will make, the embeddings.
     """
 
     def __init__(self, folder: Place, sam: Any) -> None:
@@ -38,13 +38,13 @@ class EmbeddingCache:
         self.folder = folder / self.encoder_digest[:16]
 
     def path(self, image_digest: str) -> Place:
-        """Where the embedding of an image is, or will be."""
+        """Return the file of an image's embedding, present or not."""
         content = (image_digest, self.encoder_digest, self.img_size, TRANSFORM_VERSION, PRECISION)
         key = hashlib.sha256("\0".join(map(str, content)).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.npy"
 
     def load(self, image_digest: str) -> np.ndarray | None:
-        """Return C x h x w float16, mapped where it lies on disk; None if it is not there."""
+        """Return C x h x w float16, memory-mapped if on a local disk; None if it is missing."""
         path = self.path(image_digest)
         try:
             if isinstance(path, Path):
@@ -56,15 +56,15 @@ class EmbeddingCache:
         return embedding
 
     def lacking(self, image_digests: Iterable[str]) -> list[str]:
-        """Return those of the images whose embedding is not there."""
+        """Return the images whose embedding is missing."""
         if isinstance(self.folder, Path):
             return [digest for digest in image_digests if not self.path(digest).exists()]
-        # One listing instead of a question each.
+        # One listing instead of one request per image.
         there = {name.rpartition("/")[2] for name, _, _ in list_objects(self.folder)}
         return [digest for digest in image_digests if self.path(digest).name not in there]
 
     def save(self, image_digest: str, embedding: np.ndarray) -> None:
-        """Publish an embedding; a reader sees all of it or nothing."""
+        """Write an embedding atomically."""
         path = self.path(image_digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary, temporary.open("wb") as file:

@@ -1,9 +1,8 @@
-"""CVAT's serverless function: its clicks and boxes, answered by a samray endpoint.
+"""CVAT's serverless function: forwards clicks and boxes to a samray endpoint.
 
-CVAT sends the whole image with each click. The endpoint gets it once and keeps its embedding; the
-mask comes from the served checkpoint's own decoder. Standard library alone, so that nuclio's
-container needs nothing installed. What is sent and expected: CVAT's
-`cvat/apps/lambda_manager/views.py` and its interactors in `serverless/`.
+CVAT sends the whole image with each click; the endpoint receives it once and caches its embedding.
+Only the standard library is used, so that nuclio's container needs nothing installed. The protocol
+is that of CVAT's `cvat/apps/lambda_manager/views.py` and its interactors in `serverless/`.
 """
 
 import base64
@@ -22,7 +21,7 @@ SECONDS = 25  # for an answer; less than eventTimeout in function.yaml
 
 
 class ClickError(Exception):
-    """What the annotator is told, and the HTTP status."""
+    """An error message for the annotator, and the HTTP status."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -70,13 +69,13 @@ def segment(body: dict[str, Any], sizes: OrderedDict[str, tuple[int, int]]) -> l
     except ClickError as exc:
         if exc.code != "unknown_image" or not known:
             raise
-        upload(image, image_id, sizes)  # restarted, or its cache was full
+        upload(image, image_id, sizes)  # the endpoint was restarted, or its cache was full
         rle = predict(image_id, prompt)
     return decode_rle(rle["counts"], *rle["size"])
 
 
 def upload(image: bytes, image_id: str, sizes: OrderedDict[str, tuple[int, int]]) -> None:
-    """Give the endpoint an image, and note its size."""
+    """Upload an image, and keep its size."""
     answer = call("/v1/images", image, "application/octet-stream")
     sizes[image_id] = (answer["width"], answer["height"])
     while len(sizes) > KNOWN_IMAGES:
@@ -92,7 +91,7 @@ def predict(image_id: str, prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_prompt(body: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """Turn CVAT's points and box into a prompt of API v1; what lies on the border moves inside."""
+    """Turn CVAT's points and box into a prompt of API v1; points on the border are moved inside."""
     width, height = size
     positive, negative = body.get("pos_points") or [], body.get("neg_points") or []
     points = [
