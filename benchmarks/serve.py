@@ -3,7 +3,7 @@
     python benchmarks/serve.py click      [--model-type tiny|vit_b]   one warm click
     python benchmarks/serve.py throughput [--clients 32 --clicks 20]  requests a second
     python benchmarks/serve.py encodes                                how often an image is encoded
-    python benchmarks/serve.py swap       2,000 clicks during a promotion: answers and errors
+    python benchmarks/serve.py swap       2,000 clicks during a promotion
     python benchmarks/serve.py kill       kill -9 of a decoder, an ingress and the proxy, under load
     python benchmarks/serve.py soak       [--minutes 10] at 80 % of capacity, then one at 300 %
 
