@@ -7,8 +7,8 @@
     python benchmarks/serve.py kill       kill -9 of a decoder, an ingress and the proxy, under load
     python benchmarks/serve.py soak       [--minutes 10] at 80 % of capacity, then one at 300 %
 
-All use the same weights on the same machine, one torch thread per process. `naive` is FastAPI around
-`SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one
+All use the same weights on the same machine, one torch thread per process. `naive` is FastAPI
+around `SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one
 process. With encode time E and decode time D, measured here, and c clicks an image, no server
 that encodes once can beat the naive one by more than (E + D) / (E / c + D).
 """
