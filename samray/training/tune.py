@@ -22,11 +22,10 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
-from ray.tune.search.sample import Categorical, Domain, Float, Integer
 from tqdm import tqdm
 
 from samray import __version__, cluster
-from samray.config import Config, required, resolve_model, save_config, with_settings
+from samray.config import Config, required, save_config, with_settings
 from samray.data.dataset import PreparedDataset
 from samray.errors import ConfigError, SweepError
 from samray.evaluation.evaluate import score_models, summary
@@ -44,26 +43,18 @@ from samray.storage import (
     write_json,
 )
 from samray.training.encode import encode_missing
+from samray.training.search_space import (
+    SEARCHED,
+    count_trials,
+    default_point,
+    grid_points,
+    search_space,
+)
 from samray.training.sweep_report import what_mattered, write_report
 from samray.training.train import Trial, base_checkpoint, fit
 
 SWEEP_FORMAT = 1
-SEARCHED = ("model", "prompts", "loss", "train")
 METRICS = ("val_iou", "val_dice", *(f"val_iou_{row}" for row in MATRIX))
-WORDS = (
-    *("choice", "grid_search", "uniform", "quniform", "loguniform", "qloguniform"),
-    *("randint", "qrandint", "lograndint", "qlograndint", "randn", "qrandn"),
-)
-# What all trials have in common, or is given to the sweep itself.
-FIXED = {
-    "model.type": "all trials start from one base; make a sweep for each",
-    "model.checkpoint": "all trials start from one base; make a sweep for each",
-    "train.data_dir": "pass --data-dir",
-    "train.output_dir": "pass --output-dir",
-    "train.num_epochs": "it is what the trials are compared at; set it in the config",
-    "train.resume": "the same command goes on with a sweep by itself",
-}
-NUM_RANDOM_TRIALS = 16
 
 
 def sweep(config: Config) -> dict[str, Any]:
@@ -93,7 +84,7 @@ def sweep(config: Config) -> dict[str, Any]:
         "sweep",
     )
     space = search_space(config)
-    num_trials = _num_trials(config, space)
+    num_trials = count_trials(config, space)
     if settings.metric not in METRICS:
         raise ConfigError(
             f"tune.metric: {settings.metric!r} is reported by no trial; choose from "
@@ -136,7 +127,7 @@ def sweep(config: Config) -> dict[str, Any]:
     state["embeddings"] = (before or {}).get("embeddings") or encoding.as_dict()
     state["interrupted"] = before is not None
     write_json(output / "sweep.json", state)
-    trials = _run_trials(Plan(config, output, resources, num_trials), space)
+    trials = _run_trials(SweepPlan(config, output, resources, num_trials), space)
     state |= {"trials": trials, "seconds": round(time.perf_counter() - started, 1)}
     _require_one(trials)
     best = max((t for t in trials if t["score"] is not None), key=lambda t: t["score"])
@@ -151,79 +142,6 @@ def sweep(config: Config) -> dict[str, Any]:
     write_json(output / "sweep.json", state)
     write_bytes(output / "report.html", write_report(state).encode())
     return state
-
-
-def search_space(config: Config) -> dict[str, Any]:
-    """Turn `tune.search_space` into Ray Tune's own objects, each checked at its ends.
-
-    Raises:
-        ConfigError: listing every setting, word, argument or value that will not do.
-    """
-    written = config.tune.search_space
-    if not written:
-        raise ConfigError(
-            "tune.search_space is empty; name the settings to search, e.g. "
-            "{train.learning_rate: {loguniform: [1.0e-5, 1.0e-2]}}; see configs/tune.yaml"
-        )
-    space: dict[str, Any] = {}
-    mistakes = []
-    for dotted, spec in written.items():
-        try:
-            space[dotted] = _domain(config, dotted, spec)
-        except (ConfigError, ValueError, TypeError) as exc:
-            mistakes.append(f"tune.search_space: {dotted}: {exc}")
-    if config.tune.search == "optuna":
-        if importlib.util.find_spec("optuna") is None:
-            mistakes.append("tune.search: optuna is not installed; pip install optuna, or random")
-        if any(isinstance(domain, dict) for domain in space.values()):
-            mistakes.append("tune.search: optuna takes no grid_search; use choice, or random")
-    if mistakes:
-        raise ConfigError("; ".join(mistakes))
-    return space
-
-
-def _domain(config: Config, dotted: str, spec: Any) -> Any:
-    """One setting's domain: a Tune `Domain`, or Tune's {"grid_search": [...]}."""
-    if dotted in FIXED:
-        raise ConfigError(f"cannot be searched: {FIXED[dotted]}")
-    if dotted.split(".")[0] not in SEARCHED:
-        raise ConfigError(f"is no setting of training; those are in {', '.join(SEARCHED)}")
-    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in WORDS:
-        raise ConfigError(f"must be one of {{{', '.join(WORDS)}}} with its arguments, not {spec!r}")
-    ((word, arguments),) = spec.items()
-    arguments = arguments if isinstance(arguments, list) else [arguments]
-    if word in ("choice", "grid_search"):
-        if not arguments:
-            raise ConfigError(f"{word} has nothing to choose from")
-        for value in arguments:
-            with_settings(config, {dotted: value}, word)
-        return getattr(tune, word)(arguments)
-    if not all(isinstance(value, int | float) for value in arguments):
-        raise ConfigError(
-            f"{word} takes numbers, not {arguments!r}; YAML reads 1e-5 as a text, write 1.0e-5"
-        )
-    domain = getattr(tune, word)(*arguments)
-    assert isinstance(domain, Domain)
-    ends = [domain.sample() for _ in range(20)]
-    if isinstance(domain, Float | Integer) and word not in ("randn", "qrandn"):
-        if not domain.lower < domain.upper:
-            raise ConfigError(f"{word}: {domain.lower} must be below {domain.upper}")
-        last = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
-        ends += [domain.lower, last]
-    for value in ends:
-        with_settings(config, {dotted: value}, f"{word} can draw {value!r}")
-    return domain
-
-
-def _num_trials(config: Config, space: dict[str, Any]) -> int:
-    points = _grid_points(space)
-    number = config.tune.num_trials or (points if points > 1 else NUM_RANDOM_TRIALS)
-    if number % points:
-        raise ConfigError(
-            f"--num-trials {number} is no multiple of the {points} points of the grid in "
-            "tune.search_space; each point is tried equally often"
-        )
-    return number
 
 
 def _deciding(config: Config) -> dict[str, Any]:
@@ -273,7 +191,7 @@ def _require_same(output: Place, state: dict[str, Any]) -> dict[str, Any] | None
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What the trials have in common."""
 
     config: Config
@@ -282,7 +200,7 @@ class Plan:
     num_trials: int
 
 
-def _run_trials(plan: Plan, space: dict[str, Any]) -> list[dict[str, Any]]:
+def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
     """Let Tune start, stop, retry and, after a kill, resume the trials; return the table."""
     settings = plan.config.tune
     trainable = tune.with_resources(
@@ -300,7 +218,7 @@ def _run_trials(plan: Plan, space: dict[str, Any]) -> list[dict[str, Any]]:
             tune_config=tune.TuneConfig(
                 metric=settings.metric,
                 mode="max",
-                num_samples=plan.num_trials // _grid_points(space),
+                num_samples=plan.num_trials // grid_points(space),
                 search_alg=_searcher(plan, space),
                 scheduler=_scheduler(plan.config),
                 max_concurrent_trials=_concurrent(plan),
@@ -353,7 +271,7 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
     fit(with_settings(config, {**chosen, **own}, "trial"), Trial(output / "base", report))
 
 
-def _trial_resources(plan: Plan) -> dict[str, float]:
+def _trial_resources(plan: SweepPlan) -> dict[str, float]:
     """A trial of one worker trains in Tune's own process; more workers get theirs from Train."""
     if plan.resources.num_workers > 1:
         return {"memory": 1}  # a byte: Tune wants some resource, and no CPU shall be held idle
@@ -361,23 +279,16 @@ def _trial_resources(plan: Plan) -> dict[str, float]:
     return {"cpu": plan.resources.cpus_per_worker, "gpu": gpu}
 
 
-def _concurrent(plan: Plan) -> int:
+def _concurrent(plan: SweepPlan) -> int:
     room = plan.resources.room // plan.resources.num_workers
     return min(room, plan.num_trials, plan.config.tune.max_concurrent_trials or room)
 
 
-def _grid_points(space: dict[str, Any]) -> int:
-    points = 1
-    for domain in space.values():
-        points *= len(domain["grid_search"]) if isinstance(domain, dict) else 1
-    return points
-
-
-def _searcher(plan: Plan, space: dict[str, Any]) -> Searcher | BasicVariantGenerator:
+def _searcher(plan: SweepPlan, space: dict[str, Any]) -> Searcher | BasicVariantGenerator:
     settings = plan.config.tune
     default = None
     if settings.try_default and plan.num_trials > 1:
-        default = _default_point(plan.config, space)
+        default = default_point(plan.config, space)
         if default is None:
             print("note: the config as it stands is no trial: the search space does not hold it")
     points = [default] if default else None
@@ -386,27 +297,6 @@ def _searcher(plan: Plan, space: dict[str, Any]) -> Searcher | BasicVariantGener
 
         return OptunaSearch(seed=settings.seed, points_to_evaluate=points)
     return BasicVariantGenerator(random_state=settings.seed, points_to_evaluate=points)
-
-
-def _default_point(config: Config, space: dict[str, Any]) -> dict[str, Any] | None:
-    """The config's own values of what is searched, if the search could have chosen them."""
-    resolved = resolve_model(config, weights_given=config.model.checkpoint != "none").model_dump()
-    point = {}
-    for dotted, domain in space.items():
-        value: Any = resolved
-        for key in dotted.split("."):
-            value = value[key]
-        if isinstance(domain, dict):
-            return None  # a grid has its own points
-        inside = (
-            value in domain.categories
-            if isinstance(domain, Categorical)
-            else value is not None and domain.is_valid(value)
-        )
-        if not inside:
-            return None
-        point[dotted] = value
-    return point
 
 
 def _scheduler(config: Config) -> TrialScheduler:
@@ -420,7 +310,7 @@ def _scheduler(config: Config) -> TrialScheduler:
     )
 
 
-def _loggers(plan: Plan) -> list[tune.Callback]:
+def _loggers(plan: SweepPlan) -> list[tune.Callback]:
     """MLflow, if asked; TensorBoard's files Tune writes by itself."""
     if plan.config.tune.mlflow_uri is None:
         return []
@@ -474,7 +364,7 @@ def _short(value: Any) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
-def _row(plan: Plan, result: Any) -> dict[str, Any]:
+def _row(plan: SweepPlan, result: Any) -> dict[str, Any]:
     """A trial as the report shows it; what it scored is read from its RUN."""
     metrics = result.metrics or {}
     trial_id = metrics.get("trial_id") or result.path.rpartition("/")[2]

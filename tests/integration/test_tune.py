@@ -17,7 +17,8 @@ from samray.config import load_config
 from samray.errors import ConfigError, SamrayError
 from samray.sam.checkpoint import load_checkpoint
 from samray.sam.model import build_model
-from samray.training.tune import search_space, sweep
+from samray.training.search_space import search_space
+from samray.training.tune import sweep
 
 SPACE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}}
 

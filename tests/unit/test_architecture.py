@@ -19,7 +19,8 @@ sam         model tiny weights shipped checkpoint store embeddings decode
 inspection  preview report duplicates
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
-training    losses batches step loop finetuning encode* train* tune* sweep_report pretraining scenes
+training    losses batches step loop finetuning encode* train* tune* search_space* sweep_report \
+            pretraining scenes
 serving     gate openapi ingress* app* replicas* catalogue labelstudio labelme_client
 """
 ROOMS = {line.split()[0]: line.split()[1:] for line in HOUSE.strip().splitlines()}
