@@ -3,7 +3,7 @@
     RUN/run.json                    which checkpoints are best and latest, metrics of each epoch
     RUN/config.yaml                 the resolved config
     RUN/base/                       the weights that the run started from
-    RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer_00.pth ...
+    RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer.pth
     RUN/best, RUN/latest            links to the two that run.json names, for people
 
 A SWEEP stands for its best trial's RUN, and a model's folder in a store for its current version.
@@ -38,7 +38,6 @@ from samray.storage import (
 
 RUN_FORMAT = 1
 CURRENT = "current"  # in a store: the file that names the version in use
-OPTIMIZER_PART_BYTES = 15 * 2**20  # files of moderate size travel anywhere
 
 
 @dataclass(frozen=True)
@@ -80,36 +79,24 @@ def save_checkpoint(
         save_config(config, temporary / "config.yaml")
         write_json(temporary / "progress.json", progress)
         if optimizer is not None:
-            for number, part in enumerate(_parts(optimizer)):
-                torch.save(part, temporary / f"optimizer_{number:02d}.pth")
+            torch.save(optimizer, temporary / "optimizer.pth")
 
 
 def load_optimizer(folder: Place) -> dict[str, Any]:
-    """Return the optimiser's state that `save_checkpoint` wrote beside the weights."""
-    state: dict[str, Any] = {"state": {}}
-    parts: list[Place] = sorted(folder.iterdir(), key=str)
-    for path in parts:
-        if not path.name.startswith("optimizer_"):
-            continue
-        part = torch.load(local_copy(path), map_location="cpu", weights_only=True)
-        state["param_groups"] = part["param_groups"]
-        state["state"].update(part["state"])
+    """Return the optimiser's state that `save_checkpoint` wrote beside the weights, on the CPU.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    path = folder / "optimizer.pth"
+    try:
+        state: dict[str, Any] = torch.load(local_copy(path), map_location="cpu", weights_only=True)
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f"{path}: does not exist, so this run cannot be resumed; start a new one from its "
+            f"weights: --checkpoint {folder} with another --output-dir"
+        ) from exc
     return state
-
-
-def _parts(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cut an optimiser's state so that no file of it grows beyond OPTIMIZER_PART_BYTES."""
-    groups = optimizer["param_groups"]
-    parts: list[dict[str, Any]] = [{"param_groups": groups, "state": {}}]
-    size = 0
-    for number, state in optimizer["state"].items():
-        more = sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
-        if size and size + more > OPTIMIZER_PART_BYTES:
-            parts.append({"param_groups": groups, "state": {}})
-            size = 0
-        parts[-1]["state"][number] = state
-        size += more
-    return parts
 
 
 def load_checkpoint(path: Place) -> Checkpoint:

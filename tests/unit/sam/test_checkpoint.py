@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from sam_parts import add_noise
+from sam_parts import add_noise, small_sam
 
 from samray.config import load_config
 from samray.errors import CheckpointError, ConfigError
@@ -13,6 +13,7 @@ from samray.sam.checkpoint import (
     RunFolder,
     find_checkpoint,
     load_checkpoint,
+    load_optimizer,
     require_same_run,
     save_checkpoint,
 )
@@ -63,6 +64,32 @@ def test_a_checkpoint_that_was_written_but_not_registered_does_not_count(run, ti
 def test_weights_come_back_exactly(run, tiny):
     loaded = load_checkpoint(run.path / "latest").model().state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny.state_dict().items())
+
+
+def test_the_optimizer_comes_back_exactly_from_one_file(tmp_path):
+    sam = small_sam()
+    optimizer = torch.optim.AdamW(sam.parameters(), lr=0.1)
+    sum(p.sum() for p in sam.parameters()).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    save_checkpoint(tmp_path / "checkpoint", sam.state_dict(), load_config(), {}, state)
+    files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert files == {"weights.pth", "config.yaml", "progress.json", "optimizer.pth"}
+    loaded = load_optimizer(tmp_path / "checkpoint")
+    assert loaded["param_groups"] == state["param_groups"]
+    assert loaded["state"].keys() == state["state"].keys()
+    for number, values in state["state"].items():
+        assert loaded["state"][number].keys() == values.keys()
+        for name, value in values.items():
+            assert torch.equal(loaded["state"][number][name], value)
+
+
+def test_a_checkpoint_without_an_optimizer_says_how_to_train_on_from_it(run):
+    """Runs of earlier development versions kept it in pieces, under other names."""
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.pth: does not exist.*--checkpoint \S+_0003"
+    ):
+        load_optimizer(run.latest)
 
 
 def test_a_run_without_an_epoch_says_so(tmp_path):

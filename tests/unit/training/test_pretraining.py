@@ -81,8 +81,6 @@ def test_a_run_stopped_and_resumed_ends_as_if_undisturbed(tmp_path):
     weights = [load_checkpoint(RunFolder(r).latest).weights for r in (tmp_path / "whole", pieces)]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
-    for path in pieces.rglob("*.pth"):
-        assert path.stat().st_size <= 16 * 2**20, path
 
 
 def test_it_runs_where_ray_is_not_installed():
