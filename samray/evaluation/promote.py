@@ -11,7 +11,7 @@ from samray.errors import ConfigError, GuardError
 from samray.evaluation.evaluate import score_models, summary
 from samray.evaluation.metrics import Score, bootstrap_interval
 from samray.evaluation.scoring import MATRIX
-from samray.sam.checkpoint import RunFolder, find_run, load_checkpoint
+from samray.sam.checkpoint import Checkpoint, RunFolder, find_run, load_checkpoint
 from samray.sam.embeddings import embeddings_folder
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
@@ -54,15 +54,7 @@ def promote(config: Config) -> Version:
     records = dataset.split("test")
     store = require_store(resolve(folder, "--store"))
     current = store.current(name)
-    cluster.start()
-    cluster.require_visible(run.path / "run.json", "RUN_OR_SWEEP")
-    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
-    checkpoints: dict[str, Place] = {"base": run.base, "tuned": tuned.path}
-    if current is not None:
-        cluster.require_visible(current.folder / "weights.pth", "--store")
-        checkpoints["current"] = current.folder
-    cache_dir = embeddings_folder(config, dataset)
-    scores = score_models(config, dataset, records, checkpoints, cache_dir)
+    scores = _scores(config, dataset, run, tuned, current)
     off_target = [row for row in MATRIX if row not in _ON_TARGET[trained.prompts.point_selection]]
     reasons = guard(scores, off_target, settings.max_forgetting)
     if reasons and not settings.force:
@@ -77,7 +69,7 @@ def promote(config: Config) -> Version:
         "dataset_digest": dataset.digest,
         "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
         "split": "test",
-        "metrics": {model: summary(scores[model]) for model in checkpoints},
+        "metrics": {model: summary(scores[model]) for model in scores},
         "guard": {
             "refused": reasons,
             "forced": bool(reasons),
@@ -86,6 +78,25 @@ def promote(config: Config) -> Version:
         "previous": current.version if current else None,
     }
     return store.add(name, tuned, record)
+
+
+def _scores(
+    config: Config,
+    dataset: PreparedDataset,
+    run: RunFolder,
+    tuned: Checkpoint,
+    current: Version | None,
+) -> dict[str, list[Score]]:
+    """Score `base`, `tuned` and, where there is one, `current` on the test split."""
+    cluster.start()
+    cluster.require_visible(run.path / "run.json", "RUN_OR_SWEEP")
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    checkpoints: dict[str, Place] = {"base": run.base, "tuned": tuned.path}
+    if current is not None:
+        cluster.require_visible(current.folder / "weights.pth", "--store")
+        checkpoints["current"] = current.folder
+    cache_dir = embeddings_folder(config, dataset)
+    return score_models(config, dataset, dataset.split("test"), checkpoints, cache_dir)
 
 
 def guard(

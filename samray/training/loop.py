@@ -84,61 +84,33 @@ def train_loop(
     """
     settings = config.train
     checkpoint = load_checkpoint(run.latest or run.base)
-    sam = checkpoint.model().to(worker.device)
-    freeze(sam, config.model)
-    focal_weight, balanced_weight = config.loss.focal_weight, config.loss.balanced_weight
-    assert focal_weight is not None
-    assert balanced_weight is not None
-    module = PromptedSam(
-        sam,
-        (focal_weight, config.loss.dice_weight, config.loss.iou_weight),
-        settings.max_prompts,
-    )
-    model: nn.Module = module
-    if worker.world_size > 1:
-        model = DistributedDataParallel(module)
-    optimizer = torch.optim.AdamW(
-        [p for p in sam.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+    module = _prompted_sam(config, checkpoint.model().to(worker.device))
+    model = DistributedDataParallel(module) if worker.world_size > 1 else module
+    optimizer = _optimizer(module, settings)
     epoch, step = 0, 0
     if run.latest is not None:
         optimizer.load_state_dict(load_optimizer(run.latest))
         epoch, step = checkpoint.progress["epoch"], checkpoint.progress["step"]
-    source = open_source(sam)
+    source = open_source(module.sam)
     began = started = time.perf_counter()
     while epoch < settings.num_epochs:
         now = time.perf_counter()
         if max_minutes is not None and now - began + (now - started) > 60 * max_minutes:
             break
         started = now
-        module.balanced_weight = balanced_weight * balance_at(epoch, settings.num_epochs)
+        module.balanced_weight = _balanced_weight(config, epoch)
         losses, step = train_epoch(model, optimizer, source, settings, worker, epoch, step, report)
         epoch += 1
-        scores = source.validate(worker)
         metrics = {
             "epoch": epoch,
             "step": step,
             **losses,
-            **scores,
+            **source.validate(worker),
             "seconds": round(time.perf_counter() - started, 2),
         }
         if worker.rank == 0:
-            progress = {
-                **metrics,
-                "dataset_digest": source.digest,
-                "base": checkpoint.progress.get("base"),
-            }
-            name = f"epoch_{epoch:04d}"
-            save_checkpoint(
-                run.path / "checkpoints" / name,
-                sam.state_dict(),
-                config,
-                progress,
-                optimizer.state_dict(),
-            )
-            run.register(name, metrics)
+            origin = {"dataset_digest": source.digest, "base": checkpoint.progress.get("base")}
+            _save_epoch(run, config, module.sam, optimizer, metrics, origin)
             report({"event": "epoch", **metrics})
     worker.sum(torch.zeros(1, device=worker.device))  # nobody leaves before the last is written
 
@@ -229,6 +201,49 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> floa
 def balance_at(epoch: int, num_epochs: int) -> float:
     """Share of the balanced loss in an epoch: 1 at first, none after a fifth of the epochs."""
     return max(0.0, 1 - 5 * epoch / num_epochs)
+
+
+def _prompted_sam(config: Config, sam: Sam) -> PromptedSam:
+    """The module of a training step, its parts frozen as configured."""
+    freeze(sam, config.model)
+    focal_weight = config.loss.focal_weight
+    assert focal_weight is not None
+    weights = (focal_weight, config.loss.dice_weight, config.loss.iou_weight)
+    return PromptedSam(sam, weights, config.train.max_prompts)
+
+
+def _optimizer(module: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _balanced_weight(config: Config, epoch: int) -> float:
+    weight = config.loss.balanced_weight
+    assert weight is not None
+    return weight * balance_at(epoch, config.train.num_epochs)
+
+
+def _save_epoch(
+    run: RunFolder,
+    config: Config,
+    sam: Sam,
+    optimizer: torch.optim.Optimizer,
+    metrics: dict[str, Any],
+    origin: dict[str, Any],
+) -> None:
+    """Write the epoch's checkpoint, then register it, which makes it count."""
+    name = f"epoch_{metrics['epoch']:04d}"
+    save_checkpoint(
+        run.path / "checkpoints" / name,
+        sam.state_dict(),
+        config,
+        {**metrics, **origin},
+        optimizer.state_dict(),
+    )
+    run.register(name, metrics)
 
 
 def _load_ahead(

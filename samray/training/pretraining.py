@@ -203,19 +203,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     run = resumed or RunFolder.create(output, config, digest)
     if not run.base.exists():
-        source = config.model.checkpoint
-        if source == "none":
-            name = f"random weights, seed {config.train.seed}"
-            sam = build_model("tiny", config.train.seed)
-        elif source is None:
-            name = "tiny as it ships"
-            sam = load_shipped().model()
-        else:
-            name = str(resolve(str(source), "--checkpoint"))
-            sam = load_checkpoint(resolve(str(source), "--checkpoint")).model()
-        weights = sam.state_dict()
-        base = {"source": name, "digest": digest_of(weights)}
-        save_checkpoint(run.base, weights, config, {"base": base})
+        _write_base(run, config)
     if device.type == "cpu":
         # One core draws the next scenes meanwhile.
         torch.set_num_threads(config.scaling.cpus_per_worker or max(1, (os.cpu_count() or 2) - 1))
@@ -247,6 +235,23 @@ def scenes_digest(config: Config) -> str:
         f"scenes-{VERSION}-seed-{config.train.seed}"
         f"-{settings.scenes_per_epoch}x{settings.regions_per_scene}"
     )
+
+
+def _write_base(run: RunFolder, config: Config) -> None:
+    """Write the checkpoint that the run starts from."""
+    source = config.model.checkpoint
+    if source == "none":
+        name = f"random weights, seed {config.train.seed}"
+        sam = build_model("tiny", config.train.seed)
+    elif source is None:
+        name = "tiny as it ships"
+        sam = load_shipped().model()
+    else:
+        name = str(resolve(str(source), "--checkpoint"))
+        sam = load_checkpoint(resolve(str(source), "--checkpoint")).model()
+    weights = sam.state_dict()
+    base = {"source": name, "digest": digest_of(weights)}
+    save_checkpoint(run.base, weights, config, {"base": base})
 
 
 def _device(config: Config) -> torch.device:

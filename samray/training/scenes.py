@@ -118,6 +118,11 @@ class _Painter:
         objects = torch.zeros(self.batch, size, size, dtype=torch.int64, device=self.device)
         parts = torch.zeros_like(objects)
         light = self._unit(self.uniform(0, 2 * math.pi))
+        # A scene has a degree of similarity: photographs often show many objects of one kind side
+        # by side, which only an edge separates.
+        self.similarity = torch.where(
+            self.chance(0.55), self.uniform(0.6, 1.0), self.uniform(0, 0.3)
+        )
         traits = self._traits()
         for number in range(1, MAX_OBJECTS + 1):
             here = {name: values[:, number - 1] for name, values in traits.items()}
@@ -138,24 +143,37 @@ class _Painter:
         return self._develop(canvas, objects, parts)
 
     def _traits(self) -> dict[str, Tensor]:
-        """Everything that tells one object from the next: B x MAX_OBJECTS (x 3 for colours).
+        """Properties of each object, by name: B x MAX_OBJECTS, B x MAX_OBJECTS x 3 for colours."""
+        # The order of the draws decides the pixels: another order needs another VERSION.
+        k, placement = MAX_OBJECTS, self._placement()
+        other = self.uniform(0, 1, k, 3)
+        shift = self.uniform(-0.45, 0.45, k, 3)
+        shift = torch.where(self.chance(0.3)[:, None, None], shift * 0.15, shift)  # low contrast
+        colour = self._alike(self._palette(k)) + 0.04 * self.normal(k, 3)
+        translucent = self.chance(0.12)[:, None]
+        return {
+            **placement,
+            **self._form(),
+            "colour": colour.clamp(0.02, 0.98),
+            "second": (colour + shift).clamp(0, 1),
+            "part_colour": torch.lerp(colour, other, self.uniform(0.15, 0.9, k)[..., None]),
+            **self._surface(),
+            "opacity": torch.where(translucent, self._alike(self.uniform(0.45, 0.9, k)), 1.0),
+        }
 
-        A scene has a degree of likeness: real pictures often show many of one kind, side by
-        side, which only an edge keeps apart.
-        """
-        k = MAX_OBJECTS
-        likeness = torch.where(self.chance(0.55), self.uniform(0.6, 1.0), self.uniform(0, 0.3))
+    def _alike(self, values: Tensor) -> Tensor:
+        """Move every object's value towards that of the scene's first, by its similarity."""
+        share = self.similarity.view(-1, *[1] * (values.ndim - 1))
+        return torch.lerp(values, values[:, :1], share)
 
-        def alike(values: Tensor) -> Tensor:
-            """Move every object's value towards the scene's first one."""
-            share = likeness.view(-1, *[1] * (values.ndim - 1))
-            return torch.lerp(values, values[:, :1], share)
+    def _chosen(self, probability: float) -> Tensor:
+        """Yes or no for each object; the same for all in scenes of high similarity."""
+        own = self.chance(probability, MAX_OBJECTS)
+        return torch.where((self.similarity > 0.5)[:, None], own[:, :1], own)
 
-        def chosen(probability: float) -> Tensor:
-            """Yes or no for each object; all the same in scenes of great likeness."""
-            own = self.chance(probability, k)
-            return torch.where((likeness > 0.5)[:, None], own[:, :1], own)
-
+    def _placement(self) -> dict[str, Tensor]:
+        """Which objects exist, where, how large, how elongated, and at which angle."""
+        k, alike = MAX_OBJECTS, self._alike
         typical = torch.exp(self.uniform(math.log(9), math.log(62)))[:, None] * (self.size / 256)
         radius = typical * torch.exp(alike(0.55 * self.normal(k)) + 0.1 * self.normal(k))
         # As many as cover the picture one to two times, and at least three.
@@ -163,7 +181,7 @@ class _Painter:
         count = fill.clamp(3, k).round()
         exists = torch.arange(k, device=self.device)[None] < count[:, None]
         stretch = torch.where(
-            chosen(0.3), alike(self.uniform(1.5, 9, k)), alike(self.uniform(1, 1.8, k))
+            self._chosen(0.3), alike(self.uniform(1.5, 9, k)), alike(self.uniform(1, 1.8, k))
         )
         norm = alike(self.uniform(0, 1, k, 3) ** 2)
         norm = norm / norm.sum(dim=2, keepdim=True)
@@ -183,11 +201,6 @@ class _Painter:
         rows = rows + 0.12 * step[..., None] * self.normal(k, 2)
         centre = torch.where(self.chance(0.25)[:, None, None], rows, scattered)
 
-        second = self.uniform(0, 1, k, 3)
-        shift = self.uniform(-0.45, 0.45, k, 3)
-        shift = torch.where(self.chance(0.3)[:, None, None], shift * 0.15, shift)  # low contrast
-        colour = alike(self._palette(k)) + 0.04 * self.normal(k, 3)
-        translucent = self.chance(0.12)[:, None]
         return {
             "exists": exists,
             "x": centre[..., 0],
@@ -196,6 +209,12 @@ class _Painter:
             "stretch": stretch,
             "norm": norm,
             "angle": angle,
+        }
+
+    def _form(self) -> dict[str, Tensor]:
+        """How outlines deviate from the ellipse: bends, lobes, holes, and a part."""
+        k, alike, chosen = MAX_OBJECTS, self._alike, self._chosen
+        return {
             "bend": torch.where(chosen(0.3), alike(self.uniform(-0.8, 0.8, k)), 0.0),
             "taper": torch.where(chosen(0.3), alike(self.uniform(0.2, 0.85, k)), 0.0),
             "fade": torch.where(chosen(0.15), alike(self.uniform(0.3, 0.8, k)), 0.0),
@@ -210,9 +229,12 @@ class _Painter:
             "part_place": alike(self.uniform(-0.7, 0.7, k, 2)),
             "part_size": alike(self.uniform(0.25, 0.65, k)),
             "joined": chosen(0.25),  # the part sticks out and is one piece with the body
-            "colour": colour.clamp(0.02, 0.98),
-            "second": (colour + shift).clamp(0, 1),
-            "part_colour": torch.lerp(colour, second, self.uniform(0.15, 0.9, k)[..., None]),
+        }
+
+    def _surface(self) -> dict[str, Tensor]:
+        """Texture, relief, rim and shadow."""
+        k, alike, chosen = MAX_OBJECTS, self._alike, self._chosen
+        return {
             "texture": (alike(self.uniform(0, 1, k)) * NUM_TEXTURES).long() % NUM_TEXTURES,
             "contrast": alike(self.uniform(0, 1, k)) ** 1.5,
             "bevel": torch.exp(alike(self.uniform(math.log(1.5), math.log(30), k))),
@@ -221,7 +243,6 @@ class _Painter:
             "rim_width": alike(self.uniform(0.8, 3, k)),
             "shadow": torch.where(chosen(0.55), alike(self.uniform(0.1, 0.6, k)), 0.0),
             "shadow_width": alike(self.uniform(1.5, 7, k)),
-            "opacity": torch.where(translucent, alike(self.uniform(0.45, 0.9, k)), 1.0),
         }
 
     def _palette(self, count: int) -> Tensor:

@@ -18,6 +18,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
@@ -75,18 +76,7 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
     resumed = open_run(output, config.train.resume)
-    num_images = len(dataset.split("train"))
-    dataset.split("val")
-    if config.scaling.num_workers > num_images:
-        raise ConfigError(
-            f"--num-workers {config.scaling.num_workers} are more than the {num_images} images of "
-            "the train split; some would have nothing to do; lower it"
-        )
-    if config.scaling.num_workers > config.train.batch_size:
-        print(
-            f"note: {config.scaling.num_workers} workers share batches of "
-            f"{config.train.batch_size} images; raise --batch-size to keep all of them busy"
-        )
+    _require_enough_images(config, dataset)
     if trial is None:
         base, config = base_checkpoint(config)
     else:
@@ -104,14 +94,7 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
             save_checkpoint(run.base, base.weights, config, base.progress)
         else:
             copy_folder(trial.base, run.base, link=True)
-    cache_dir = None
-    if config.model.freeze_image_encoder:
-        cache_dir = embeddings_folder(config, dataset)
-        records = dataset.split("train") + dataset.split("val")
-        reserve = config.embeddings.reserve_gb
-        device = config.scaling.device
-        encoding = encode_missing(dataset, records, run.base, cache_dir, reserve, device)
-        run.update(embeddings=encoding.as_dict())
+    cache_dir = _fill_cache(config, run, dataset) if config.model.freeze_image_encoder else None
     _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
     run = RunFolder(output)  # the workers have written to it
     run.update(status="finished")
@@ -146,36 +129,66 @@ def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
         SamrayError: they cannot be had, or are another model's.
     """
     model_type, source = config.model.type, config.model.checkpoint
-    if source == "none":
-        name = f"random weights, seed {config.train.seed}"
-        sam = build_model(model_type, config.train.seed)
-        config = resolve_model(config, weights_given=False)
-    else:
-        if source is None and model_type == "tiny":
-            shipped = load_shipped()
-            name, weights = "tiny, shipped with samray", shipped.weights
-        elif source is None:
-            name = str(fetch_official(model_type))
-            weights = load_state_dict(Path(name))
-        else:
-            path = resolve(source, "--checkpoint")
-            name = str(path)
-            if path.is_dir():
-                checkpoint = load_checkpoint(path)
-                weights = checkpoint.weights
-                if checkpoint.model_type != model_type:
-                    raise CheckpointError(
-                        f"{path}: is a {checkpoint.model_type} checkpoint, but the model type is "
-                        f"{model_type}; pass --model-type {checkpoint.model_type}"
-                    )
-            else:
-                weights = load_state_dict(path)
-        sam = build_model(model_type, config.train.seed)
-        load_weights(sam, weights, model_type, name)
-        config = resolve_model(config, weights_given=True)
+    given = None
+    name = f"random weights, seed {config.train.seed}"
+    if source != "none":
+        name, given = _read_weights(model_type, source)
+    sam = build_model(model_type, config.train.seed)
+    if given is not None:
+        load_weights(sam, given, model_type, name)
+    config = resolve_model(config, weights_given=given is not None)
     weights = sam.state_dict()
     base = {"source": name, "digest": digest_of(weights)}
     return Checkpoint(Path(name), model_type, weights, {"base": base}), config
+
+
+def _read_weights(model_type: str, source: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Name and weights of `model.checkpoint`; unset, the shipped or the official ones."""
+    if source is None and model_type == "tiny":
+        return "tiny, shipped with samray", load_shipped().weights
+    if source is None:
+        path = fetch_official(model_type)
+        return str(path), load_state_dict(path)
+    place = resolve(source, "--checkpoint")
+    if not place.is_dir():
+        return str(place), load_state_dict(place)
+    checkpoint = load_checkpoint(place)
+    if checkpoint.model_type != model_type:
+        raise CheckpointError(
+            f"{place}: is a {checkpoint.model_type} checkpoint, but the model type is "
+            f"{model_type}; pass --model-type {checkpoint.model_type}"
+        )
+    return str(place), checkpoint.weights
+
+
+def _require_enough_images(config: Config, dataset: PreparedDataset) -> None:
+    num_images, num_workers = len(dataset.split("train")), config.scaling.num_workers
+    dataset.split("val")  # must not be empty
+    if num_workers > num_images:
+        raise ConfigError(
+            f"--num-workers {num_workers} are more than the {num_images} images of "
+            "the train split; some would have nothing to do; lower it"
+        )
+    if num_workers > config.train.batch_size:
+        print(
+            f"note: {num_workers} workers share batches of "
+            f"{config.train.batch_size} images; raise --batch-size to keep all of them busy"
+        )
+
+
+def _fill_cache(config: Config, run: RunFolder, dataset: PreparedDataset) -> Place:
+    """Encode the train and val images that the cache lacks; return its folder."""
+    cache_dir = embeddings_folder(config, dataset)
+    encoding = encode_missing(
+        dataset,
+        dataset.split("train") + dataset.split("val"),
+        run.base,
+        cache_dir,
+        config.embeddings.reserve_gb,
+        config.scaling.device,
+    )
+    run.update(embeddings=encoding.as_dict())
+    return cache_dir
 
 
 def _train(
@@ -187,43 +200,28 @@ def _train(
     report: Report | None,
 ) -> None:
     """Start the workers, pass on what they report, and translate their failures."""
-    ray_folder = run.path / "ray"
-    worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.use_gpu:
-        worker_resources["GPU"] = config.scaling.gpus_per_worker
-    here = report is not None and resources.num_workers == 1
-    board = None if here else Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    trainer = ray.train.torch.TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={
-            "config": config,
-            "run": run.path,
-            "dataset": dataset.folder,
-            "cache_dir": cache_dir,
-            "threads": resources.cpus_per_worker,
-            "use_gpu": resources.use_gpu,
-            "report": report if here else functools.partial(_pin, board),
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=0 if here else resources.num_workers,  # 0: in this process
-            use_gpu=resources.use_gpu,
-            resources_per_worker=worker_resources,
-        ),
-        # A name of its own every time: Ray silently goes on with a run whose name it knows.
-        run_config=ray.train.RunConfig(
-            name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(ray_folder)
-        ),
-    )
-    if here:
-        trainer.fit()
+    arguments = {
+        "config": config,
+        "run": run.path,
+        "dataset": dataset.folder,
+        "cache_dir": cache_dir,
+        "threads": resources.cpus_per_worker,
+        "use_gpu": resources.use_gpu,
+    }
+    if report is not None and resources.num_workers == 1:
+        arguments["report"] = report
+        _trainer(config, run, resources, arguments, in_process=True).fit()
         return
+    queue = EventQueue.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    arguments["report"] = functools.partial(_send, queue)
+    trainer = _trainer(config, run, resources, arguments, in_process=False)
     done = threading.Event()
     show = (
-        functools.partial(_pass_on, report)
+        functools.partial(_forward, report)
         if report
         else functools.partial(_show_progress, config, run)
     )
-    viewer = threading.Thread(target=show, args=(board, done), daemon=True)
+    viewer = threading.Thread(target=show, args=(queue, done), daemon=True)
     viewer.start()
     try:
         trainer.fit()
@@ -236,7 +234,37 @@ def _train(
     finally:
         done.set()
         viewer.join()
-        remove_folder(ray_folder)
+        remove_folder(_ray_folder(run))
+
+
+def _trainer(
+    config: Config,
+    run: RunFolder,
+    resources: cluster.Resources,
+    arguments: dict[str, Any],
+    in_process: bool,
+) -> Any:
+    worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.use_gpu:
+        worker_resources["GPU"] = config.scaling.gpus_per_worker
+    return ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config=arguments,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=0 if in_process else resources.num_workers,  # 0 is Ray's local mode
+            use_gpu=resources.use_gpu,
+            resources_per_worker=worker_resources,
+        ),
+        # A unique name each time: Ray silently resumes a run whose name it knows.
+        run_config=ray.train.RunConfig(
+            name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(_ray_folder(run))
+        ),
+    )
+
+
+def _ray_folder(run: RunFolder) -> Place:
+    """Ray Train's own files, which nothing reads; removed when training ends."""
+    return run.path / "ray"
 
 
 def _samray_cause(failure: BaseException | None) -> SamrayError | None:
@@ -248,36 +276,36 @@ def _samray_cause(failure: BaseException | None) -> SamrayError | None:
 
 
 @ray.remote
-class Board:
-    """Where the workers pin their news for whoever started them."""
+class EventQueue:
+    """Events of the workers, on their way to the process that started them."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
 
     def put(self, event: dict[str, Any]) -> None:
-        """Pin one event."""
+        """Add one event."""
         self.events.append(event)
 
     def take(self) -> list[dict[str, Any]]:
-        """Take all events down."""
+        """Return and remove all events."""
         events, self.events = self.events, []
         return events
 
 
-def _pin(board: Any, event: dict[str, Any]) -> None:
-    board.put.remote(event)
+def _send(queue: Any, event: dict[str, Any]) -> None:
+    queue.put.remote(event)
 
 
-def _pass_on(report: Report, board: Any, done: threading.Event) -> None:
-    """Tell a trial what its workers pin."""
+def _forward(report: Report, queue: Any, done: threading.Event) -> None:
+    """Pass the workers' events to a trial's report."""
     last = False
     while not last:
         last = done.wait(0.2)
-        for event in ray.get(board.take.remote()):
+        for event in ray.get(queue.take.remote()):
             report(event)
 
 
-def _show_progress(config: Config, run: RunFolder, board: Any, done: threading.Event) -> None:
+def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.Event) -> None:
     """A bar on a terminal, a line an epoch elsewhere."""
     epochs = config.train.num_epochs
     finished = len(run.state["epochs"])
@@ -296,7 +324,7 @@ def _show_progress(config: Config, run: RunFolder, board: Any, done: threading.E
         while not last:
             last = done.wait(0.5)
             try:
-                events = ray.get(board.take.remote())
+                events = ray.get(queue.take.remote())
             except ray.exceptions.RayError:
                 return
             if events and not started and not bar.disable:

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.config import Config, required, save_config, with_settings
-from samray.data.dataset import PreparedDataset
+from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.errors import ConfigError, SweepError
 from samray.evaluation.evaluate import score_models, summary
 from samray.evaluation.scoring import MATRIX
-from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import RunFolder, find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder
 from samray.storage import (
     Place,
@@ -42,7 +42,7 @@ from samray.storage import (
     write_bytes,
     write_json,
 )
-from samray.training.encode import encode_missing
+from samray.training.encode import EncodingReport, encode_missing
 from samray.training.search_space import (
     SEARCHED,
     count_trials,
@@ -73,10 +73,9 @@ def sweep(config: Config) -> dict[str, Any]:
             no trial came to an end.
     """
     data_dir, output_dir = required(config, "tune.data_dir", "tune.output_dir")
-    settings = config.tune
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    for split in ("train", "val", "test"):
-        dataset.split(split)  # refuse now what would fail in the end
+    # All three, as a missing one must be refused before the search and not after it.
+    records = [record for split in SPLITS for record in dataset.split(split)]
     output = resolve_local(output_dir, "--output-dir")
     config = with_settings(
         config,
@@ -85,11 +84,7 @@ def sweep(config: Config) -> dict[str, Any]:
     )
     space = search_space(config)
     num_trials = count_trials(config, space)
-    if settings.metric not in METRICS:
-        raise ConfigError(
-            f"tune.metric: {settings.metric!r} is reported by no trial; choose from "
-            f"{', '.join(METRICS)}"
-        )
+    _require_metric(config.tune.metric)
     base, resolved = base_checkpoint(config)
     state = {
         "format": SWEEP_FORMAT,
@@ -104,44 +99,40 @@ def sweep(config: Config) -> dict[str, Any]:
     if before is not None and before["status"] == "finished":
         write_bytes(output / "report.html", write_report(before).encode())
         return before
-    cluster.start()
-    resources = cluster.plan_resources(config.scaling, num_trials)
-    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
-    cluster.require_shared(output, "--output-dir")
-    config = with_settings(config, {"scaling.cpus_per_worker": resources.cpus_per_worker}, "sweep")
+    plan = _start(config, dataset, output, num_trials)
     if before is None:
         write_json(output / "sweep.json", state)
-        save_config(config, output / "config.yaml")
+        save_config(plan.config, output / "config.yaml")
     if not (output / "base" / "weights.pth").exists():
         save_checkpoint(output / "base", base.weights, resolved, base.progress)
     started = time.perf_counter()
-    cache_dir = embeddings_folder(config, dataset)
-    encoding = encode_missing(
-        dataset,
-        [record for split in ("train", "val", "test") for record in dataset.split(split)],
-        output / "base",
-        cache_dir,
-        config.embeddings.reserve_gb,
-        config.scaling.device,
-    )
+    encoding = _encode(plan, dataset, records)
     state["embeddings"] = (before or {}).get("embeddings") or encoding.as_dict()
     state["interrupted"] = before is not None
     write_json(output / "sweep.json", state)
-    trials = _run_trials(SweepPlan(config, output, resources, num_trials), space)
-    state |= {"trials": trials, "seconds": round(time.perf_counter() - started, 1)}
-    _require_one(trials)
-    best = max((t for t in trials if t["score"] is not None), key=lambda t: t["score"])
-    state |= {
-        "best": best["run"],
-        "best_settings": best["settings"],
-        "mattered": what_mattered(trials),
-        "cost": _cost(state, config.train.num_epochs),
-        "test": _test_scores(config, dataset, output, best["run"], cache_dir),
-        "status": "finished",
-    }
+    state["trials"] = _run_trials(plan, space)
+    state["seconds"] = round(time.perf_counter() - started, 1)
+    state |= _result(plan, dataset, state)
     write_json(output / "sweep.json", state)
     write_bytes(output / "report.html", write_report(state).encode())
     return state
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What the trials have in common."""
+
+    config: Config
+    output: Place
+    resources: cluster.Resources
+    num_trials: int
+
+
+def _require_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ConfigError(
+            f"tune.metric: {metric!r} is reported by no trial; choose from {', '.join(METRICS)}"
+        )
 
 
 def _deciding(config: Config) -> dict[str, Any]:
@@ -190,14 +181,28 @@ def _require_same(output: Place, state: dict[str, Any]) -> dict[str, Any] | None
     return before
 
 
-@dataclass(frozen=True)
-class SweepPlan:
-    """What the trials have in common."""
+def _start(config: Config, dataset: PreparedDataset, output: Place, num_trials: int) -> SweepPlan:
+    """Start or join the cluster and check that it can run the trials."""
+    cluster.start()
+    resources = cluster.plan_resources(config.scaling, num_trials)
+    cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    cluster.require_shared(output, "--output-dir")
+    config = with_settings(config, {"scaling.cpus_per_worker": resources.cpus_per_worker}, "sweep")
+    return SweepPlan(config, output, resources, num_trials)
 
-    config: Config
-    output: Place
-    resources: cluster.Resources
-    num_trials: int
+
+def _encode(
+    plan: SweepPlan, dataset: PreparedDataset, records: list[ImageRecord]
+) -> EncodingReport:
+    """Fill the cache that all trials and the final test share."""
+    return encode_missing(
+        dataset,
+        records,
+        plan.output / "base",
+        embeddings_folder(plan.config, dataset),
+        plan.config.embeddings.reserve_gb,
+        plan.config.scaling.device,
+    )
 
 
 def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
@@ -413,10 +418,26 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^[\w.]*errors\.", "", lines[-1])[:500] if lines else type(error).__name__
 
 
-def _require_one(trials: list[dict[str, Any]]) -> None:
-    if all(trial["score"] is None for trial in trials):
+def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) -> dict[str, Any]:
+    """What sweep.json says beside the trials: the best one, what mattered, cost, test scores.
+
+    Raises:
+        SweepError: no trial has a score.
+    """
+    trials = state["trials"]
+    scored = [trial for trial in trials if trial["score"] is not None]
+    if not scored:
         reasons = sorted({str(trial["reason"]) for trial in trials})
         raise SweepError(f"no trial of {len(trials)} came to an end: {'; '.join(reasons)}")
+    best = max(scored, key=lambda trial: trial["score"])
+    return {
+        "best": best["run"],
+        "best_settings": best["settings"],
+        "mattered": what_mattered(trials),
+        "cost": _cost(state, plan.config.train.num_epochs),
+        "test": _test_scores(plan, dataset, best["run"]),
+        "status": "finished",
+    }
 
 
 def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
@@ -442,11 +463,9 @@ def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
     }
 
 
-def _test_scores(
-    config: Config, dataset: PreparedDataset, output: Place, best: str, cache_dir: Place
-) -> dict[str, Any]:
+def _test_scores(plan: SweepPlan, dataset: PreparedDataset, best: str) -> dict[str, Any]:
     """The prompt matrix of base and best trial on the test split, which no trial has seen."""
-    records = dataset.split("test")
-    checkpoints = {"base": output / "base", "best": load_checkpoint(output / best).path}
-    scores = score_models(config, dataset, records, checkpoints, cache_dir)
+    records, cache_dir = dataset.split("test"), embeddings_folder(plan.config, dataset)
+    checkpoints = {"base": plan.output / "base", "best": find_checkpoint(plan.output / best)}
+    scores = score_models(plan.config, dataset, records, checkpoints, cache_dir)
     return {name: summary(scores[name]) for name in checkpoints}
