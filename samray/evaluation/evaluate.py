@@ -1,4 +1,4 @@
-"""Did tuning help? Base against tuned on a held-out split, per prompt strategy and per label."""
+"""Compare base and tuned model on a held-out split, per prompt strategy and per label."""
 
 import sys
 from dataclasses import asdict
@@ -40,7 +40,7 @@ OVERLAY_SIDE = 360  # pixels
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Score the weights a run started from and its best checkpoint; write JSON and HTML.
+    """Score a run's base and its best checkpoint; write JSON and HTML.
 
     Args:
         config: its `evaluate`, `scaling` and `embeddings` sections.
@@ -98,7 +98,7 @@ def _score_all(
     checkpoints: dict[str, Place],
     cache_dir: Place,
 ) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
-    """Score every image under both models; then draw the worst and best instances."""
+    """Score every image with both models, then draw the worst and best instances."""
     pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
     scores = _scores(pool, records, checkpoints)
     wanted = _worst_and_best(scores["tuned"], config.evaluate.num_overlays)
@@ -126,7 +126,7 @@ def score_models(
     checkpoints: dict[str, Place],
     cache_dir: Place,
 ) -> dict[str, list[Score]]:
-    """Return the scores of models on images, over the prompt matrix, in one order.
+    """Return the scores of models on images over the prompt matrix, in the same order for each.
 
     Args:
         config: its `evaluate.seed` and `scaling.device`.
@@ -214,7 +214,7 @@ class Evaluator:
 
 
 def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]:
-    """The instances where the tuned model did worst and best, each at most once."""
+    """The tuned model's worst and best instances, each at most once."""
     ranked = sorted((s for s in scores if s.strategy == OVERLAY_STRATEGY), key=lambda s: s.iou)
     number = min(number, len(ranked) // 2) if len(ranked) > 1 else len(ranked)
     if number == 0:
@@ -225,10 +225,10 @@ def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]
 
 
 def summary(scores: list[Score]) -> dict[str, Any]:
-    """Return the prompt matrix of a model, with 95 % intervals that resample whole images.
+    """Return the prompt matrix of a model, with 95 % intervals from resampled images.
 
-    `iou` and `dice` per strategy and per label (over all strategies), `iou_by_label` per both, and
-    `miou`, over everything.
+    `iou` and `dice` per strategy and per label (over all strategies), `iou_by_label` per label and
+    strategy, and `miou`, the mean over all scores.
     """
     labels = sorted({score.label for score in scores})
     return {
@@ -247,7 +247,7 @@ def summary(scores: list[Score]) -> dict[str, Any]:
 
 
 def _report(evaluation: dict[str, Any], run: RunFolder, pictures: list[dict[str, Any]]) -> str:
-    """One HTML page that needs no other file."""
+    """Return a self-contained HTML page."""
     for picture in pictures:
         picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
     return render_page(

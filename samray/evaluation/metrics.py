@@ -1,4 +1,4 @@
-"""IoU and Dice at original resolution, means, and confidence intervals over whole images."""
+"""IoU and Dice at original resolution, means, and confidence intervals that resample images."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Score:
-    """How one instance came out under one prompt strategy.
+    """Score of one instance with one prompt strategy.
 
     Attributes:
-        image: name of its record.
+        image: name of the instance's record.
         source: name of the image that the record is, or is a tile of.
-        instance: its place in the image.
-        label: its class.
+        instance: index in the record.
+        label: class of the instance.
         strategy: a row of the prompt matrix: center, random, bbox or clicks.
         iou, dice: at original resolution, 0..1.
-        predicted_iou: what the model itself expected.
+        predicted_iou: the model's own estimate of `iou`.
     """
 
     image: str
@@ -37,7 +37,7 @@ def iou_and_dice(
     """Return IoU and Dice of two H x W bool masks; both 1 when both are empty.
 
     Args:
-        area_outside: pixels of the true object beyond the frame, which the answer lacks.
+        area_outside: pixels of the true object outside the frame, counted as missed.
     """
     overlap = int(np.count_nonzero(mask & gt_mask))
     total = int(np.count_nonzero(mask)) + int(np.count_nonzero(gt_mask)) + area_outside
@@ -74,11 +74,11 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of values.
 
-    Whole images are resampled: instances of one image resemble each other, so resampling
-    instances would promise too narrow an interval.
+    Images are resampled and not instances: instances of one image resemble each other, so
+    resampling them would give too narrow an interval.
 
     Args:
-        sources: for each value the image that it comes from.
+        sources: image of each value.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for source, value in zip(sources, values, strict=True):

@@ -1,4 +1,4 @@
-"""Put a tuned model into the store, if the guard finds it no worse than what is there."""
+"""Add a tuned model to the store, unless it is worse than its base or the current version."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ from samray.sam.embeddings import embeddings_folder
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
 
-MIN_IMAGES = 5  # for an interval by resampling them
+MIN_IMAGES = 5  # for an interval from resampled images
 
-# The rows of the prompt matrix that a strategy trains for; the others are off-target.
+# Rows of the prompt matrix that each training strategy covers; the others are off-target.
 _ON_TARGET = {
     "center": {"center"},
     "random": {"random"},
@@ -29,16 +29,17 @@ _ON_TARGET = {
 
 
 def promote(config: Config) -> Version:
-    """Score base, tuned and current version on the test split; if the guard passes, add the model.
+    """Score base, tuned and current version on the test split; add the model if `guard` passes.
 
     Args:
         config: its `promote` section.
 
     Returns:
-        The new version, which is current from now on.
+        The new version, which is now current.
 
     Raises:
-        GuardError: the model is worse than the base or the current version, or forgot too much.
+        GuardError: the model is worse than the base or the current version, or lost too much on
+            prompts that it was not trained with.
         SamrayError: a path, the run, the data or the store cannot be used.
     """
     settings = config.promote
@@ -60,7 +61,7 @@ def promote(config: Config) -> Version:
     if reasons and not settings.force:
         raise GuardError(
             f"{run.path}: not promoted as {name}: {'; '.join(reasons)}; tune again, or add "
-            "--force, which is kept on record"
+            "--force, which is recorded"
         )
     record = {
         "samray_version": __version__,
@@ -102,16 +103,16 @@ def _scores(
 def guard(
     scores: dict[str, list[Score]], off_target: Sequence[str], max_forgetting: float
 ) -> list[str]:
-    """Return why a tuned model must not replace what is there; nothing if it may.
+    """Return the reasons against promoting a tuned model; empty if there are none.
 
-    Worse than base or current version is a model if the 95 % interval of the mean paired difference
-    over the prompt matrix, whole images resampled, lies below zero. And no row of the matrix that
-    it was not trained for may lose more than `max_forgetting` against the base. Fewer than
-    MIN_IMAGES give no interval worth the name; then a loss of `max_forgetting` counts as worse.
+    A model is worse than the base or the current version if the 95 % interval of the mean paired
+    difference over the prompt matrix, from resampled images, lies below zero. Fewer than MIN_IMAGES
+    give no useful interval; then a loss of more than `max_forgetting` counts as worse. In addition,
+    no off-target row may lose more than `max_forgetting` against the base.
 
     Args:
-        scores: of `base`, `tuned` and perhaps `current`, in the same order.
-        off_target: rows of the prompt matrix.
+        scores: of `base`, `tuned` and optionally `current`, in the same order.
+        off_target: rows of the prompt matrix that the model was not trained with.
         max_forgetting: in mIoU.
     """
     reasons = []
@@ -123,20 +124,20 @@ def guard(
         difference = ious["tuned"] - ious[other]
         low, high = bootstrap_interval(sources, difference.tolist())
         num_images = len(set(sources))
-        grounds = f"95 % interval {low:+.3f} to {high:+.3f}"
+        evidence = f"95 % interval {low:+.3f} to {high:+.3f}"
         worse = high < 0
         if num_images < MIN_IMAGES:
-            grounds = f"with {num_images} test photos, too few for an interval"
+            evidence = f"with {num_images} test photos, too few for an interval"
             worse = difference.mean() < -max_forgetting
         if worse:
             reasons.append(
                 f"it is worse than {_TITLES[other]}: mIoU over the prompt matrix "
                 f"{ious['tuned'].mean():.3f} against {ious[other].mean():.3f}, difference "
-                f"{difference.mean():+.3f} ({grounds})"
+                f"{difference.mean():+.3f} ({evidence})"
             )
     for row in off_target:
-        those = np.array([score.strategy == row for score in scores["tuned"]])
-        before, after = ious["base"][those].mean(), ious["tuned"][those].mean()
+        in_row = np.array([score.strategy == row for score in scores["tuned"]])
+        before, after = ious["base"][in_row].mean(), ious["tuned"][in_row].mean()
         if before - after > max_forgetting:
             reasons.append(
                 f"it forgot {row} prompts, which it was not trained with: mIoU {before:.3f} "

@@ -1,14 +1,14 @@
-"""Checkpoints that explain themselves, and the RUN folder that keeps the best and the latest.
+"""Self-contained checkpoints, and the RUN folder that keeps the best and the latest.
 
     RUN/run.json                    which checkpoints are best and latest, metrics of each epoch
     RUN/config.yaml                 the resolved config
     RUN/base/                       the weights that the run started from
     RUN/checkpoints/epoch_0003/     weights.pth, config.yaml, progress.json, optimizer.pth
-    RUN/best, RUN/latest            links to the two that run.json names, for people
+    RUN/best, RUN/latest            links to the two that run.json names, for convenience
 
-A SWEEP stands for its best trial's RUN, and a model's folder in a store for its current version.
+A SWEEP is read as its best trial's RUN, and a model's folder in a store as its current version.
 
-A checkpoint counts when run.json names it; one that a killed run left half-registered does not.
+A checkpoint exists once run.json names it; one that a killed run did not register is ignored.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ CURRENT = "current"  # in a store: the file that names the version in use
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights with what is needed to use them.
+    """Weights with their model type and origin.
 
     Attributes:
-        path: folder or file they came from.
+        path: folder or file that they were read from.
         model_type: tiny, vit_b, vit_l or vit_h.
         weights: SAM's state dict.
         progress: epoch, step, metrics and digests; empty for a bare weights file.
@@ -70,7 +70,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     optimizer: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint folder, whole or not at all.
+    """Write a checkpoint folder atomically.
 
     `weights.pth` loads with plain `sam_model_registry[model_type](checkpoint=...)` for vit_*.
     """
@@ -110,7 +110,7 @@ def load_checkpoint(path: Place) -> Checkpoint:
         model_type = model_type_of(weights)
         if model_type is None:
             raise CheckpointError(
-                f"{path}: the file alone does not tell its model type; "
+                f"{path}: the file alone does not show its model type; "
                 "pass the RUN or checkpoint folder it came from"
             )
         return Checkpoint(path, model_type, weights, {})
@@ -126,7 +126,7 @@ def load_checkpoint(path: Place) -> Checkpoint:
 
 
 def find_run(path: Place) -> Place:
-    """Return the RUN that a path means: itself, a SWEEP's best trial, or the one it lies in.
+    """Return the RUN of a path: itself, a SWEEP's best trial, or the RUN that contains it.
 
     Raises:
         CheckpointError: there is none, or the sweep has no best trial yet.
@@ -135,19 +135,19 @@ def find_run(path: Place) -> Place:
         best = read_json(path / "sweep.json").get("best")
         if best is None:
             raise CheckpointError(
-                f"{path}: this sweep has not ended; wait, or go on with the same `samray tune`"
+                f"{path}: this sweep has not ended; wait, or resume it with the same `samray tune`"
             )
         return path / str(best)
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "run.json").is_file():
             return folder
     state = "holds no run.json" if path.exists() else "does not exist"
-    raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP; both hold the base")
+    raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP, which hold the base")
 
 
 def find_checkpoint(path: Place) -> Place:
-    """Return the best checkpoint's folder of a RUN or SWEEP, a model's current version in a store,
-    or the path itself if it is none of them.
+    """Return a checkpoint's folder: the best of a RUN or SWEEP, a stored model's current version,
+    or the path itself if it is none of these.
 
     Raises:
         CheckpointError: the path does not exist, or there is no checkpoint yet.
@@ -157,7 +157,7 @@ def find_checkpoint(path: Place) -> Place:
     if (path / CURRENT).is_file():
         version = read_bytes(path / CURRENT, 1000).decode("ascii", "replace").strip()
         if not re.fullmatch(r"\w[\w.-]*", version):
-            raise CheckpointError(f"{path / CURRENT}: {version!r} is no name of a version")
+            raise CheckpointError(f"{path / CURRENT}: {version!r} is not the name of a version")
         return path / version
     if (path / "sweep.json").is_file():
         path = find_run(path)
@@ -166,13 +166,13 @@ def find_checkpoint(path: Place) -> Place:
     best = RunFolder(path).state["best"]
     if best is None:
         raise CheckpointError(
-            f"{path}: this run has finished no epoch yet; wait, or go on with --resume"
+            f"{path}: this run has finished no epoch yet; wait, or continue it with --resume"
         )
     return path / str(best)
 
 
 class RunFolder:
-    """The register of a run; its file is replaced whole at every change.
+    """A run's state and checkpoints; run.json is replaced atomically at every change.
 
     Attributes:
         path: the RUN folder.
@@ -208,7 +208,7 @@ class RunFolder:
 
     @property
     def base(self) -> Place:
-        """Folder of the checkpoint that the run started from."""
+        """Folder of the weights that the run started from."""
         return self.path / "base"
 
     @property
@@ -217,12 +217,12 @@ class RunFolder:
         return self.path / self.state["latest"] if self.state["latest"] else None
 
     def update(self, **changes: Any) -> None:
-        """Change entries of run.json, all at once."""
+        """Change entries of run.json, in one write."""
         self.state = {**self.state, **changes}
         write_json(self.path / "run.json", self.state)
 
     def register(self, name: str, metrics: dict[str, Any]) -> None:
-        """Make a written checkpoint the latest, and the best if its val_iou is; drop the others."""
+        """Make a checkpoint the latest, and the best if its val_iou is; delete the others."""
         epochs = [*self.state["epochs"], metrics]
         best = max(epochs, key=lambda epoch: epoch["val_iou"])  # the first of equals
         self.update(
@@ -241,23 +241,23 @@ class RunFolder:
         if not isinstance(self.path, Path):
             return
         temporary = self.path / f".{name}.tmp"
-        with contextlib.suppress(OSError):  # some file systems have no links; run.json tells
+        with contextlib.suppress(OSError):  # not all file systems have links; run.json suffices
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.state[name], target_is_directory=True)
             os.replace(temporary, self.path / name)
 
 
 def open_run(output: Place, resume: bool) -> RunFolder | None:
-    """Return the run to go on with, or None for a new one in an unused folder.
+    """Return the run to resume, or None for a new one in an unused folder.
 
     Raises:
-        ConfigError: the folder is in use and shall not, or cannot, be gone on with.
+        ConfigError: the folder is in use, and `resume` is unset or it holds no run.
     """
     used = is_used(output)
     if not resume:
         if used:
             raise ConfigError(
-                f"--output-dir: {output} is not empty; add --resume to go on with the run there, "
+                f"--output-dir: {output} is not empty; add --resume to continue the run there, "
                 "or choose another folder"
             )
         return None
@@ -269,7 +269,7 @@ def open_run(output: Place, resume: bool) -> RunFolder | None:
 
 
 def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> None:
-    """Refuse to go on with a run under other settings or data.
+    """Refuse to resume a run with other settings or data.
 
     Raises:
         ConfigError: naming every setting that differs.
@@ -291,7 +291,7 @@ def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> Non
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's result, by dotted path."""
+    """The settings that determine a run's result, by dotted path."""
     free = {"data_dir", "output_dir", "num_epochs", "resume"}
     sections = config.model_dump(mode="json", include={"model", "prompts", "loss", "train"})
     return {

@@ -1,4 +1,4 @@
-"""Build a SAM, put weights in, freeze parts, and decode prompts of many images at once."""
+"""Build a SAM, load weights, and freeze parts."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def build_model(model_type: str, seed: int = 0) -> Sam:
 
 
 def tiny_architecture() -> dict[str, Any]:
-    """Return what weights of `tiny` depend on, beside SAM's own code; JSON knows its types."""
+    """Return the architecture that weights of `tiny` depend on, in types of JSON."""
     return {
         "img_size": TINY_SIZE,
         "embed_dim": TINY_DIM,
@@ -42,7 +42,7 @@ def tiny_architecture() -> dict[str, Any]:
 
 
 def build_tiny(img_size: int = TINY_SIZE, embed_dim: int = TINY_DIM) -> Sam:
-    """Return samray's small SAM: own image encoder, SAM's prompt encoder and decoder made small.
+    """Return samray's small SAM: its own image encoder, SAM's prompt encoder and decoder, smaller.
 
     Args:
         img_size: side of the square input, in pixels; a multiple of 32.
@@ -74,11 +74,11 @@ def build_tiny(img_size: int = TINY_SIZE, embed_dim: int = TINY_DIM) -> Sam:
 
 
 def _attend_to_same_place(transformer: TwoWayTransformer) -> None:
-    """Let the attention between prompts and image begin where it must end up: at equal places.
+    """Initialise the attention between prompts and image so that a prompt attends to its location.
 
-    Both sides carry the same positional encoding, so with one projection for queries and keys a
-    point looks at its own surroundings from the first step. From independent projections the
-    decoder still answered with empty masks after 250 steps.
+    Both sides carry the same positional encoding, so with equal projections of queries and keys a
+    point attends to its surroundings from the first step. With independent projections the decoder
+    still predicted empty masks after 250 steps.
     """
     attentions = [transformer.final_attn_token_to_image]
     for layer in transformer.layers:
@@ -94,12 +94,13 @@ def _attend_to_same_place(transformer: TwoWayTransformer) -> None:
 def load_weights(
     sam: Sam, state_dict: dict[str, Tensor], model_type: str, source: str | Place
 ) -> None:
-    """Put weights into a model, in place.
+    """Load weights into a model, in place.
 
-    Tensors beside SAM's three parts, such as micro-sam's own `decoder`, are left aside.
+    Tensors outside SAM's three parts, such as micro-sam's own `decoder`, are ignored.
 
     Raises:
-        CheckpointError: they belong to another model type, or tensors are missing or too many.
+        CheckpointError: they belong to another model type, or tensors are missing, unknown or of
+            another shape.
     """
     found = model_type_of(state_dict)
     if found is not None and found != model_type:
@@ -128,7 +129,7 @@ def load_weights(
 
 
 def freeze(sam: Sam, config: ModelConfig) -> None:
-    """Switch gradients of the three parts off or on, in place."""
+    """Enable or disable gradients of the three parts, in place."""
     frozen = {
         "image_encoder": bool(config.freeze_image_encoder),
         "prompt_encoder": config.freeze_prompt_encoder,
@@ -139,7 +140,7 @@ def freeze(sam: Sam, config: ModelConfig) -> None:
 
 
 def encoder_digest(sam: Sam) -> str:
-    """sha256 of the image encoder's weights: what makes its embeddings what they are."""
+    """sha256 of the image encoder's weights, which determine its embeddings."""
     return digest_of(sam.state_dict(), prefix="image_encoder.")
 
 

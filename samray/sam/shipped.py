@@ -1,8 +1,8 @@
-"""The weights of `tiny` that come with the package: read, verified, and replaced by a better run.
+"""The weights of `tiny` that come with the package: load and verify them, or export new ones.
 
 samray/tiny_weights/tiny.safetensors    float16
-samray/tiny_weights/tiny.json           sha256, architecture, and how they were made
-samray/tiny_weights/MODEL_CARD.md       for people
+samray/tiny_weights/tiny.json           sha256, architecture, and training settings
+samray/tiny_weights/MODEL_CARD.md       description
 """
 
 import hashlib
@@ -30,8 +30,8 @@ def load_shipped(folder: Path = SHIPPED) -> Checkpoint:
     """Load `tiny`'s pre-trained weights, float32 on the CPU.
 
     Raises:
-        CheckpointError: the file is not there, is not the described one, or belongs to another
-            architecture.
+        CheckpointError: the file is missing, does not match its description, or belongs to
+            another architecture.
     """
     weights_path, description_path = folder / WEIGHTS, folder / DESCRIPTION
     description = read_json(description_path)
@@ -61,10 +61,10 @@ def load_shipped(folder: Path = SHIPPED) -> Checkpoint:
 
 
 def export_weights(run: RunFolder, folder: Path) -> Path:
-    """Write the best checkpoint of a pre-training run as the package ships it.
+    """Write the best checkpoint of a pre-training run in the form that the package ships.
 
     Returns:
-        The weights file; beside it lies its description.
+        The weights file; its description is in the same folder.
     """
     best = load_checkpoint(run.path)
     make_folder(folder, "--export")
@@ -104,7 +104,7 @@ def _history(run: RunFolder, best: Checkpoint) -> dict[str, Any]:
         "config": config.model_dump(
             mode="json",
             include={"model", "prompts", "loss", "train", "pretrain"},
-            exclude={  # paths of the machine it was made on
+            exclude={  # paths of the training machine
                 "model": {"checkpoint"},
                 "train": {"data_dir", "output_dir"},
                 "pretrain": {"export_dir"},

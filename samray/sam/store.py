@@ -1,11 +1,11 @@
-"""A small store of models: what may be served, and which version is.
+"""A store of models: the versions of each, and which one is served.
 
     STORE/NAME/<version>/weights.pth, config.yaml, progress.json    a checkpoint folder
     STORE/NAME/<version>/promotion.json                             its origin; written last
     STORE/NAME/current                                              one line: the version in use
 
-A version counts once its promotion.json is there, and is never changed. `current` is replaced
-whole, so of two promotions at once one is current, and both are in the store.
+A version exists once its promotion.json does, and is never changed. `current` is replaced
+atomically: of two concurrent promotions one becomes current, and both are in the store.
 """
 
 import datetime
@@ -39,7 +39,7 @@ class Version:
     """One version of a model.
 
     Attributes:
-        name, version: its place in the store.
+        name, version: of the model, and of this version.
         folder: a checkpoint folder, for `load_checkpoint`.
         record: the content of promotion.json.
     """
@@ -61,17 +61,17 @@ class ModelStore:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Return the models that have a version."""
+        """Return the names of models that have a version."""
         return [name for name in list_folder(self.folder) if self.versions(name)]
 
     def versions(self, name: str) -> list[Version]:
-        """Return a model's versions, the oldest first; none if there is no such model."""
+        """Return a model's versions, oldest first; empty if there is no such model."""
         folder = self.folder / require_name(name)
         found = []
         for version in list_folder(folder):
             with plain_errors(str(folder)):
-                whole = (folder / version / RECORD).is_file()
-            if whole:
+                complete = (folder / version / RECORD).is_file()
+            if complete:
                 record = read_json(folder / version / RECORD)
                 found.append(Version(name, version, folder / version, record))
         return found
@@ -94,7 +94,7 @@ class ModelStore:
         """Return the version in use, or None before the first promotion.
 
         Raises:
-            StoreError: `current` names a version that is not there.
+            StoreError: `current` names a version that does not exist.
         """
         folder = self.folder / require_name(name)
         try:
@@ -105,7 +105,7 @@ class ModelStore:
             if known.version == version:
                 return known
         raise StoreError(
-            f"{folder / CURRENT}: names version {version!r}, which is not there; "
+            f"{folder / CURRENT}: names version {version!r}, which does not exist; "
             "`samray promote --rollback --version V` sets another"
         )
 
@@ -113,7 +113,7 @@ class ModelStore:
         """Copy a checkpoint folder into the store as a new version, and make it current.
 
         Args:
-            record: what promotion.json shall say beside name, version, time and digest.
+            record: content of promotion.json besides name, version, time and digest.
         """
         digest = digest_of(checkpoint.weights)
         now = datetime.datetime.now(datetime.UTC)
@@ -135,14 +135,14 @@ class ModelStore:
         return Version(name, version, folder, record)
 
     def set_current(self, name: str, version: str) -> None:
-        """Let the alias name a version."""
+        """Make a version the one in use."""
         write_bytes(self.folder / require_name(name) / CURRENT, f"{version}\n".encode())
 
     def roll_back(self, name: str, to: str | None = None) -> Version:
-        """Make an earlier version current: the given one, else the one before the current one.
+        """Make an earlier version current: the given one, else the previous one.
 
         Raises:
-            StoreError: there is none.
+            StoreError: there is no such version.
         """
         versions = {version.version: version for version in self.require_versions(name)}
         if to is None:
@@ -159,10 +159,10 @@ class ModelStore:
 
 
 def require_name(name: str) -> str:
-    """Return a model's name, or refuse one that could lead elsewhere.
+    """Return a model's name, or refuse one that could be another path.
 
     Raises:
-        StoreError: telling what a name may hold.
+        StoreError: the name has other characters than allowed, or too many.
     """
     if not _NAME.fullmatch(name) or name == CURRENT:
         raise StoreError(
@@ -173,10 +173,10 @@ def require_name(name: str) -> str:
 
 
 def require_store(path: Place) -> ModelStore:
-    """Return the store in a folder, which is made if need be, and must take files.
+    """Return the store in a folder, which is created if necessary and must be writable.
 
     Raises:
-        SamrayError: it does not.
+        SamrayError: it is not.
     """
     make_folder(path, "--store")
     token = path / f".samray-{uuid.uuid4().hex}"

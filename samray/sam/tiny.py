@@ -1,7 +1,7 @@
-"""The image encoder of `tiny`: a small convolutional pyramid behind SAM's interface.
+"""The image encoder of `tiny`: a small convolutional pyramid with the interface of SAM's ViT.
 
 Like MobileSAM's TinyViT it replaces the ViT and keeps SAM's prompt encoder and mask decoder.
-Convolutions learn more than attention from few images, and cost less on a CPU.
+Convolutions need fewer images to train than attention, and cost less on a CPU.
 """
 
 from segment_anything.modeling.common import LayerNorm2d
@@ -13,7 +13,10 @@ DEPTHS = (2, 2, 2, 2)  # residual blocks of each stage
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with a skip. GroupNorm, as batches are too small for BatchNorm."""
+    """Two 3 x 3 convolutions with a skip connection.
+
+    GroupNorm, as batches are too small for BatchNorm.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class ResidualBlock(nn.Module):
 
 
 class TinyImageEncoder(nn.Module):
-    """Stages of stride 4, 8, 16 and 32, merged into one embedding at stride 16, as ViT's is.
+    """Stages of stride 4, 8, 16 and 32, merged into one embedding at stride 16, as in SAM's ViT.
 
     Args:
         img_size: side of the square input, in pixels.
@@ -46,7 +49,7 @@ class TinyImageEncoder(nn.Module):
             blocks = [ResidualBlock(channels) for _ in range(depth)]
             self.stages.append(nn.Sequential(*_halve(channels_in, channels), *blocks))
             channels_in = channels
-        # Edges come from the finer stages, what belongs together from the coarsest.
+        # Finer stages contribute edges, the coarsest one context.
         self.from_stride_4 = nn.Conv2d(WIDTHS[0], embed_dim, 4, stride=4)
         self.from_stride_8 = nn.Conv2d(WIDTHS[1], embed_dim, 2, stride=2)
         self.from_stride_16 = nn.Conv2d(WIDTHS[2], embed_dim, 1)
@@ -74,7 +77,7 @@ class TinyImageEncoder(nn.Module):
 
 
 def _halve(channels_in: int, channels: int) -> nn.Sequential:
-    """A convolution that halves the picture's sides."""
+    """A convolution that halves height and width."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False),
         nn.GroupNorm(8, channels),

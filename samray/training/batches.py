@@ -1,7 +1,7 @@
-"""The data order and what one training step sees; plain torch, no Ray.
+"""The data order, and the batches of a prepared dataset; plain torch, no Ray.
 
-The order of an epoch follows from (seed, epoch) alone. Every worker knows the whole plan, so
-nothing is dropped, repeated or negotiated, and the number of workers changes no result.
+The order of an epoch depends on (seed, epoch) only. Every worker computes the same order, so no
+image is dropped or repeated, and the number of workers does not change the result.
 """
 
 import cv2
@@ -27,7 +27,7 @@ def epoch_steps(num_images: int, batch_size: int, seed: int, epoch: int) -> list
 
 
 def share_of(step: list[int], rank: int, world_size: int) -> list[int]:
-    """Return one worker's images of a step; may be none."""
+    """Return one worker's images of a step; may be empty."""
     return step[rank::world_size]
 
 
@@ -35,8 +35,8 @@ class BatchLoader:
     """Makes batches of a prepared dataset.
 
     Args:
-        cache: embeddings to read, or None to give images.
-        img_size, low_res_size: sides of the model's input and masks.
+        cache: embeddings to read, or None for batches of images.
+        img_size, low_res_size: sides of the model's input and of its masks.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class BatchLoader:
         self.img_size, self.low_res_size = img_size, low_res_size
 
     def load(self, step: list[int], rank: int, world_size: int, epoch: int) -> Batch | None:
-        """Return a worker's part of a step, prompts drawn afresh; None if it has no image.
+        """Return a worker's part of a step with newly drawn prompts; None if it has no image.
 
-        An instance's prompt follows from (seed, epoch, image, instance), whoever draws it.
+        An instance's prompt depends on (seed, epoch, image, instance) and not on the worker.
         """
         mine = share_of(step, rank, world_size)
         if not mine:
@@ -64,7 +64,7 @@ class BatchLoader:
         settings = self.prompts
         plan: tuple[bool, ...] = ()
         if settings.point_selection == "interactive":
-            rng = np.random.default_rng([self.seed, epoch, step[0], 1])  # of the whole step
+            rng = np.random.default_rng([self.seed, epoch, step[0], 1])  # the same for all workers
             plan = draw_correction_plan(settings.num_clicks, rng)
         prompts: list[Prompt] = []
         draws: list[np.ndarray] = []
@@ -118,16 +118,16 @@ class BatchLoader:
         embedding = self.cache.load(record.digest)
         if embedding is None:
             raise DatasetError(
-                f"{self.cache.path(record.digest)}: the embedding of {record.name} has gone; "
-                "something deletes from the cache while it is used"
+                f"{self.cache.path(record.digest)}: the embedding of {record.name} is missing; "
+                "another process deletes from the cache while it is in use"
             )
         return torch.from_numpy(np.array(embedding, dtype=np.float32))
 
 
 def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
-    """Return how much of each low-resolution cell the mask covers.
+    """Return the fraction of each low-resolution cell that the mask covers.
 
-    Shares instead of yes or no: an object thinner than a cell still leaves a trace to learn from.
+    Fractions keep objects that are thinner than a cell, which a binary target could lose.
 
     Args:
         mask: H x W bool.
@@ -141,7 +141,7 @@ def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.nda
 
 
 def valid_region(original_size: tuple[int, int], img_size: int, low_res_size: int) -> np.ndarray:
-    """Return how much of each low-resolution cell is image and not padding.
+    """Return the fraction of each low-resolution cell that is image and not padding.
 
     Returns:
         low_res_size x low_res_size float32 in 0..1.

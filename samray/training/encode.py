@@ -1,4 +1,4 @@
-"""Fill the embedding cache with a pool of Ray actors: each image once, whoever asks."""
+"""Fill the embedding cache with a pool of Ray actors; each image is encoded once."""
 
 import math
 import sys
@@ -22,12 +22,12 @@ from samray.storage import Place, free_bytes
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What filling the cache took.
+    """Counts and duration of filling the cache.
 
     Attributes:
         encoded: images encoded now.
-        found: images whose embedding was there.
-        seconds: for encoding.
+        found: images whose embedding was in the cache.
+        seconds: duration of encoding.
     """
 
     encoded: int
@@ -35,7 +35,7 @@ class EncodingReport:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON report."""
+        """Return the fields by name, for JSON."""
         return asdict(self)
 
 
@@ -50,9 +50,11 @@ class ImageEncoder:
         self.sam.to(cluster.actor_device())
 
     def encode(self, name: str) -> str:
-        """Encode and publish one image; return its name."""
+        """Encode one image into the cache; return its name."""
         record = self.dataset.images[name]
-        if self.cache.load(record.digest) is None:  # a restarted task may have done it already
+        if (
+            self.cache.load(record.digest) is None
+        ):  # it may be there already if the task was retried
             image = decode_image(self.dataset.image_bytes(record))
             self.cache.save(record.digest, encode_image(self.sam, image).cpu().numpy())
         return name
@@ -69,8 +71,8 @@ def encode_missing(
     """Encode every image that the cache lacks, each exactly once.
 
     Args:
-        records: images; the same photo twice is encoded once.
-        checkpoint: a checkpoint folder, whose image encoder counts.
+        records: images; two with the same content are encoded once.
+        checkpoint: a checkpoint folder; only its image encoder is used.
         reserve_gb: disk space in GB to leave free.
         device: auto, cpu or gpu.
 
@@ -118,7 +120,7 @@ def _encode(actor: Any, name: str) -> Any:
 
 
 def _encode_first(pool: ActorPool, name: str, num_images: int, statement: str, actors: int) -> None:
-    """Encode one image alone, to say how long the rest will take before starting on it."""
+    """Encode one image alone, and print from its time how long the rest will take."""
     started = time.perf_counter()
     pool.submit(_encode, name)
     pool.get_next()
@@ -132,6 +134,6 @@ def _encode_first(pool: ActorPool, name: str, num_images: int, statement: str, a
 
 
 def _embedding_bytes(sam: Any) -> int:
-    """Bytes of one `.npy`: float16 cells and numpy's header."""
+    """Bytes of one `.npy` file: float16 values and NumPy's header."""
     height, width = sam.prompt_encoder.image_embedding_size
     return int(sam.prompt_encoder.embed_dim * height * width * 2 + 128)

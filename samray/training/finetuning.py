@@ -1,4 +1,4 @@
-"""Fine-tuning's source of batches and scores: a prepared dataset. Plain torch, no Ray."""
+"""Fine-tuning on a prepared dataset: its batches and scores. Plain torch, no Ray."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from samray.training.step import Batch
 
 
 class FineTuning:
-    """The train split to learn from, the val split to choose by; a `samray.training.loop.Source`.
+    """Trains on the train split and validates on the val split; a `samray.training.loop.Source`.
 
     Args:
-        cache: embeddings of all train and val images, with a frozen encoder; else None.
-        sam: the model that learns.
+        cache: embeddings of all train and val images if the encoder is frozen, else None.
+        sam: the model in training.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class FineTuning:
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
     ) -> tuple[Batch | None, int]:
-        """Return a worker's part of a step, if any, and the instances of the whole step."""
+        """Return a worker's part of a step, if any, and the number of instances of the step."""
         num_instances = sum(len(self.loader.records[index].instances) for index in step)
         return self.loader.load(step, rank, world_size, epoch), num_instances
 
     def validate(self, worker: Worker) -> dict[str, float]:
-        """Score the val split; the images are shared out over the workers.
+        """Score the val split; the workers share its images.
 
         Returns:
             `val_iou` and `val_dice`, the means over the prompt matrix, and the IoU of each of its

@@ -1,7 +1,7 @@
 """The training loop: plain torch, with or without torch.distributed, and no Ray.
 
-Reads down the page: `train_loop` -> `train_epoch` -> `train_step` -> `PromptedSam.forward`. What it
-trains on is a `Source`. Every worker runs the same lines; what differs is its rank.
+Reads down the page: `train_loop` -> `train_epoch` -> `train_step` -> `PromptedSam.forward`. Batches
+come from a `Source`. Every worker runs the same code and differs only in its rank.
 """
 
 import math
@@ -29,38 +29,38 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Worker:
-    """Who this process is among those that train together."""
+    """This process's rank among the workers that train together."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up over all workers."""
+        """Sum over all workers, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
 
 class Source(Protocol):
-    """What to train on: a prepared dataset, or scenes drawn on the fly.
+    """Batches to train on: from a prepared dataset, or of scenes drawn on the fly.
 
     Attributes:
-        digest: names the data; kept in each checkpoint.
+        digest: identifies the data; saved in each checkpoint.
     """
 
     digest: str
 
     def steps(self, epoch: int) -> list[list[int]]:
-        """Return the items of each step of an epoch; of the epoch's number alone."""
+        """Return the items of each step of an epoch; depends on the epoch's number only."""
 
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
     ) -> tuple[Batch | None, int]:
-        """Return a worker's part of a step, if any, and the instances of the whole step."""
+        """Return a worker's part of a step, if any, and the number of instances of the step."""
 
     def validate(self, worker: Worker) -> dict[str, float]:
-        """Score the model as it is; with `val_iou`, by which the best checkpoint is chosen."""
+        """Score the current model; `val_iou` selects the best checkpoint."""
 
 
 def train_loop(
@@ -74,13 +74,13 @@ def train_loop(
     """Train from the run's latest checkpoint, or its base, to the last epoch.
 
     Args:
-        config: resolved: `freeze_image_encoder` and the loss's weights are set.
-        open_source: is given the model, on the worker's device.
-        report: hears of every step and epoch, on rank 0.
-        max_minutes: of one worker alone: stop before an epoch that would not end within them.
+        config: resolved, so `freeze_image_encoder` and the loss weights are set.
+        open_source: receives the model, on the worker's device.
+        report: receives every step and epoch, on rank 0.
+        max_minutes: for a single worker: stop before an epoch that would exceed them.
 
     Raises:
-        TrainingError: the loss is not a number any more.
+        TrainingError: the gradient is no longer finite.
     """
     settings = config.train
     checkpoint = load_checkpoint(run.latest or run.base)
@@ -112,7 +112,9 @@ def train_loop(
             origin = {"dataset_digest": source.digest, "base": checkpoint.progress.get("base")}
             _save_epoch(run, config, module.sam, optimizer, metrics, origin)
             report({"event": "epoch", **metrics})
-    worker.sum(torch.zeros(1, device=worker.device))  # nobody leaves before the last is written
+    worker.sum(
+        torch.zeros(1, device=worker.device)
+    )  # no worker exits before the last checkpoint is written
 
 
 def train_epoch(
@@ -125,7 +127,7 @@ def train_epoch(
     step: int,
     report: Report,
 ) -> tuple[dict[str, float], int]:
-    """Train on every item of the source's epoch once.
+    """Train on every item of the epoch once.
 
     Returns:
         Mean losses per instance over all workers, and the number of steps so far.
@@ -166,8 +168,8 @@ def train_step(
 ) -> dict[str, float]:
     """Make one optimiser step; every worker calls this, with or without a batch.
 
-    DDP averages gradients over workers, so each one's loss is world size x its sum / all
-    instances: the mean over instances, however they are spread.
+    DDP averages gradients over workers. Each worker's loss is therefore world size x its sum / all
+    instances, which gives the mean over instances for any distribution over workers.
 
     Returns:
         This worker's sums of the losses.
@@ -189,7 +191,7 @@ def train_step(
 
 
 def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> float:
-    """Linear warm-up, then a half cosine from the peak to its final share; of the step alone."""
+    """Linear warm-up, then cosine decay to the final fraction; depends on the step only."""
     warmup = min(settings.warmup_steps, total_steps // 2)
     if step < warmup:
         return settings.learning_rate * (step + 1) / (warmup + 1)
@@ -199,12 +201,12 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> floa
 
 
 def balance_at(epoch: int, num_epochs: int) -> float:
-    """Share of the balanced loss in an epoch: 1 at first, none after a fifth of the epochs."""
+    """Weight of the balanced loss in an epoch: falls from 1 to 0 in a fifth of the epochs."""
     return max(0.0, 1 - 5 * epoch / num_epochs)
 
 
 def _prompted_sam(config: Config, sam: Sam) -> PromptedSam:
-    """The module of a training step, its parts frozen as configured."""
+    """The module of a training step, with parts frozen as configured."""
     freeze(sam, config.model)
     focal_weight = config.loss.focal_weight
     assert focal_weight is not None

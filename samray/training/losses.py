@@ -1,4 +1,4 @@
-"""SAM's training loss, per instance, over the part of the frame that is image.
+"""SAM's training loss per instance; padding of the frame does not count.
 
 Letters: P instances, C masks each, h x w low-resolution cells.
 """
@@ -14,8 +14,8 @@ def focal_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
     Args:
         logits: P x C x h x w.
-        targets: P x 1 x h x w, covered share of each cell.
-        valid: P x 1 x h x w, share of each cell that is image.
+        targets: P x 1 x h x w, fraction of each cell that the object covers.
+        valid: P x 1 x h x w, fraction of each cell that is image and not padding.
 
     Returns:
         P x C.
@@ -26,16 +26,17 @@ def focal_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def balanced_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """Cross-entropy in which object and ground count half each, however small the object.
+    """Cross-entropy with equal weight for object and background, however small the object.
 
     Shapes as in `focal_loss`.
     """
     targets = targets.expand_as(logits)
     loss = binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    ground = (1 - targets) * valid
+    background = (1 - targets) * valid
     on_object = (loss * targets).sum(dim=(-2, -1)) / targets.sum(dim=(-2, -1)).clamp_min(1e-6)
-    on_ground = (loss * ground).sum(dim=(-2, -1)) / ground.sum(dim=(-2, -1)).clamp_min(1e-6)
-    return (on_object + on_ground) / 2
+    total = background.sum(dim=(-2, -1)).clamp_min(1e-6)
+    on_background = (loss * background).sum(dim=(-2, -1)) / total
+    return (on_object + on_background) / 2
 
 
 def dice_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
@@ -50,9 +51,9 @@ def dice_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def low_res_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """IoU of the thresholded masks with the targets' shares, without gradient.
+    """IoU of the thresholded masks with the targets, without gradient.
 
-    Shares count as areas, so an object smaller than a cell does not divide by zero.
+    Fractions of cells count as areas, so an object smaller than a cell does not divide by zero.
 
     Returns:
         P x C in 0..1.
@@ -75,18 +76,18 @@ def sam_loss(
     """Return the loss of a group of instances, summed over the instances.
 
     Of several masks for one ambiguous prompt only the best one's loss counts (Segment Anything,
-    appendix A); the IoU head learns from all of them.
+    appendix A); the IoU head is trained on all of them.
 
     Args:
         logits: P x C x h x w.
         iou_predictions: P x C.
         targets, valid: P x 1 x h x w.
         weights: of focal, Dice and IoU loss.
-        balanced_weight: of the balanced cross-entropy, which helps random weights to start.
+        balanced_weight: of the balanced cross-entropy, which helps training from random weights.
 
     Returns:
-        `loss` (weighted), `loss_focal`, `loss_dice`, `loss_iou`: sums, for the caller to divide by
-        the number of instances of the whole step.
+        `loss` (weighted), `loss_focal`, `loss_dice`, `loss_iou`: sums, which the caller divides by
+        the number of instances of the step.
     """
     focal_weight, dice_weight, iou_weight = weights
     focal = focal_loss(logits, targets, valid)

@@ -1,7 +1,7 @@
-"""Pre-train `tiny` from nothing on drawn scenes: `pretrain` -> `samray.training.loop.train_loop`.
+"""Pre-train `tiny` on drawn scenes: `pretrain` -> `samray.training.loop.train_loop`.
 
-Plain torch on one device, without Ray, so that any machine with a GPU will do. The step and the
-loop are fine-tuning's; what differs is where the batches come from.
+Plain torch on one device, without Ray, so that any machine with a GPU can run it. Step and loop are
+those of fine-tuning; only the batches have another source.
 """
 
 import os
@@ -35,13 +35,13 @@ from samray.training.losses import low_res_iou
 from samray.training.scenes import VERSION, draw_scenes, region_masks
 from samray.training.step import Batch, draw_correction_plan, drawn_place, error_click
 
-SEEDS = 2**40  # scenes of one run's seed; more than any run draws
+SEEDS = 2**40  # distance between the scenes of two seeds; more than any run draws
 VAL_BATCH = 16
 
 
 @dataclass
 class _Drawing:
-    """Some scenes, and P regions of them to ask for.
+    """Some scenes, and P regions of them to segment.
 
     Attributes:
         images: B x 3 x S x S float32, normalised.
@@ -49,7 +49,7 @@ class _Drawing:
         scene_index: P int64.
         masks: P x S x S bool.
         targets: P x 1 x h x w float32.
-        generator: for what else is left to chance.
+        generator: for further random draws.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class _Drawing:
         return PromptGroup(self.scene_index[chosen], points[:, None], labels)
 
     def box_group(self, chosen: Tensor, noise: float) -> PromptGroup:
-        """Prompt the chosen regions by their box, moved as by `tight_box`."""
+        """Prompt the chosen regions by their box, with noise as in `tight_box`."""
         boxes = _boxes(self.masks[chosen])
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
         shift = torch.randn(boxes.shape, generator=self.generator, device=boxes.device)
@@ -80,10 +80,10 @@ class _Drawing:
 
 
 class DrawnScenes:
-    """Scenes to learn from, and others to choose the best checkpoint by; a `loop.Source`.
+    """Trains on drawn scenes and validates on others; a `samray.training.loop.Source`.
 
     Args:
-        sam: the model that learns, on the device that shall draw.
+        sam: the model in training; the scenes are drawn on its device.
     """
 
     def __init__(self, config: Config, sam: Any) -> None:
@@ -91,7 +91,7 @@ class DrawnScenes:
         self.digest = scenes_digest(config)
 
     def steps(self, epoch: int) -> list[list[int]]:
-        """Return the scenes of each step; no scene comes twice."""
+        """Return the scenes of each step; no scene is repeated."""
         count, size = self.config.pretrain.scenes_per_epoch, self.config.train.batch_size
         end = (epoch + 1) * count
         return [
@@ -101,7 +101,7 @@ class DrawnScenes:
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
     ) -> tuple[Batch | None, int]:
-        """Draw a step's scenes and its prompts: point or box, evenly, and clicks to follow."""
+        """Draw a step's scenes and prompts: point or box with equal chance, then clicks."""
         prompts, seed = self.config.prompts, self.config.train.seed
         drawing = self._draw(seed * SEEDS + step[0], len(step))
         by_point = drawing.uniform(len(drawing.masks)) < 0.5
@@ -123,11 +123,11 @@ class DrawnScenes:
 
     @torch.inference_mode()
     def validate(self, worker: Worker) -> dict[str, float]:
-        """Score held-out scenes by one random point, one tight box, and three clicks.
+        """Score held-out scenes with one random point, one tight box, and three clicks.
 
         Returns:
-            `val_iou`, the mean over the three, and each one's own. IoU is taken on the decoder's
-            cells, against the shares that the true region covers.
+            `val_iou`, the mean over the three, and the IoU of each. IoU is computed on the
+            decoder's cells, against the fractions that the true region covers.
         """
         settings, seed = self.config.pretrain, (self.config.train.seed + 1) * SEEDS
         ious: dict[str, list[Tensor]] = {"random": [], "bbox": [], "clicks3": []}
@@ -136,10 +136,10 @@ class DrawnScenes:
             drawing = self._draw(seed - 1 - start, number)
             embeddings = self.sam.image_encoder(drawing.images)
             target, valid = drawing.targets, drawing.valid[drawing.scene_index]
-            everything = torch.arange(len(target), device=target.device)
-            answer, _ = self._answer(embeddings, drawing.box_group(everything, noise=0))
+            regions = torch.arange(len(target), device=target.device)
+            answer, _ = self._answer(embeddings, drawing.box_group(regions, noise=0))
             ious["bbox"].append(low_res_iou(answer, target, valid))
-            group = drawing.point_group(everything)
+            group = drawing.point_group(regions)
             for clicks in (1, 2, 3):
                 answer, group = self._answer(embeddings, group)
                 if clicks in (1, 3):
@@ -172,14 +172,14 @@ class DrawnScenes:
         )
 
     def _answer(self, embeddings: Tensor, group: PromptGroup) -> tuple[Tensor, PromptGroup]:
-        """Return the best logits, P x 1 x h x w, and the prompts with them fed back."""
+        """Return the best logits, P x 1 x h x w, and the prompts with these as mask inputs."""
         masks, ious = decode_prompts(self.sam, embeddings, group, group.ambiguous)
         answer = best_masks(masks, ious)
         return answer, group.with_answer(answer)
 
 
 def pretrain(config: Config) -> dict[str, Any]:
-    """Train `tiny` from random weights, or from a checkpoint, and keep the best.
+    """Train `tiny` from random weights or a checkpoint, and keep the best checkpoint.
 
     Args:
         config: its `model`, `prompts`, `loss`, `train`, `scaling` and `pretrain` sections.
@@ -188,7 +188,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         The content of RUN/run.json.
 
     Raises:
-        SamrayError: a setting does not allow the run, or the loss went beyond all bounds.
+        SamrayError: a setting does not allow the run, or the gradient is no longer finite.
     """
     (output_dir,) = required(config, "train.output_dir")
     if config.model.type != "tiny":
@@ -200,12 +200,12 @@ def pretrain(config: Config) -> dict[str, Any]:
     digest = scenes_digest(config)
     if resumed is not None:
         require_same_run(resumed, config, digest)
-        print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
+        print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     run = resumed or RunFolder.create(output, config, digest)
     if not run.base.exists():
         _write_base(run, config)
     if device.type == "cpu":
-        # One core draws the next scenes meanwhile.
+        # One core draws the next scenes in the meantime.
         torch.set_num_threads(config.scaling.cpus_per_worker or max(1, (os.cpu_count() or 2) - 1))
     else:
         torch.set_float32_matmul_precision("high")
@@ -229,7 +229,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 
 def scenes_digest(config: Config) -> str:
-    """Name the scenes of a run: they follow from the generator's version and the settings."""
+    """Return a name for a run's scenes, which depend on their VERSION and these settings."""
     settings = config.pretrain
     return (
         f"scenes-{VERSION}-seed-{config.train.seed}"
@@ -255,14 +255,14 @@ def _write_base(run: RunFolder, config: Config) -> None:
 
 
 def _device(config: Config) -> torch.device:
-    wanted, there = config.scaling.device, torch.cuda.is_available()
-    if wanted == "gpu" and not there:
+    wanted, has_gpu = config.scaling.device, torch.cuda.is_available()
+    if wanted == "gpu" and not has_gpu:
         raise ConfigError("--device gpu: torch sees no GPU here; leave it out to use the CPU")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
 def _show(bar: Any, config: Config, event: dict[str, Any]) -> None:
-    """A bar on a terminal, a line an epoch elsewhere."""
+    """Show a bar on a terminal, else print a line per epoch."""
     if event["event"] == "step":
         bar.n = (event["epoch"] - 1) * event["steps"] + event["step"]
         bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
@@ -287,7 +287,7 @@ def _random_points(masks: Tensor, draw: Tensor) -> Tensor:
 
 
 def _boxes(masks: Tensor) -> Tensor:
-    """Return P x 4 float32, XYXY, x2 and y2 just outside."""
+    """Return P x 4 float32, XYXY, x2 and y2 exclusive."""
     size = masks.shape[-1]
     ends = []
     for dim in (1, 2):  # columns hold x, rows hold y

@@ -1,11 +1,12 @@
-"""Scenes to pre-train on: layered things with exact masks, drawn by torch on any device.
+"""Scenes to pre-train on: layered objects with exact masks, drawn by torch on any device.
 
-Dead leaves (Lee, Mumford & Huang, 2001) are what makes it transfer: things that hide each other
-give the edges, T-junctions and scales of photographs without being photographs. On top comes what
-photographs add: shading, texture, parts, look-alike neighbours, shadows, blur, noise, JPEG, grey.
+They follow the dead leaves model (Lee, Mumford & Huang, 2001): objects that occlude each other have
+the edges, T-junctions and scales of photographs, which makes the weights transfer. Other properties
+of photographs are added: shading, texture, parts, similar neighbours, shadows, blur, noise, JPEG,
+greyscale.
 
-All scenes of a batch are drawn together, object k of each in one go: B scenes, S pixels a side,
-h = S / 2 for what is smooth. Coordinates are (x, y) pixels, colours 0..1 RGB.
+All scenes of a batch are drawn together, object k of each at once: B scenes, S pixels a side;
+smooth fields have S / 2. Coordinates are (x, y) pixels, colours 0..1 RGB.
 """
 
 import math
@@ -19,19 +20,19 @@ from torch.nn import functional as F
 VERSION = 2  # of the drawing: raise it when the same seed draws other pixels
 MAX_OBJECTS = 20
 NUM_TEXTURES = 6
-MIN_PIXELS = 24  # smaller regions are remnants that nobody would click
-MAX_FRACTION = 0.6  # of the picture; larger ones are grounds
+MIN_PIXELS = 24  # smaller regions are remnants of occluded objects
+MAX_FRACTION = 0.6  # of the image; larger regions act as background
 
 
 @dataclass
 class Scenes:
-    """Pictures and what is in them.
+    """Images and their label maps.
 
     Attributes:
         images: B x 3 x S x S float32, RGB 0..255, 0 in the padding.
-        objects: B x S x S int64, 0 the ground, k the object seen there.
-        parts: B x S x S int64, 0 or the part seen there; a part lies inside an object.
-        valid: B x S x S bool, picture and not padding.
+        objects: B x S x S int64, 0 for background, k for the object visible there.
+        parts: B x S x S int64, 0 or the part visible there; a part lies inside an object.
+        valid: B x S x S bool, image and not padding.
     """
 
     images: Tensor
@@ -41,7 +42,7 @@ class Scenes:
 
 
 def draw_scenes(generator: torch.Generator, batch_size: int, size: int) -> Scenes:
-    """Draw a batch of scenes on the generator's device, which alone decides the pixels.
+    """Draw a batch of scenes on the generator's device; the pixels depend on its state only.
 
     Args:
         size: side of the square frame in pixels, a multiple of 16.
@@ -52,10 +53,10 @@ def draw_scenes(generator: torch.Generator, batch_size: int, size: int) -> Scene
 def region_masks(
     scenes: Scenes, per_scene: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Choose visible regions, objects and parts alike, by chance.
+    """Draw visible regions at random, objects and parts alike.
 
     Args:
-        per_scene: regions of each scene, fewer where it has not so many.
+        per_scene: regions of each scene; fewer if the scene has fewer.
 
     Returns:
         scene_index: P int64.
@@ -66,7 +67,7 @@ def region_masks(
     maps = torch.cat([scenes.objects, scenes.parts + most], dim=1).flatten(1)  # B x 2SS
     areas = torch.zeros(batch, 2 * most, device=device)
     areas.scatter_add_(1, maps, torch.ones_like(maps, dtype=areas.dtype))
-    areas[:, [0, most]] = 0  # the ground, and no part
+    areas[:, [0, most]] = 0  # background, and no part
     pixels = scenes.valid.flatten(1).sum(dim=1, keepdim=True)
     usable = (areas >= MIN_PIXELS) & (areas <= MAX_FRACTION * pixels)
     keys = torch.rand(usable.shape, generator=generator, device=device) * usable
@@ -81,7 +82,7 @@ def region_masks(
 
 
 class _Painter:
-    """One batch in the making."""
+    """Draws one batch."""
 
     def __init__(self, generator: torch.Generator, batch: int, size: int) -> None:
         self.generator, self.device = generator, generator.device
@@ -89,7 +90,7 @@ class _Painter:
         axis = (torch.arange(self.half, device=self.device) + 0.5) * 2
         self.y, self.x = axis[:, None], axis[None, :]  # of the half-size grid, in pixels
 
-    # --- chance: B or B x ... values a scene -------------------------------------------------
+    # --- random values: B or B x ... ---------------------------------------------------------
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         draw = torch.rand(self.batch, *shape, generator=self.generator, device=self.device)
@@ -102,19 +103,19 @@ class _Painter:
         return self.uniform(0, 1, *shape) < probability
 
     def noise(self, channels: int, cells: int, side: int) -> Tensor:
-        """Smooth noise around 0 with about `cells` bumps a side: B x channels x side x side."""
+        """Smooth noise around 0 with about `cells` bumps per side: B x channels x side x side."""
         coarse = self.normal(channels, cells + 1, cells + 1)
         if cells + 1 >= side:
             return coarse[..., :side, :side]
         return F.interpolate(coarse, (side, side), mode="bicubic", align_corners=True)
 
-    # --- the picture ---------------------------------------------------------------------------
+    # --- the image -----------------------------------------------------------------------------
 
     def paint(self) -> Scenes:
         size = self.size
         textures = self._textures()
         warp = self.noise(2, 6, self.half) + 0.5 * self.noise(2, 16, self.half)
-        canvas = self._ground(textures)
+        canvas = self._background(textures)
         objects = torch.zeros(self.batch, size, size, dtype=torch.int64, device=self.device)
         parts = torch.zeros_like(objects)
         light = self._unit(self.uniform(0, 2 * math.pi))
@@ -176,7 +177,7 @@ class _Painter:
         k, alike = MAX_OBJECTS, self._alike
         typical = torch.exp(self.uniform(math.log(9), math.log(62)))[:, None] * (self.size / 256)
         radius = typical * torch.exp(alike(0.55 * self.normal(k)) + 0.1 * self.normal(k))
-        # As many as cover the picture one to two times, and at least three.
+        # As many as cover the image 0.25 to 1.6 times, and at least three.
         fill = self.uniform(0.25, 1.6) * self.size**2 / (math.pi * typical[:, 0] ** 2)
         count = fill.clamp(3, k).round()
         exists = torch.arange(k, device=self.device)[None] < count[:, None]
@@ -191,7 +192,7 @@ class _Painter:
             self.uniform(0, 2 * math.pi, 1) + 0.1 * self.normal(k),
             self.uniform(0, 2 * math.pi, k),
         )
-        # Centres: anywhere, or in rows and columns with some disorder.
+        # Centres: anywhere, or on a jittered grid.
         scattered = self.uniform(-0.03, 1.03, k, 2) * self.size
         step = (2.1 * typical * self.uniform(0.8, 1.3, 1)).clamp_min(self.size / 8)
         columns = (self.size / step).ceil()
@@ -228,7 +229,7 @@ class _Painter:
             "has_part": chosen(0.3),
             "part_place": alike(self.uniform(-0.7, 0.7, k, 2)),
             "part_size": alike(self.uniform(0.25, 0.65, k)),
-            "joined": chosen(0.25),  # the part sticks out and is one piece with the body
+            "joined": chosen(0.25),  # the part may protrude and belongs to the object's outline
         }
 
     def _surface(self) -> dict[str, Tensor]:
@@ -246,7 +247,7 @@ class _Painter:
         }
 
     def _palette(self, count: int) -> Tensor:
-        """Colours of one scene, B x count x 3: around a few hues, from dull to vivid."""
+        """Colours of one scene, B x count x 3: any hue, one saturation per scene."""
         brightness = self.uniform(0.05, 0.95, count, 1)
         tint = self.normal(count, 3)
         tint = tint - tint.mean(dim=2, keepdim=True)
@@ -259,11 +260,11 @@ class _Painter:
         """One object of each scene.
 
         Returns:
-            body, piece: B x S x S, about the distance in pixels from the object's and its part's
-                edge; negative inside.
-            shade: B x S x S, how much lighter (above 0) or darker relief and rim make it.
-            outside: as body, of the object without holes; what casts the shadow.
-            solid: B x S x S, 0..1, how little shines through; things may fade towards one end.
+            body, piece: B x S x S, approximate signed distance in pixels from the edge of the
+                object and of its part; negative inside.
+            shade: B x S x S, lighter (above 0) or darker by relief and rim.
+            outside: as body, of the object without holes; casts the shadow.
+            solid: B x S x S, opacity 0..1; objects may fade towards one end.
         """
 
         def of(name: str) -> Tensor:
@@ -281,7 +282,7 @@ class _Painter:
         v = v / (1 - of("taper") * u).clamp_min(0.12)
         solid = of("opacity") * (1 - of("fade") * (0.5 + 0.5 * u).clamp(0, 1))
         distance = self._norm(u, v, here)
-        # The part: a smaller shape of the same kind, inside or sticking out.
+        # The part: a smaller shape of the same kind, inside or protruding.
         place, share = here["part_place"], of("part_size")
         inner = self._norm(
             (u - place[:, 0, None, None]) / share, (v - place[:, 1, None, None]) / share, here
@@ -331,7 +332,7 @@ class _Painter:
     def _coloured(
         self, here: dict[str, Tensor], textures: Tensor, shade: Tensor, piece: Tensor
     ) -> Tensor:
-        """Return the object's colours everywhere, B x 3 x S x S."""
+        """Return the object's colours at every pixel, B x 3 x S x S."""
 
         def of(name: str) -> Tensor:
             return here[name][:, :, None, None]
@@ -356,13 +357,13 @@ class _Painter:
         pitch = torch.exp(self.uniform(math.log(1.2), math.log(9), 2))[..., None, None]
         stripes = torch.sin(along / pitch + self.uniform(0.5, 5, 2)[..., None, None] * bend)
         checks = stripes[:, :1] * stripes[:, 1:]
-        blots = (coarse[:, 1:] - 0.8) * 6
+        spots = (coarse[:, 1:] - 0.8) * 6
         mixed = 0.6 * coarse[:, :1] + 0.5 * fine + 0.25 * grain
-        patterns = torch.cat([mixed, stripes[:, :1], fine, blots, grain * 0.8, checks], dim=1)
+        patterns = torch.cat([mixed, stripes[:, :1], fine, spots, grain * 0.8, checks], dim=1)
         return (0.5 + 0.4 * patterns).clamp(0, 1)
 
-    def _ground(self, textures: Tensor) -> Tensor:
-        """What lies under everything, B x 3 x S x S."""
+    def _background(self, textures: Tensor) -> Tensor:
+        """Colours of the background, B x 3 x S x S."""
         first, second = self._palette(2)[..., None, None].unbind(dim=1)
         slope = self.noise(1, 1, self.size) * self.uniform(0, 0.15, 1, 1, 1)
         rows = torch.arange(self.batch, device=self.device)
@@ -372,65 +373,63 @@ class _Painter:
         return (torch.lerp(first, second, share) + slope + blotches).clamp(0, 1)
 
     def _develop(self, canvas: Tensor, objects: Tensor, parts: Tensor) -> Scenes:
-        """Make photographs: exposure, blur, noise, JPEG, grey, and a frame of any shape."""
+        """Add a camera's effects: exposure, blur, noise, JPEG, greyscale, and the aspect ratio."""
         size = self.size
         light = 1 + self.noise(1, 1, size) * self.uniform(0, 0.2, 1, 1, 1)
-        picture = (canvas.clamp(0, 1.3) * light).clamp_min(0)
-        soft = _blurred(picture)
+        image = (canvas.clamp(0, 1.3) * light).clamp_min(0)
+        soft = _blurred(image)
         share = torch.where(self.chance(0.5), self.uniform(0, 1), torch.zeros(()).to(self.device))
-        picture = torch.lerp(picture, soft, share[:, None, None, None])
+        image = torch.lerp(image, soft, share[:, None, None, None])
         low, high = self.uniform(0, 0.3), self.uniform(0.6, 1.1)
         normal = self.chance(0.6)
         low, high = torch.where(normal, 0, low), torch.where(normal, 1, high)
-        picture = low[:, None, None, None] + (high - low)[:, None, None, None] * picture
-        picture = picture.clamp(1e-4, 1) ** torch.exp(0.3 * self.normal(1, 1, 1))
-        grey = picture.mean(dim=1, keepdim=True).expand_as(picture)
-        picture = torch.where(self.chance(0.25, 1, 1, 1), grey, picture)
+        image = low[:, None, None, None] + (high - low)[:, None, None, None] * image
+        image = image.clamp(1e-4, 1) ** torch.exp(0.3 * self.normal(1, 1, 1))
+        grey = image.mean(dim=1, keepdim=True).expand_as(image)
+        image = torch.where(self.chance(0.25, 1, 1, 1), grey, image)
         strength = self.uniform(0, 1, 1, 1, 1) ** 3 * 0.1
         grain = torch.where(
             self.chance(0.5, 1, 1, 1), self.normal(1, size, size), self.normal(3, size, size)
         )
-        picture = (picture + strength * grain).clamp(0, 1) * 255
-        picture = torch.where(
-            self.chance(0.5, 1, 1, 1), _jpeg(picture, self.uniform(0.3, 3.5)), picture
-        )
+        image = (image + strength * grain).clamp(0, 1) * 255
+        image = torch.where(self.chance(0.5, 1, 1, 1), _jpeg(image, self.uniform(0.3, 3.5)), image)
         # SAM's frame: the longest side fills it, the rest is padding at the bottom or right.
         short = torch.where(self.chance(0.25), self.uniform(0.5, 1), self.uniform(0.66, 1.1))
         short = (short.clamp_max(1) * size).round()[:, None, None]
         axis = torch.arange(size, device=self.device)
         wide = self.chance(0.6)[:, None, None]
         valid = torch.where(wide, axis[None, :, None] < short, axis[None, None, :] < short)
-        return Scenes(picture.round() * valid[:, None], objects * valid, parts * valid, valid)
+        return Scenes(image.round() * valid[:, None], objects * valid, parts * valid, valid)
 
     @staticmethod
     def _unit(angle: Tensor) -> Tensor:
         return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def _blurred(picture: Tensor) -> Tensor:
+def _blurred(image: Tensor) -> Tensor:
     """A Gaussian of sigma about 1.6 pixels, per channel."""
-    kernel = torch.tensor([0.05, 0.12, 0.2, 0.26, 0.2, 0.12, 0.05], device=picture.device)
-    channels = picture.shape[1]
+    kernel = torch.tensor([0.05, 0.12, 0.2, 0.26, 0.2, 0.12, 0.05], device=image.device)
+    channels = image.shape[1]
     across = (kernel / kernel.sum()).view(1, 1, 1, 7).expand(channels, 1, 1, 7)
-    padded = F.pad(picture, (3, 3, 3, 3), mode="replicate")
+    padded = F.pad(image, (3, 3, 3, 3), mode="replicate")
     return F.conv2d(
         F.conv2d(padded, across, groups=channels), across.transpose(2, 3), groups=channels
     )
 
 
-def _jpeg(picture: Tensor, coarseness: Tensor) -> Tensor:
-    """JPEG's blocks: the 8 x 8 cosine transform, rounded as the luminance table says (Annex K).
+def _jpeg(image: Tensor, coarseness: Tensor) -> Tensor:
+    """JPEG's artefacts: the 8 x 8 cosine transform, quantised with Annex K's luminance table.
 
     Args:
-        picture: B x 3 x S x S, 0..255.
+        image: B x 3 x S x S, 0..255.
         coarseness: B, factor on the table; 1 is quality 50.
     """
-    place = torch.arange(8, device=picture.device, dtype=torch.float32)
+    place = torch.arange(8, device=image.device, dtype=torch.float32)
     basis = torch.cos((2 * place[None] + 1) * place[:, None] * math.pi / 16) / 2
     basis[0] /= math.sqrt(2)
-    table = torch.tensor(_LUMINANCE, device=picture.device, dtype=torch.float32).view(8, 8)
-    batch, channels, size, _ = picture.shape
-    blocks = picture.view(batch, channels, size // 8, 8, size // 8, 8).transpose(3, 4) - 128
+    table = torch.tensor(_LUMINANCE, device=image.device, dtype=torch.float32).view(8, 8)
+    batch, channels, size, _ = image.shape
+    blocks = image.view(batch, channels, size // 8, 8, size // 8, 8).transpose(3, 4) - 128
     step = (table * coarseness[:, None, None]).clamp_min(1)[:, None, None, None]
     rounded = (basis @ blocks @ basis.T / step).round() * step
     blocks = (basis.T @ rounded @ basis + 128).transpose(3, 4)

@@ -1,4 +1,4 @@
-"""What one optimiser step computes: prompts, and correction clicks on the answers, in one forward.
+"""The forward pass of a training step: prompts, then correction clicks on the predicted masks.
 
 Plain torch. The batch comes from a prepared dataset (`batches.py`) or from drawn scenes
 (`pretraining.py`); the step is the same.
@@ -26,12 +26,12 @@ class Batch:
         images: B x 3 x S x S float32, normalised; None with a frozen encoder.
         image_embeddings: B x C x h x w float32; None while the encoder learns.
         groups: prompts by layout.
-        targets: per group, P x 1 x h x w float32, covered share of each low-resolution cell.
-        valid: B x 1 x h x w float32, share of each cell that is image.
-        corrections: what each pass after the first brings: True a click on the last answer's
-            error, False nothing but that answer's logits.
-        click_draws: per group, P x len(corrections) float32 in 0..1: which of the wrong cells is
-            clicked. Drawn with the prompt, so that it is the same whichever worker has it.
+        targets: per group, P x 1 x h x w float32, covered fraction of each low-resolution cell.
+        valid: B x 1 x h x w float32, fraction of each cell that is image.
+        corrections: input of each pass after the first: True a click on the last prediction's
+            error and its logits, False its logits only.
+        click_draws: per group, P x len(corrections) float32 in 0..1: selects the wrong cell that
+            is clicked. Drawn with the prompt, so that it does not depend on the worker.
     """
 
     images: Tensor | None
@@ -65,12 +65,12 @@ class Batch:
 
 
 class PromptedSam(nn.Module):
-    """One worker's part of a step in one forward, so that DDP sees all of it.
+    """One worker's part of a step in a single forward call, as DDP requires.
 
     Args:
-        sam: the model, already frozen where it shall be.
+        sam: the model, with parts already frozen.
         loss_weights: of focal, Dice and IoU loss.
-        max_prompts: prompts whose activations are kept; a batch of more is decoded in pieces that
+        max_prompts: prompts whose activations are kept; a larger batch is decoded in chunks that
             are recomputed in the backward pass.
     """
 
@@ -81,12 +81,12 @@ class PromptedSam(nn.Module):
         self.sam = sam
         self.loss_weights = loss_weights
         self.max_prompts = max_prompts
-        self.balanced_weight = 0.0  # see `samray.training.losses.sam_loss`; the loop lets it fade
+        self.balanced_weight = 0.0  # see `samray.training.losses.sam_loss`; set by the loop
 
     def forward(self, batch: Batch | None) -> dict[str, Tensor]:
         """Return the sums of the losses over the batch's instances; zeros for no batch."""
-        # Mixed prompts use other parameters in every step, and a worker may have nothing to do.
-        # Touching all of them keeps DDP's reduction complete.
+        # Which parameters a step uses depends on its prompts, and a worker may have no batch. DDP's
+        # reduction waits for all parameters, so each takes part with a gradient of zero.
         zero = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
         sums = dict.fromkeys(LOSSES, zero)
         if batch is None:
@@ -96,18 +96,18 @@ class PromptedSam(nn.Module):
             embeddings = self.sam.image_encoder(batch.images)
         draws = batch.click_draws or [target.new_zeros(len(target), 0) for target in batch.targets]
         size = self.max_prompts
-        pieces = [
-            piece
+        chunks = [
+            chunk
             for group, target, draw in zip(batch.groups, batch.targets, draws, strict=True)
-            for piece in zip(group.chunks(size), target.split(size), draw.split(size), strict=True)
+            for chunk in zip(group.chunks(size), target.split(size), draw.split(size), strict=True)
         ]
         too_many = len(batch) > size
-        for chunk, target, draw in pieces:
+        for group, target, draw in chunks:
             arguments = (
                 embeddings,
-                chunk,
+                group,
                 target,
-                batch.valid[chunk.image_index],
+                batch.valid[group.image_index],
                 batch.corrections,
                 draw,
             )
@@ -133,7 +133,7 @@ class PromptedSam(nn.Module):
         corrections: tuple[bool, ...],
         draws: Tensor,
     ) -> dict[str, Tensor]:
-        """Answer the prompts, then again after each correction; the mean of the passes' losses."""
+        """Decode the prompts, then again after each correction; return the mean loss."""
         masks, ious = self._decode(embeddings, group, group.ambiguous)
         sums = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
         for number, click in enumerate(corrections):
@@ -150,11 +150,11 @@ class PromptedSam(nn.Module):
 
 
 def draw_correction_plan(num_clicks: int, rng: np.random.Generator) -> tuple[bool, ...]:
-    """Return what follows the first prompt: True a click on the answer's error, False none.
+    """Return the passes after the first prompt: True with a click on the error, False without.
 
     Segment Anything, appendix A, always makes 8 clicks and 2 passes without one. Here each step
-    draws a number of passes up to `num_clicks`, a fifth of them without a click: the first answer
-    keeps most of the weight, and a step costs half.
+    draws a number of passes up to `num_clicks`, a fifth of them without a click: the first
+    prediction keeps most of the weight, and a step costs half.
     """
     passes = rng.integers(num_clicks + 1)
     return tuple((rng.random(passes) >= 0.2).tolist())
@@ -163,15 +163,15 @@ def draw_correction_plan(num_clicks: int, rng: np.random.Generator) -> tuple[boo
 def error_click(
     logits: Tensor, target: Tensor, valid: Tensor, draw: Tensor, img_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return a click on each answer's error: foreground if it missed, background if it spilled.
+    """Return a click on each prediction's error: foreground on a false negative, else background.
 
-    Uniform over the wrong cells (Segment Anything, appendix A); an answer without a wrong cell
+    Uniform over the wrong cells (Segment Anything, appendix A); a prediction without a wrong cell
     gets a foreground click on the object.
 
     Args:
         logits: P x 1 x h x w.
-        target, valid: P x 1 x h x w shares, as in the losses.
-        draw: P in 0..1, which of the wrong cells.
+        target, valid: P x 1 x h x w fractions, as in the losses.
+        draw: P in 0..1, selects one of the wrong cells.
         img_size: side of the model's frame, in pixels.
 
     Returns:
@@ -179,14 +179,14 @@ def error_click(
         point_labels: P x 1 int64, 1 foreground, 0 background.
     """
     side = target.shape[-1]
-    # Of an object thinner than a cell the best covered cells count as the object.
+    # An object thinner than a cell consists of its best covered cells.
     wanted = (target > 0.5 * target.amax(dim=(-2, -1), keepdim=True)).flatten(1)
     answered = (logits > 0).flatten(1)
     wrong = (wanted != answered) & (valid > 0.5).flatten(1)
     wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, wanted)
     place = drawn_place(wrong, draw)
     cells = torch.stack([place % side, place // side], dim=1)
-    points = (cells + 0.5) * (img_size / side) - 0.5  # SAM's points count from pixel centres
+    points = (cells + 0.5) * (img_size / side) - 0.5  # SAM adds half a pixel to points
     labels = wanted.gather(1, place[:, None]).long()
     return points[:, None].to(torch.float32), labels
 
@@ -202,6 +202,6 @@ def drawn_place(flat: Tensor, draw: Tensor) -> Tensor:
         P int64, below N.
     """
     rank = (draw * flat.sum(dim=1)).floor()
-    # A row's running count says where True number `rank` lies.
+    # The cumulative sum locates the True value number `rank` of each row.
     place = (flat.cumsum(dim=1, dtype=torch.int32) <= rank[:, None]).sum(dim=1)
     return place.clamp_max(flat.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""The report of a sweep: what was tried, what mattered, what it cost."""
+"""The report of a sweep: trials, importance of settings, cost."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from samray.charts import lines_svg, render_page, scatter_svg
 LEARNING_RATE, STRATEGY = "train.learning_rate", "prompts.point_selection"
 
 
-def what_mattered(trials: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the share of the scores' variance that goes with each setting, 0..1, largest first.
+def importance(trials: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of the scores' variance that each setting explains, 0..1, largest first.
 
-    For numbers: the squared rank correlation (Spearman) of value and score, which sees only what
-    rises or falls throughout. For names: the variance between their means as a share of all
-    (eta squared), less what as many names would explain by chance. The shares need not add up to 1.
+    For numbers: the squared rank correlation (Spearman) of value and score, which detects monotonic
+    effects only. For names: the variance between groups as a share of the total, adjusted for the
+    number of groups (adjusted eta squared). The shares need not add up to 1.
 
     Args:
-        trials: rows of sweep.json; those without a score do not count.
+        trials: rows of sweep.json; those without a score are ignored.
     """
     scored = [trial for trial in trials if trial["score"] is not None]
     scores = np.array([trial["score"] for trial in scored])
@@ -38,7 +38,7 @@ def what_mattered(trials: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks, equal values sharing their mean."""
+    """Ranks; equal values get their mean rank."""
     order = np.sort(values)
     return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right")) / 2
 

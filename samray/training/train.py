@@ -1,7 +1,7 @@
 """Fine-tune SAM on a Ray cluster: `fit` -> `train_loop_per_worker` -> `loop.train_loop`.
 
-This file only wraps the loop in Ray; a run's state lives in its RUN folder and nowhere in Ray,
-which would go on unasked with a run of the same name and prefers the latest to the best.
+This file only wraps the loop in Ray. A run's state is in its RUN folder and not in Ray, which
+silently resumes a run of the same name and returns the latest checkpoint instead of the best.
 """
 
 import functools
@@ -46,11 +46,11 @@ from samray.training.loop import Report, Worker, train_loop
 
 @dataclass(frozen=True)
 class Trial:
-    """What a sweep gives to one of its runs.
+    """What a sweep passes to one of its runs.
 
     Attributes:
         base: folder of the weights that all trials start from.
-        report: hears of every step and epoch, in place of a progress bar.
+        report: receives every step and epoch, instead of a progress bar.
     """
 
     base: Place
@@ -63,14 +63,14 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     Args:
         config: its `model`, `prompts`, `loss`, `train`, `scaling` and `embeddings` sections.
         trial: for a run of a sweep. A single worker's loop then runs in the calling process
-            (Ray Train's local mode), which saves the start of another.
+            (Ray Train's local mode), which saves starting another one.
 
     Returns:
-        The run's report, as written to RUN/run.json.
+        The content of RUN/run.json.
 
     Raises:
         SamrayError: a setting, the data, the weights or the cluster do not allow the run, or
-            training failed for a reason that the user can mend.
+            training failed for a reason that the user can fix.
     """
     data_dir, output_dir = required(config, "train.data_dir", "train.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
@@ -83,7 +83,7 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
         config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
-        print(f"going on after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
+        print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
@@ -105,7 +105,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     """Run the plain torch loop in one of Ray Train's workers."""
     if dist.is_initialized():
         worker = Worker(dist.get_rank(), dist.get_world_size(), ray.train.torch.get_device())
-    else:  # in a trial's own process, where Tune lets nobody ask Ray Train
+    else:  # in a trial's process, where Ray Tune makes calls to Ray Train fail
         worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
     torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
@@ -123,10 +123,10 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
 
 
 def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
-    """Return the weights to start from, and the config with what follows from them.
+    """Return the weights to start from, and the config with the defaults that depend on them.
 
     Raises:
-        SamrayError: they cannot be had, or are another model's.
+        SamrayError: they cannot be read or downloaded, or belong to another model type.
     """
     model_type, source = config.model.type, config.model.checkpoint
     given = None
@@ -200,7 +200,7 @@ def _train(
     report: Report | None,
 ) -> None:
     """Start the workers, pass on what they report, and translate their failures."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "config": config,
         "run": run.path,
         "dataset": dataset.folder,
@@ -306,7 +306,7 @@ def _forward(report: Report, queue: Any, done: threading.Event) -> None:
 
 
 def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.Event) -> None:
-    """A bar on a terminal, a line an epoch elsewhere."""
+    """Show a bar on a terminal, else print a line per epoch."""
     epochs = config.train.num_epochs
     finished = len(run.state["epochs"])
     form = (
@@ -329,7 +329,7 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
                 return
             if events and not started and not bar.disable:
                 started = True
-                bar.start_t = time.time()  # time left follows from training, not from starting
+                bar.start_t = time.time()  # so that the time left ignores the start-up
                 bar.set_description("train")
             for event in events:
                 if event["event"] == "step":

@@ -1,12 +1,13 @@
-"""A sweep: many fine-tunings of one base, on one cache of embeddings, by Ray Tune.
+"""A sweep: trials that fine-tune one base with different settings, run by Ray Tune.
 
-    SWEEP/sweep.json             what is searched, every trial, the best one, its test scores
-    SWEEP/report.html            the same for people
+    SWEEP/sweep.json             searched settings, every trial, the best one, its test scores
+    SWEEP/report.html            the same as a page
     SWEEP/base/                  the weights that every trial starts from
     SWEEP/trials/<trial id>/     a RUN each, of `samray.training.train.fit`
     SWEEP/tune/                  Ray Tune's own state and TensorBoard's files
 
-The trials' truth is in their RUN folders; of Tune's state only its choices and decisions count.
+All trials share one cache of embeddings. Their results are read from the RUN folders; of Tune's
+state only the chosen settings and the decisions to stop are used.
 """
 
 import functools
@@ -50,7 +51,7 @@ from samray.training.search_space import (
     grid_points,
     search_space,
 )
-from samray.training.sweep_report import what_mattered, write_report
+from samray.training.sweep_report import importance, write_report
 from samray.training.train import Trial, base_checkpoint, fit
 
 SWEEP_FORMAT = 1
@@ -58,23 +59,23 @@ METRICS = ("val_iou", "val_dice", *(f"val_iou_{row}" for row in MATRIX))
 
 
 def sweep(config: Config) -> dict[str, Any]:
-    """Search the settings that tune best, and score base and best trial on the test split.
+    """Search the best settings, and score base and best trial on the test split.
 
-    The same call again goes on with an unfinished sweep; finished trials are not repeated.
+    The same call resumes an unfinished sweep; finished trials are not repeated.
 
     Args:
-        config: its `tune` section; the others are what each trial starts from.
+        config: its `tune` section; the other sections are the defaults of each trial.
 
     Returns:
         The content of SWEEP/sweep.json.
 
     Raises:
         SamrayError: a setting, the data, the weights or the cluster do not allow the sweep, or
-            no trial came to an end.
+            no trial finished an epoch.
     """
     data_dir, output_dir = required(config, "tune.data_dir", "tune.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    # All three, as a missing one must be refused before the search and not after it.
+    # All splits, so that a missing one is reported before the search and not after it.
     records = [record for split in SPLITS for record in dataset.split(split)]
     output = resolve_local(output_dir, "--output-dir")
     config = with_settings(
@@ -136,7 +137,7 @@ def _require_metric(metric: str) -> None:
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    """The settings that decide a sweep's result."""
+    """The settings that determine a sweep's result, by dotted path."""
     values = config.model_dump(mode="json", include={*SEARCHED, "tune"})
     for section, key in (
         *(("tune", k) for k in ("data_dir", "output_dir", "max_concurrent_trials", "mlflow_uri")),
@@ -152,7 +153,11 @@ def _deciding(config: Config) -> dict[str, Any]:
 
 
 def _require_same(output: Place, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the state of the sweep in the folder, if there is one; refuse another's."""
+    """Return the state of the sweep in the folder, or None for an unused folder.
+
+    Raises:
+        ConfigError: the folder holds something else, or a sweep with other settings or data.
+    """
     if not is_used(output):
         return None
     if not (output / "sweep.json").is_file():
@@ -175,7 +180,7 @@ def _require_same(output: Place, state: dict[str, Any]) -> dict[str, Any] | None
     ]
     if changed:
         raise ConfigError(
-            f"--output-dir: {output} holds another sweep: {', '.join(changed)}; go on with the "
+            f"--output-dir: {output} holds another sweep: {', '.join(changed)}; resume with the "
             "same settings or choose another --output-dir"
         )
     return before
@@ -214,7 +219,7 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
     )
     folder = plan.output / "tune"
     if tune.Tuner.can_restore(str(folder)):
-        print(f"going on with the sweep in {plan.output}", flush=True)
+        print(f"resuming the sweep in {plan.output}", flush=True)
         tuner = tune.Tuner.restore(str(folder), trainable, param_space=space)
     else:
         tuner = tune.Tuner(
@@ -227,7 +232,7 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
                 search_alg=_searcher(plan, space),
                 scheduler=_scheduler(plan.config),
                 max_concurrent_trials=_concurrent(plan),
-                reuse_actors=True,  # a trial starts in the process of the one before
+                reuse_actors=True,  # a trial starts in the process of the previous one
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -237,22 +242,22 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
                 verbose=0,
             ),
         )
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one speaks at verbose=0, too
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table says what failed
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints even at verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the table
     results = tuner.fit()
     trials = [_row(plan, result) for result in results]
     if any(trial["status"] == "unfinished" for trial in trials) or len(trials) < plan.num_trials:
-        # Tune itself ends quietly at Ctrl-C.
-        raise KeyboardInterrupt("the same command goes on where it stopped")
+        # On Ctrl-C, Tune returns without an error.
+        raise KeyboardInterrupt("the same command resumes where it stopped")
     return sorted(trials, key=lambda trial: trial["trial_id"])
 
 
 def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
-    """One trial: `fit` with the chosen settings; every epoch's scores go to Tune.
+    """Run one trial: `fit` with the chosen settings, reporting each epoch's scores to Tune.
 
     Args:
         chosen: dotted path of a setting -> value.
-        config: the sweep's.
+        config: of the sweep.
         output: the SWEEP folder.
     """
     started = time.perf_counter()
@@ -265,21 +270,21 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
         if not first_step:
             first_step.append(round(time.perf_counter() - started, 2))
         if event["event"] == "epoch":
-            tell(event, startup_seconds=first_step[0])
+            report_epoch(event, startup_seconds=first_step[0])
 
-    def tell(epoch: dict[str, Any], **more: float) -> None:
+    def report_epoch(epoch: dict[str, Any], **more: float) -> None:
         tune.report({**{key: epoch[key] for key in ("epoch", "loss", "seconds", *METRICS)}, **more})
 
     if resume and (epochs := RunFolder(run_path).state["epochs"]):
-        tell(epochs[-1])  # Tune may not have heard of it
+        report_epoch(epochs[-1])  # the kill may have come before Tune received it
     own = {"train.output_dir": str(run_path), "train.resume": resume}
     fit(with_settings(config, {**chosen, **own}, "trial"), Trial(output / "base", report))
 
 
 def _trial_resources(plan: SweepPlan) -> dict[str, float]:
-    """A trial of one worker trains in Tune's own process; more workers get theirs from Train."""
+    """A single worker trains in Tune's process; several get their resources from Ray Train."""
     if plan.resources.num_workers > 1:
-        return {"memory": 1}  # a byte: Tune wants some resource, and no CPU shall be held idle
+        return {"memory": 1}  # one byte: Tune requires a resource, and a CPU would be idle
     gpu = plan.config.scaling.gpus_per_worker if plan.resources.use_gpu else 0
     return {"cpu": plan.resources.cpus_per_worker, "gpu": gpu}
 
@@ -316,7 +321,7 @@ def _scheduler(config: Config) -> TrialScheduler:
 
 
 def _loggers(plan: SweepPlan) -> list[tune.Callback]:
-    """MLflow, if asked; TensorBoard's files Tune writes by itself."""
+    """MLflow's callback, if configured; Tune adds TensorBoard's by itself."""
     if plan.config.tune.mlflow_uri is None:
         return []
     if importlib.util.find_spec("mlflow") is None:
@@ -327,14 +332,14 @@ def _loggers(plan: SweepPlan) -> list[tune.Callback]:
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
-    """A line for each trial that ends, and on a terminal a bar of all."""
+    """Prints a line for each trial that ends; shows a progress bar on a terminal."""
 
     def __init__(self, num_trials: int, metric: str) -> None:
         self.num_trials, self.metric = num_trials, metric
 
     @functools.cached_property
     def bar(self) -> Any:
-        """Made where it is drawn, for Tune keeps this object in its files."""
+        """Created on first use, because Tune pickles this object into its state."""
         return tqdm(
             total=self.num_trials, desc="trials", unit="trial", file=sys.stderr, disable=None
         )
@@ -343,20 +348,20 @@ class Progress(tune.Callback):  # type: ignore[misc]
         return {key: value for key, value in self.__dict__.items() if key != "bar"}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell how it went."""
+        """Print the trial's best score."""
         epochs = trial.last_result.get("epoch", 0)
         plural = "" if epochs == 1 else "s"
-        self._tell(trials, trial, f"{self.metric} {self._best(trial):.3f}, {epochs} epoch{plural}")
+        self._print(trials, trial, f"{self.metric} {self._best(trial):.3f}, {epochs} epoch{plural}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell that it failed."""
-        self._tell(trials, trial, "failed")
+        """Print that the trial failed."""
+        self._print(trials, trial, "failed")
 
     def _best(self, trial: Any) -> float:
-        """A trial's best score, as far as Tune was told."""
+        """A trial's best score among those reported to Tune."""
         return float(trial.metric_analysis.get(self.metric, {}).get("max", 0.0))
 
-    def _tell(self, trials: list[Any], trial: Any, outcome: str) -> None:
+    def _print(self, trials: list[Any], trial: Any, outcome: str) -> None:
         ended = [other for other in trials if other.is_finished() or other is trial]
         chosen = ", ".join(f"{key.split('.')[-1]} {_short(v)}" for key, v in trial.config.items())
         best = max(self._best(other) for other in ended)
@@ -370,7 +375,7 @@ def _short(value: Any) -> str:
 
 
 def _row(plan: SweepPlan, result: Any) -> dict[str, Any]:
-    """A trial as the report shows it; what it scored is read from its RUN."""
+    """A trial's row in sweep.json; its scores are read from its RUN."""
     metrics = result.metrics or {}
     trial_id = metrics.get("trial_id") or result.path.rpartition("/")[2]
     name = f"trials/{trial_id}"
@@ -413,13 +418,13 @@ def _row(plan: SweepPlan, result: Any) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, without the way there: the last line of Ray's story."""
+    """The cause of a failure without its traceback: the last line of Ray's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^[\w.]*errors\.", "", lines[-1])[:500] if lines else type(error).__name__
 
 
 def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) -> dict[str, Any]:
-    """What sweep.json says beside the trials: the best one, what mattered, cost, test scores.
+    """What follows from the trials: best one, importance of settings, cost, test scores.
 
     Raises:
         SweepError: no trial has a score.
@@ -433,7 +438,7 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
     return {
         "best": best["run"],
         "best_settings": best["settings"],
-        "mattered": what_mattered(trials),
+        "mattered": importance(trials),
         "cost": _cost(state, plan.config.train.num_epochs),
         "test": _test_scores(plan, dataset, best["run"]),
         "status": "finished",
@@ -441,10 +446,10 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
 
 
 def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
-    """Seconds of this sweep, beside the same trials each trained to the end, one after another.
+    """Seconds of this sweep, and an estimate for the same trials as separate, complete runs.
 
-    The latter is reckoned from what was measured: encoding, and each trial's seconds an epoch;
-    without the start of each run.
+    The estimate sums the measured seconds of encoding and of each trial's epochs, extrapolated to
+    all epochs, without the start-up of each run.
     """
     epochs = sum(trial["epochs"] for trial in state["trials"])
     full = sum(
@@ -464,7 +469,7 @@ def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
 
 
 def _test_scores(plan: SweepPlan, dataset: PreparedDataset, best: str) -> dict[str, Any]:
-    """The prompt matrix of base and best trial on the test split, which no trial has seen."""
+    """The prompt matrix of base and best trial on the test split, which no trial used."""
     records, cache_dir = dataset.split("test"), embeddings_folder(plan.config, dataset)
     checkpoints = {"base": plan.output / "base", "best": find_checkpoint(plan.output / best)}
     scores = score_models(plan.config, dataset, records, checkpoints, cache_dir)

@@ -65,7 +65,7 @@ def test_the_whole_way_in_s3(done, data, bucket, prepared):
     done("train", "--data-dir", folder, "--output-dir", f"{bucket}/run", *small)
     more = ["--resume", "--num-epochs", 2, "--num-workers", 2, "train.warmup_steps=2"]
     out = done("train", "--data-dir", folder, "--output-dir", f"{bucket}/run", *more)
-    assert "going on after epoch 1 of 2" in out
+    assert "resuming after epoch 1 of 2" in out
     learned = len(dataset.split("train") + dataset.split("val"))
     assert f"embeddings: 0 images to encode, {learned} found" in out
     state = read_json(resolve(f"{bucket}/run/run.json", "x"))

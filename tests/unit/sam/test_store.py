@@ -101,7 +101,7 @@ def test_a_half_written_version_does_not_count(store, checkpoint):
     version = store.add("nuts", checkpoint, record())
     (version.folder / "promotion.json").unlink()
     assert store.versions("nuts") == []
-    with pytest.raises(StoreError, match=r"names version .* which is not there"):
+    with pytest.raises(StoreError, match=r"names version .* which does not exist"):
         store.current("nuts")
 
 
@@ -115,9 +115,9 @@ def test_an_alias_leads_nowhere(tmp_path, checkpoint):
     store = ModelStore(tmp_path)
     store.add("nuts", checkpoint, record())
     (tmp_path / "nuts" / "current").write_text("../../etc\n")
-    with pytest.raises(StoreError, match="not there"):
+    with pytest.raises(StoreError, match="does not exist"):
         store.current("nuts")
-    with pytest.raises(SamrayError, match="no name of a version"):
+    with pytest.raises(SamrayError, match="not the name of a version"):
         load_checkpoint(tmp_path / "nuts")
 
 

@@ -82,7 +82,7 @@ def test_a_worker_without_an_image_gets_no_batch(loader):
 
 def test_an_embedding_that_has_gone_is_an_error_that_names_it(loader):
     loader.cache.path(loader.records[1].digest).unlink()
-    with pytest.raises(DatasetError, match=r"\.npy: the embedding of 4.png has gone"):
+    with pytest.raises(DatasetError, match=r"\.npy: the embedding of 4.png is missing"):
         loader.load([1], 0, 1, epoch=0)
 
 
