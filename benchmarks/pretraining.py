@@ -1,10 +1,10 @@
-"""Is drawing the bottleneck of pre-training? Seconds a scene to draw and to learn from.
+"""Is drawing the bottleneck of pre-training? Seconds per scene to draw and to train on it.
 
-One core each.
+Both on one core.
 
     python benchmarks/pretraining.py [--config configs/pretrain_tiny.yaml] [--steps 8]
 
-`samray pretrain` draws the next step's scenes while it learns from the last, on another core; it
+`samray pretrain` draws the next step's scenes on another core while it trains on the last; it
 waits for the drawing only if the first figure is larger than the second.
 """
 
@@ -35,18 +35,18 @@ def main() -> None:
     source, module = DrawnScenes(config, sam), PromptedSam(sam, (1.0, 1.0, 1.0), 64)
     optimizer = torch.optim.AdamW(sam.parameters(), lr=1e-4)
     worker = Worker(0, 1, torch.device("cpu"))
-    drawing, learning = [], []
+    drawing, training = [], []
     for step in source.steps(0)[: arguments.steps]:
         started = time.perf_counter()
         batch, num_instances = source.load(step, 0, 1, epoch=0)
         drawn = time.perf_counter()
         train_step(module, optimizer, batch, num_instances, worker, config.train)
         drawing.append((drawn - started) / len(step))
-        learning.append((time.perf_counter() - drawn) / len(step))
-    draw, learn = statistics.mean(drawing), statistics.mean(learning)
-    print(f"draw  {draw:.3f} s a scene")
-    print(f"learn {learn:.3f} s a scene, {config.train.precision}")
-    print(f"drawing takes {draw / learn:.2f} of the time of learning")
+        training.append((time.perf_counter() - drawn) / len(step))
+    draw, train = statistics.mean(drawing), statistics.mean(training)
+    print(f"draw  {draw:.3f} s per scene")
+    print(f"train {train:.3f} s per scene, {config.train.precision}")
+    print(f"drawing takes {draw / train:.2f} of the time of training")
     with torch.inference_mode():
         image = torch.randn(1, 3, *[sam.image_encoder.img_size] * 2)
         seconds = []
@@ -54,7 +54,7 @@ def main() -> None:
             started = time.perf_counter()
             sam.image_encoder(image)
             seconds.append(time.perf_counter() - started)
-    print(f"encode {statistics.median(seconds):.3f} s an image, float32, one core")
+    print(f"encode {statistics.median(seconds):.3f} s per image, float32, one core")
 
 
 if __name__ == "__main__":

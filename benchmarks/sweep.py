@@ -1,11 +1,11 @@
-"""A sweep beside what it replaces: as many `samray train`, one after another, each from nothing.
+"""Time of a sweep against the same trials as separate, consecutive `samray train` runs.
 
     python benchmarks/sweep.py --data PREPARED [--num-trials 8] [--num-epochs 27]
 
-Both sides train the same settings of `tiny`, drawn once. The sweep shares one cache of embeddings
-and stops early what lags behind; the separate runs have a cache each and train to the end.
-Stated are the seconds of both by the clock, start of Ray and all, and of each run the seconds that
-were not spent on epochs.
+Both train `tiny` with the same settings, which the sweep draws. The sweep shares one cache of
+embeddings and stops poor trials early; each separate run has its own cache and trains to the end.
+Printed are the wall-clock seconds of both, including the start of Ray, and each run's seconds
+outside its epochs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SPACE = {
 
 
 def main() -> None:
-    """Print the two sides and their ratio."""
+    """Print both times and their ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def compare(root: Path, data: Path, num_trials: int, num_epochs: int) -> None:
-    """Run the sweep, then each of its trials as a run of its own."""
+    """Run the sweep, then each of its trials as a separate run."""
     common = {"train": {"num_epochs": num_epochs, "batch_size": 4}, "model": {"type": "tiny"}}
     space = {"search_space": SPACE, "num_trials": num_trials, "grace_epochs": 3}
     sweep_config = write(
@@ -56,7 +56,7 @@ def compare(root: Path, data: Path, num_trials: int, num_epochs: int) -> None:
     files = len(list((root / "cache").rglob("*.npy")))
     print(f"sweep: {sweep_seconds:.0f} s; {encoded} images encoded, {files} embeddings in all")
     starts = [trial["startup_seconds"] for trial in trials]
-    print(f"  a trial's start, to its first step: {statistics.median(starts):.1f} s (median)")
+    print(f"  start of a trial to its first step: {statistics.median(starts):.1f} s (median)")
     print(f"  epochs trained: {state['cost']['epochs']} of {num_trials * num_epochs}")
     separate = 0.0
     overheads = []
@@ -74,7 +74,7 @@ def compare(root: Path, data: Path, num_trials: int, num_epochs: int) -> None:
         overheads.append(seconds - sum(epoch["seconds"] for epoch in epochs))
         separate += seconds
     print(f"{num_trials} separate runs: {separate:.0f} s")
-    print(f"  a run's seconds beside its epochs: {statistics.median(overheads):.1f} s (median)")
+    print(f"  seconds of a run outside its epochs: {statistics.median(overheads):.1f} s (median)")
     print(f"ratio: {sweep_seconds / separate:.2f}")
 
 
@@ -85,7 +85,7 @@ def write(path: Path, content: dict[str, object]) -> Path:
 
 
 def timed(stage: str, *words: object) -> float:
-    """Run a stage in a process of its own; return its seconds."""
+    """Run a stage in a separate process; return its seconds."""
     started = time.perf_counter()
     command = [sys.executable, "-m", f"jobs.{stage}", *map(str, words)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -1,11 +1,11 @@
-"""What a model answers on a dataset it was never trained on, beside what needs no model.
+"""Zero-shot IoU of a model on datasets it was not trained on, against classical methods.
 
     python benchmarks/zero_shot.py PREPARED [PREPARED ...] [--checkpoint RUN] [--num-instances 120]
 
-Mean IoU at original resolution over instances drawn by chance from all splits, all methods on the
-same ones and from the same prompts. One random point is the first of the three and five clicks;
-each further click is the innermost pixel of the deepest error. `ceiling` is the true mask,
-averaged down to the decoder's cells and back: the best that answers of that resolution can be.
+Mean IoU at original resolution over instances drawn at random from all splits; all methods get the
+same instances and prompts. The random point is the first of the three and five clicks; each further
+click is the innermost pixel of the largest error. `ceiling` is the true mask, averaged down to the
+decoder's cells and upscaled: the upper bound for masks of that resolution.
 """
 
 import argparse
@@ -32,20 +32,20 @@ from samray.training.batches import mask_to_target
 
 MODEL = ("center point", "random point", "3 clicks", "5 clicks", "box")
 WITHOUT = ("ellipse in the box", "GrabCut in the box", "flood fill from the point")
-FLOOD_TOLERANCE = 20  # grey levels a channel, from the clicked pixel's colour
+FLOOD_TOLERANCE = 20  # grey levels per channel, from the clicked pixel's colour
 GRABCUT_ITERATIONS = 5
 
 
 def main() -> None:
-    """Print a table for each dataset, and JSON if asked."""
+    """Print a table for each dataset; write JSON with --json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prepared", nargs="+", type=Path)
-    parser.add_argument("--checkpoint", type=Path, help="without it, tiny as it ships")
+    parser.add_argument("--checkpoint", type=Path, help="default: the shipped tiny")
     parser.add_argument("--num-instances", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     checkpoint = load_checkpoint(arguments.checkpoint) if arguments.checkpoint else load_shipped()
     sam = checkpoint.model()
@@ -59,11 +59,11 @@ def main() -> None:
         print("  predicted against true IoU (1 random point):")
         for row in figures["calibration"]:
             print(
-                f"    predicted {row['from']:.1f}-{row['to']:.1f}: {row['count']:4d} answers, "
+                f"    predicted {row['from']:.1f}-{row['to']:.1f}: {row['count']:4d} masks, "
                 f"predicted {row['predicted']:.3f}, true {row['true']:.3f}"
             )
         print(f"  mean |predicted - true| {figures['calibration_error']:.3f}")
-        print(f"  encode {figures['encode_seconds']:.3f} s an image")
+        print(f"  encode {figures['encode_seconds']:.3f} s per image")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -142,7 +142,7 @@ def _without_model(
 
 
 def _grabcut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """GrabCut on the box and one box's width and height around it, where its colours count."""
+    """GrabCut on the box; a margin of the box's size around it provides background colours."""
     x1, y1, x2, y2 = box
     left, top = max(0, 2 * x1 - x2), max(0, 2 * y1 - y2)
     crop = np.ascontiguousarray(image[top : 2 * y2 - y1, left : 2 * x2 - x1, ::-1])
@@ -159,7 +159,7 @@ def _grabcut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
             GRABCUT_ITERATIONS,
             cv2.GC_INIT_WITH_RECT,
         )
-    except cv2.error:  # too few pixels for its colour models: the box itself
+    except cv2.error:  # too few pixels for its colour models; use the box
         result[y1:y2, x1:x2] = True
         return result
     inside = (states == cv2.GC_FGD) | (states == cv2.GC_PR_FGD)

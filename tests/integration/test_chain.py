@@ -1,4 +1,4 @@
-"""The whole way through the command line on a real Ray, and what a killed run does next."""
+"""All stages by the command line on a real Ray, and resuming a killed run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SMALL = ["--batch-size", "3", "train.warmup_steps=2"]
 
 @pytest.fixture(scope="module")
 def first_run(prepared, tmp_path_factory, run_cli):
-    """Two epochs from random weights on two workers, encoder and all."""
+    """Two epochs from random weights on two workers; the encoder is trained, too."""
     run = tmp_path_factory.mktemp("runs") / "first"
     status, out, err = run_cli(
         "train", "--data-dir", prepared, "--output-dir", run, "--model-type", "tiny",
@@ -47,7 +47,7 @@ def state_of(run):
     return json.loads((run / "run.json").read_text())
 
 
-def test_a_run_explains_itself(first_run, prepared):
+def test_a_run_is_self_contained(first_run, prepared):
     state = state_of(first_run)
     dataset = PreparedDataset(prepared)
     steps = -(-len(dataset.split("train")) // 3)
@@ -139,7 +139,7 @@ def test_predict_writes_mask_overlay_and_labelme_that_prepare_reads(
     assert (tmp_path / "out" / f"{image.stem}_overlay.png").stat().st_size > 0
 
 
-def test_a_used_folder_needs_resume_and_a_finished_run_trains_no_more(
+def test_a_used_folder_needs_resume_and_a_finished_run_is_not_trained_again(
     tuned_run, first_run, prepared, run_cli
 ):
     again = ["train", "--data-dir", prepared, "--output-dir", tuned_run, "--checkpoint", first_run]
@@ -156,10 +156,8 @@ def test_a_used_folder_needs_resume_and_a_finished_run_trains_no_more(
 
 
 @pytest.mark.slow
-def test_killed_in_mid_training_and_resumed_it_ends_as_if_undisturbed(
-    prepared, first_run, tmp_path
-):
-    """The same steps, losses and weights, to the last bit."""
+def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run, tmp_path):
+    """The same steps, losses and weights, bit for bit."""
 
     def command(run, *more):
         return [
@@ -188,7 +186,7 @@ def test_killed_in_mid_training_and_resumed_it_ends_as_if_undisturbed(
     )
     one, two = state_of(whole), state_of(killed)
     assert two["epochs"][-1]["step"] == one["epochs"][-1]["step"]
-    assert two["embeddings"]["encoded"] == 0, "the first of the two has encoded all images"
+    assert two["embeddings"]["encoded"] == 0, "the other run has encoded all images"
     for before, after in zip(one["epochs"], two["epochs"], strict=True):
         del before["seconds"], after["seconds"]
         assert after == before

@@ -1,4 +1,4 @@
-"""A real sweep on a real Ray: trials, crashes, kills, refusals, and what follows from it."""
+"""A real sweep on a real Ray: trials, crashes, kills, refusals, promotion."""
 
 import json
 import os
@@ -14,10 +14,9 @@ import torch
 import yaml
 
 from samray.config import load_config
-from samray.errors import ConfigError, SamrayError
+from samray.errors import SamrayError
 from samray.sam.checkpoint import load_checkpoint
 from samray.sam.model import build_model
-from samray.training.search_space import search_space
 from samray.training.tune import sweep
 
 SPACE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}}
@@ -43,7 +42,7 @@ def config_file(folder: Path, **tune) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(own_prepared, tmp_path_factory, run_cli):
-    """A sweep of five trials, two of which cannot learn: their learning rate is absurd."""
+    """A sweep of three trials; one cannot learn, as its learning rate is absurd."""
     folder = tmp_path_factory.mktemp("swept")
     space = {
         "train.learning_rate": {"grid_search": [1.0e-4, 1.0e-3, 1.0e12]},
@@ -56,7 +55,7 @@ def swept(own_prepared, tmp_path_factory, run_cli):
     return folder / "sweep", out, arguments
 
 
-def test_a_crashed_trial_is_told_and_the_others_finish(swept):
+def test_a_crashed_trial_is_reported_and_the_others_finish(swept):
     output, out, _ = swept
     state = json.loads((output / "sweep.json").read_text())
     assert state["status"] == "finished"
@@ -87,7 +86,7 @@ def test_each_image_is_encoded_once_for_all_trials(swept, own_prepared):
         assert run["embeddings"]["encoded"] == 0
 
 
-def test_the_report_speaks_of_test_and_of_cost(swept):
+def test_the_report_has_test_scores_and_cost(swept):
     output, _, _ = swept
     state = json.loads((output / "sweep.json").read_text())
     for model in ("base", "best"):
@@ -120,7 +119,7 @@ def test_another_sweep_under_the_same_output_is_refused(swept, run_cli):
         assert word.split("=")[0].split(".")[1] in err
 
 
-def test_a_sweep_stands_for_its_best_run(swept, own_prepared, tmp_path, run_cli):
+def test_a_sweep_is_read_as_its_best_run(swept, own_prepared, tmp_path, run_cli):
     output, _, _ = swept
     state = json.loads((output / "sweep.json").read_text())
     assert load_checkpoint(output).path.parts[-4:-2] == tuple(state["best"].split("/"))
@@ -183,41 +182,6 @@ def test_a_bad_checkpoint_is_refused_unless_forced(swept, tmp_path, run_cli):
 
 
 @pytest.mark.parametrize(
-    ("space", "message"),
-    [
-        ({}, "search_space is empty"),
-        ({"train.learning_rte": {"choice": [1]}}, "did you mean learning_rate"),
-        ({"train": {"choice": [1]}}, "train"),
-        ({"scaling.num_workers": {"choice": [1]}}, "no setting of training"),
-        ({"train.num_epochs": {"choice": [1]}}, "what the trials are compared at"),
-        ({"model.checkpoint": {"choice": ["a"]}}, "one base"),
-        ({"prompts.point_selection": {"choice": ["centre"]}}, "'center'"),
-        ({"prompts.point_selection": {"chioce": ["center"]}}, "choice, grid_search"),
-        ({"prompts.point_selection": "center"}, "choice, grid_search"),
-        ({"prompts.point_selection": {"choice": []}}, "nothing to choose from"),
-        ({"train.learning_rate": {"loguniform": ["1e-5", 1]}}, "YAML reads 1e-5 as a text"),
-        ({"train.learning_rate": {"loguniform": [1.0e-3, 1.0e-5]}}, "below"),
-        ({"train.learning_rate": {"loguniform": [0, 1.0e-5]}}, "learning_rate"),
-        ({"train.learning_rate": {"uniform": [-1.0, 1.0]}}, "greater than 0"),
-        ({"train.learning_rate": {"uniform": [1.0]}}, "learning_rate"),
-        ({"prompts.num_points": {"randint": [0, 3]}}, "greater than or equal to 1"),
-    ],
-)
-def test_a_search_space_is_checked_before_anything_starts(space, message):
-    with pytest.raises(ConfigError) as caught:
-        search_space(load_config(options={"tune.search_space": space}))
-    assert message in str(caught.value)
-
-
-def test_all_mistakes_of_a_search_space_at_once():
-    space = {"train.lr": {"choice": [1]}, "prompts.point_selection": {"choice": ["boxes"]}}
-    with pytest.raises(ConfigError) as caught:
-        search_space(load_config(options={"tune.search_space": space}))
-    assert "train.lr" in str(caught.value)
-    assert "boxes" in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("tune.metric", "val_miou", "reported by no trial; choose from val_iou"),
@@ -242,7 +206,7 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(own_prepared, tmp_path):
+def test_a_killed_sweep_is_resumed(own_prepared, tmp_path):
     """kill -9 of the driver after the first trial has ended; then the same command."""
     path = config_file(tmp_path, scheduler="none")
     output = tmp_path / "sweep"
@@ -279,7 +243,7 @@ def test_a_killed_sweep_goes_on(own_prepared, tmp_path):
     names = {trial["trial_id"] for trial in state["trials"]}
     assert len(names) == 4
     assert set(runs) <= names
-    for name, before in done.items():  # not repeated: the very epochs, seconds and all
+    for name, before in done.items():  # not repeated: the same epochs, even their seconds
         after = json.loads((output / "trials" / name / "run.json").read_text())
         assert after["epochs"] == before["epochs"]
     assert embeddings == {
@@ -288,7 +252,7 @@ def test_a_killed_sweep_goes_on(own_prepared, tmp_path):
 
 
 def _wait_until_quiet(folder: Path) -> None:
-    """Until the killed driver's Ray has taken its trials down, too."""
+    """Wait until the killed driver's Ray has ended its trials, too."""
     deadline = time.monotonic() + 60
     seen = None
     while time.monotonic() < deadline:

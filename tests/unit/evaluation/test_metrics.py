@@ -1,4 +1,4 @@
-"""IoU and Dice by counting, means by group, and intervals that are honest about whole images."""
+"""IoU and Dice by counting, means by group, and intervals that resample images."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_means_by_hand_for_each_strategy_and_label() -> None:
 
 
 def clustered(seed: int = 0, instances: int = 25) -> list[Score]:
-    """12 images whose instances are nearly equal within and differ between images."""
+    """12 images; scores are nearly equal within an image and differ between images."""
     rng = np.random.default_rng(seed)
     levels = rng.uniform(0.2, 0.9, 12)
     return [
@@ -54,14 +54,14 @@ def clustered(seed: int = 0, instances: int = 25) -> list[Score]:
     ]
 
 
-def test_interval_resamples_images_and_not_their_look_alike_instances() -> None:
+def test_interval_resamples_images_and_not_instances() -> None:
     scores = clustered()
     low, high = interval_by(scores, "strategy", "iou")["center"]
     values = np.array([s.iou for s in scores])
     naive = 2 * 1.96 * values.std() / np.sqrt(len(values))
-    honest = 2 * 1.96 * values.std() / np.sqrt(12)
+    expected = 2 * 1.96 * values.std() / np.sqrt(12)
     assert high - low > 3 * naive
-    assert high - low == pytest.approx(honest, rel=0.15)
+    assert high - low == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -71,7 +71,7 @@ def test_interval_contains_the_mean(seed: int) -> None:
     assert low < mean_by(scores, "strategy", "iou")["center"] < high
 
 
-def test_interval_is_of_the_mean_over_instances_though_images_hold_unequal_numbers() -> None:
+def test_interval_is_of_the_mean_over_instances_if_images_have_unequal_numbers() -> None:
     scores = [score("many", 0.9)] * 99 + [score("few", 0.1)]
     low, high = interval_by(scores, "strategy", "iou")["center"]
     assert (low, high) == pytest.approx((0.1, 0.9))  # a quarter each draws one image twice
@@ -100,6 +100,6 @@ def test_interval_of_each_group_and_value() -> None:
     assert list(intervals) == ["bbox", "center"]
 
 
-def test_pixels_beyond_the_frame_are_missed():
+def test_pixels_outside_the_frame_count_as_missed():
     mask, gt_mask = picture("##. .#."), picture("##. ##.")
     assert iou_and_dice(mask, gt_mask, area_outside=4) == (3 / 8, 6 / 11)

@@ -1,4 +1,4 @@
-"""The guard before a promotion, on scores made up to show each side of its rules."""
+"""The guard before a promotion, on synthetic scores for each of its rules."""
 
 import numpy as np
 import pytest
@@ -34,25 +34,25 @@ def test_a_worse_model_is_refused_by_base_and_by_current():
     assert "worse than the current version" in reasons[1]
 
 
-def test_what_may_be_chance_is_not_held_against_it():
+def test_differences_within_chance_are_not_refused():
     def times_refused(shift):
         base = scores(noise=0.1)
         tuned = [scores(shift, noise=0.1, seed=seed) for seed in range(1, 41)]
         return sum(bool(guard({"base": base, "tuned": t}, [], 0.02)) for t in tuned)
 
-    assert times_refused(0.0) <= 8  # as good as the base: 1 in 40 would be fair, one base for all
+    assert times_refused(0.0) <= 8  # as good as the base: 1 expected; all share one base
     assert times_refused(-0.1) == 40
 
 
-def test_one_bad_image_of_many_instances_is_no_proof():
-    """Instances of one image resemble each other: resampling them alone would refuse."""
+def test_one_bad_image_of_many_instances_is_not_enough():
+    """Instances of one image resemble each other; resampling instances would refuse."""
     base, tuned = scores(), scores()
     tuned = [Score(**{**s.__dict__, "iou": 0.1}) if s.image == "0.jpg" else s for s in tuned]
     assert guard({"base": base, "tuned": tuned}, [], 1.0) == []
 
 
-def test_few_photos_prove_little():
-    """Two photos that lose the same give an interval of no width, which proves nothing."""
+def test_few_images_need_a_clear_loss():
+    """Two images with the same loss give an interval of zero width, which is no evidence."""
     base, slightly, clearly = (scores(shift, images=2) for shift in (0.0, -0.013, -0.03))
     assert guard({"base": base, "tuned": slightly}, [], 0.02) == []
     (reason,) = guard({"base": base, "tuned": clearly}, [], 0.02)
@@ -72,6 +72,6 @@ def test_forgetting_counts_off_target_only():
 
 
 @pytest.mark.parametrize("row", MATRIX)
-def test_forgetting_knows_every_row(row):
+def test_forgetting_is_checked_in_every_row(row):
     given = {"base": scores(), "tuned": scores(-0.05, row=row)}
     assert any(row in reason for reason in guard(given, [row], 0.02))

@@ -1,4 +1,4 @@
-"""Runs and checkpoints: best and latest, what counts as one, and who may resume."""
+"""Runs and checkpoints: best and latest, registration, and the conditions of resuming."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_consumers_take_the_best_and_only_best_and_latest_are_kept(run):
         assert (run.path / name / "weights.pth").is_file()
 
 
-def test_a_checkpoint_that_was_written_but_not_registered_does_not_count(run, tiny):
+def test_a_checkpoint_that_was_written_but_not_registered_is_ignored(run, tiny):
     save_checkpoint(run.path / "checkpoints" / "epoch_0004", tiny.state_dict(), load_config(), {})
     again = RunFolder(run.path)
     assert again.latest.name == "epoch_0003"
@@ -113,7 +113,7 @@ def test_resuming_with_another_setting_is_refused_by_name(run, override, message
         require_same_run(run, load_config(None, [override]), "d1")
 
 
-def test_resuming_with_other_epochs_and_workers_is_welcome(run):
+def test_resuming_with_other_epochs_and_workers_is_allowed(run):
     config = load_config(None, ["train.num_epochs=99", "scaling.num_workers=4"])
     require_same_run(run, config, "d1")
 
@@ -143,7 +143,7 @@ def test_a_truncated_checkpoint_is_a_clear_error(run):
         load_checkpoint(run.path)
 
 
-def test_a_checkpoint_moves_alone_to_another_place(run, tmp_path):
+def test_a_checkpoint_folder_is_usable_elsewhere(run, tmp_path):
     shutil.copytree(run.path / "best", tmp_path / "elsewhere")
     assert load_checkpoint(tmp_path / "elsewhere").model_type == "tiny"
     assert json.loads((tmp_path / "elsewhere" / "progress.json").read_text()) == {"e": 2}

@@ -1,4 +1,4 @@
-"""Same weights, same numbers as segment_anything; and decoding many images at once."""
+"""The same numbers as segment_anything with the same weights; decoding many images at once."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def prompts_for(size):
     }
 
 
-def test_images_encoded_together_are_as_those_encoded_alone():
+def test_images_encoded_together_equal_those_encoded_alone():
     sam = build_model("tiny").eval()
     rng = np.random.default_rng(0)
     sizes = [(90, 120), (300, 200), (64, 64)]
@@ -123,7 +123,7 @@ def test_prompts_of_many_images_decode_as_one_image_at_a_time():
 
 
 def test_padding_a_box_with_a_point_would_move_the_logits():
-    """Why groups are never padded into one another."""
+    """The reason why prompts of different layouts are never padded into one group."""
     sam = small_sam()
     embeddings = random_embeddings(sam, 1)
     box = torch.tensor([[10.0, 12.0, 40.0, 50.0]])
@@ -169,7 +169,7 @@ def test_weights_of_another_type_are_refused_by_name():
         load_weights(sam, foreign, "tiny", "some.pth")
 
 
-def test_extra_tensors_beside_sam_are_left_aside():
+def test_tensors_outside_sam_are_ignored():
     sam, other = small_sam(0), small_sam(1)
     load_weights(sam, {**other.state_dict(), "decoder.up.weight": torch.zeros(1)}, "tiny", "m.pt")
     assert torch.equal(sam.mask_decoder.iou_token.weight, other.mask_decoder.iou_token.weight)

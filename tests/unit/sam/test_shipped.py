@@ -1,4 +1,4 @@
-"""The weights in the package: small, verified, safe to load, and better than nothing."""
+"""The weights in the package: small, verified, and useful without training."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_a_missing_file_says_what_to_do(copy):
         load_shipped(copy)
 
 
-def test_they_answer_boxes_on_pictures_of_another_kind():
+def test_they_segment_boxes_on_images_of_another_kind():
     predictor = Predictor.from_checkpoint()
     ious = []
     for index in range(3):

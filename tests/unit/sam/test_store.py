@@ -1,4 +1,4 @@
-"""The store of models: whole versions, one alias, on disk and in S3."""
+"""The store of models: complete versions and the current one, on disk and in S3."""
 
 import threading
 
@@ -69,7 +69,7 @@ def test_rolling_back_and_forth(store, checkpoint):
         store.roll_back("fig")
 
 
-def test_promotions_at_once_lose_nothing(store, checkpoint):
+def test_concurrent_promotions_lose_nothing(store, checkpoint):
     made, broken = [], []
 
     def promote():
@@ -97,7 +97,7 @@ def test_promotions_at_once_lose_nothing(store, checkpoint):
     assert store.current("nuts").version in made
 
 
-def test_a_half_written_version_does_not_count(store, checkpoint):
+def test_an_incomplete_version_is_ignored(store, checkpoint):
     version = store.add("nuts", checkpoint, record())
     (version.folder / "promotion.json").unlink()
     assert store.versions("nuts") == []
@@ -106,12 +106,12 @@ def test_a_half_written_version_does_not_count(store, checkpoint):
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "current", "x" * 65, "a b", "ä"])
-def test_names_lead_nowhere(tmp_path, name):
+def test_names_that_are_paths_are_refused(tmp_path, name):
     with pytest.raises(StoreError, match="--name"):
         ModelStore(tmp_path).versions(name)
 
 
-def test_an_alias_leads_nowhere(tmp_path, checkpoint):
+def test_a_current_version_that_is_a_path_is_refused(tmp_path, checkpoint):
     store = ModelStore(tmp_path)
     store.add("nuts", checkpoint, record())
     (tmp_path / "nuts" / "current").write_text("../../etc\n")
@@ -121,7 +121,7 @@ def test_an_alias_leads_nowhere(tmp_path, checkpoint):
         load_checkpoint(tmp_path / "nuts")
 
 
-def test_a_store_that_takes_no_files(tmp_path):
+def test_a_store_that_is_not_writable_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SamrayError, match="--store"):
         require_store(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The data order: every image once, whoever is there; and prompts that workers do not change."""
+"""The data order and prompts do not depend on the number of workers."""
 
 import numpy as np
 import pytest
@@ -62,13 +62,13 @@ def test_every_instance_of_every_image_is_trained_on(loader):
     assert batch.valid.shape == (3, 1, 16, 16)
 
 
-def test_number_of_workers_changes_no_prompt(loader):
+def test_prompts_do_not_depend_on_the_number_of_workers(loader):
     alone = everything_in(loader.load([2, 0, 1], 0, 1, epoch=4))
     shared = [loader.load([2, 0, 1], rank, 2, epoch=4) for rank in range(2)]
     assert sorted(row for batch in shared for row in everything_in(batch)) == alone
 
 
-def test_prompts_are_drawn_afresh_each_epoch_and_repeat_with_the_seed(loader):
+def test_prompts_are_drawn_anew_each_epoch_and_repeat_with_the_seed(loader):
     first, again, later = (
         everything_in(loader.load([1, 2], 0, 1, epoch=epoch)) for epoch in (0, 0, 1)
     )
@@ -80,7 +80,7 @@ def test_a_worker_without_an_image_gets_no_batch(loader):
     assert loader.load([1], rank=1, world_size=2, epoch=0) is None
 
 
-def test_an_embedding_that_has_gone_is_an_error_that_names_it(loader):
+def test_a_missing_embedding_is_an_error_that_names_it(loader):
     loader.cache.path(loader.records[1].digest).unlink()
     with pytest.raises(DatasetError, match=r"\.npy: the embedding of 4.png is missing"):
         loader.load([1], 0, 1, epoch=0)

@@ -1,4 +1,4 @@
-"""The training step: ragged batches, workers with less or nothing, and the traps of peers."""
+"""The training step: ragged batches, workers with few or no images, and known pitfalls."""
 
 import itertools
 import tempfile
@@ -97,7 +97,7 @@ def test_the_loss_equals_the_stock_decoder_called_image_by_image(tmp_path):
     assert ours == pytest.approx(total, rel=1e-5)
 
 
-def test_chunks_change_memory_and_nothing_else(tmp_path):
+def test_chunks_do_not_change_loss_and_gradients(tmp_path):
     loader = make_loader(tmp_path)
     batch = loader.load([0, 1, 2], 0, 1, epoch=0)
     whole = loss_and_gradients(frozen_module(max_prompts=64), [batch])
@@ -106,7 +106,7 @@ def test_chunks_change_memory_and_nothing_else(tmp_path):
     assert_same_gradients(whole[1], chunked[1])
 
 
-def test_the_image_encoder_gets_gradients_when_it_learns(tmp_path):
+def test_the_image_encoder_gets_gradients_unless_frozen(tmp_path):
     loader = make_loader(tmp_path)
     batch = loader.load([0, 1], 0, 1, epoch=0)
     batch.images, batch.image_embeddings = torch.randn(2, 3, 64, 64), None
@@ -128,7 +128,7 @@ def test_frozen_parts_get_no_gradient_and_never_move(tmp_path):
 
 
 def test_a_step_uses_its_own_gradients_only(tmp_path):
-    """Left-over gradients of the step before would change the result."""
+    """Gradients left over from the previous step would change the result."""
     batch = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
     results = []
     for leftover in (False, True):
@@ -143,7 +143,7 @@ def test_a_step_uses_its_own_gradients_only(tmp_path):
     assert torch.equal(*results)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run_with_advice(tmp_path):
     module = frozen_module()
     with torch.no_grad():
         module.sam.mask_decoder.iou_token.weight.fill_(float("nan"))
@@ -153,8 +153,8 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path):
         train_step(module, optimizer, batch, 1, Worker(0, 1, CPU), TrainConfig())
 
 
-def test_the_decoder_listens_to_the_prompt(tmp_path):
-    """Another point, another mask: nothing on the way loses the prompt."""
+def test_the_mask_depends_on_the_prompt(tmp_path):
+    """Another point gives another mask, so the prompt reaches the decoder."""
     loader, module = make_loader(tmp_path), frozen_module()
     batch = loader.load([2], 0, 1, epoch=0)
     group = next(g for g in batch.groups if g.point_coords is not None)
@@ -165,7 +165,7 @@ def test_the_decoder_listens_to_the_prompt(tmp_path):
     assert float((here - there).abs().max()) > 1e-3
 
 
-def test_learning_rate_warms_up_and_falls_to_its_final_share():
+def test_learning_rate_warms_up_and_decays_to_its_final_fraction():
     settings = TrainConfig(learning_rate=1.0, warmup_steps=10, final_lr_fraction=0.1)
     rates = [learning_rate_at(step, 100, settings) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
@@ -175,7 +175,7 @@ def test_learning_rate_warms_up_and_falls_to_its_final_share():
 
 
 def ddp_worker(rank, world_size, folder, step, prompts):
-    """One process: its share of the step through DDP; rank 0 saves the gradients."""
+    """One process: its part of the step through DDP; saves its gradients."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size

@@ -1,4 +1,4 @@
-"""The loss on masks small enough to count by hand, and where its gradient goes."""
+"""The loss on masks small enough to count by hand, and its gradients."""
 
 import math
 
@@ -28,7 +28,7 @@ def logits_of(mask: Tensor) -> Tensor:
 
 
 def instances(num: int, masks: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits, iou_predictions, targets, valid) of chance, in frames padded at the bottom."""
+    """Random (logits, iou_predictions, targets, valid) in frames padded at the bottom."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(num, masks, 4, 4, generator=generator)
     iou_predictions = torch.rand(num, masks, generator=generator)
@@ -103,7 +103,9 @@ def test_padding_changes_nothing(in_padding: float) -> None:
         ("#### .... .... ....", "3333 .... .... ....", 1.2 / 4),
     ],
 )
-def test_iou_by_hand_counts_shares_as_areas(predicted: str, target: str, expected: float) -> None:
+def test_iou_by_hand_counts_fractions_as_areas(
+    predicted: str, target: str, expected: float
+) -> None:
     iou = low_res_iou(logits_of(cells(predicted)), cells(target), FULL)
     assert iou.item() == pytest.approx(expected, abs=1e-6)
 
@@ -136,7 +138,7 @@ def test_gradient_of_the_mask_loss_flows_only_through_the_best_of_three() -> Non
     assert moved[0] == moved[2] == 0
 
 
-def test_iou_head_learns_from_all_three_masks() -> None:
+def test_iou_head_is_trained_on_all_three_masks() -> None:
     logits, iou_predictions = three_masks()
     parts = sam_loss(logits, iou_predictions, TARGET, FULL, WEIGHTS)
     # True IoUs are 0, 1 and 1/2: ((0.5 - 0)^2 + (0.5 - 1)^2 + 0) / 3.
@@ -180,7 +182,7 @@ def test_empty_target_gives_finite_losses_and_gradients(logit: float) -> None:
 
 
 @pytest.mark.parametrize("masks", [1, 3])
-def test_sums_are_additive_so_that_chunks_and_workers_change_no_result(masks: int) -> None:
+def test_sums_are_additive_over_chunks_and_workers(masks: int) -> None:
     everything = instances(5, masks)
     whole = sam_loss(*everything, WEIGHTS)
     pieces = [

@@ -1,4 +1,4 @@
-"""Pre-training: no scene twice, the same steps from the same seed, and resuming to the last bit."""
+"""Pre-training: no scene is repeated, a seed repeats its steps, and resuming is bit-equal."""
 
 import json
 import subprocess
@@ -29,14 +29,14 @@ def source():
     return DrawnScenes(resolve_model(config_of("unused"), False), build_model("tiny"))
 
 
-def test_every_scene_comes_once(source):
+def test_every_scene_is_drawn_once(source):
     steps = [step for epoch in range(3) for step in source.steps(epoch)]
     scenes = [scene for step in steps for scene in step]
     assert sorted(scenes) == list(range(18))
     assert {len(step) for step in steps} == {2}
 
 
-def test_a_step_is_drawn_the_same_again_and_validation_is_not_among_them(source):
+def test_a_step_is_reproducible_and_another_step_differs(source):
     one, two = (source.load([4, 5], 0, 1, epoch=0) for _ in range(2))
     assert one[1] == two[1] == len(one[0]) >= 2
     assert torch.equal(one[0].images, two[0].images)
@@ -57,14 +57,14 @@ def test_points_lie_in_their_region_and_boxes_around_it(source):
                 assert (targets[torch.arange(len(group)), 0, y, x] > 0).all()
             else:
                 rows = targets[:, 0].amax(dim=2) > 0
-                # From first to last: something may lie across the region and part it.
+                # From first to last row, as an occluding object may split the region.
                 last = rows.shape[1] - rows.flip(1).int().argmax(dim=1)
                 height = (last - rows.int().argmax(dim=1)) * 4
                 given = group.boxes[:, 3] - group.boxes[:, 1]
                 assert ((given - height).abs() <= 0.7 * height + 8).all()
 
 
-def test_a_run_stopped_and_resumed_ends_as_if_undisturbed(tmp_path):
+def test_a_run_stopped_and_resumed_equals_an_undisturbed_one(tmp_path):
     whole = pretrain(config_of(tmp_path / "whole", "train.num_epochs=2"))
     assert whole["status"] == "finished"
     pieces = tmp_path / "pieces"
@@ -100,7 +100,7 @@ def test_only_tiny_is_pretrained(tmp_path):
         pretrain(config_of(tmp_path / "run", "model.type=vit_b"))
 
 
-def test_the_door_exports_what_the_package_ships(tmp_path, run_cli):
+def test_the_command_exports_weights_in_the_shipped_form(tmp_path, run_cli):
     from samray.sam.shipped import load_shipped
 
     run, out = tmp_path / "run", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Drawn scenes: pictures, exact masks, and the same ones from the same seed."""
+"""Drawn scenes: images, exact masks, and reproducible from a seed."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_seed_draws_the_same_pixels_and_another_seed_others(scenes):
     assert not torch.equal(scenes.images, other.images)
 
 
-def test_pictures_are_bytes_with_content_and_the_padding_is_empty(scenes):
+def test_images_are_bytes_with_content_and_the_padding_is_empty(scenes):
     assert scenes.images.shape == (24, 3, SIZE, SIZE)
     assert float(scenes.images.min()) >= 0
     assert float(scenes.images.max()) <= 255
@@ -47,20 +47,20 @@ def test_parts_lie_inside_their_objects(scenes):
     assert int(scenes.objects.max()) <= MAX_OBJECTS
 
 
-def test_scenes_are_of_many_kinds(scenes):
+def test_scenes_are_diverse(scenes):
     counts = [len(objects.unique()) - 1 for objects in scenes.objects]
     assert min(counts) < 6
     assert max(counts) > 12
     spread = (scenes.images.amax(dim=1) - scenes.images.amin(dim=1)).mean(dim=(1, 2))
-    assert (spread < 3).any(), "no grey picture"
-    assert (spread > 40).any(), "no colourful picture"
+    assert (spread < 3).any(), "no grey image"
+    assert (spread > 40).any(), "no colourful image"
     _, masks = region_masks(scenes, 8, generator(0))
     shares = masks.sum(dim=(1, 2)) / SIZE**2
     assert float(shares.min()) < 0.005
     assert float(shares.max()) > 0.15
 
 
-def test_regions_are_visible_and_never_twice(scenes):
+def test_regions_are_visible_and_never_repeated(scenes):
     scene_index, masks = region_masks(scenes, 5, generator(0))
     assert masks.dtype == torch.bool
     areas = masks.sum(dim=(1, 2))
@@ -74,8 +74,8 @@ def test_regions_are_visible_and_never_twice(scenes):
         assert len({mask.numpy().tobytes() for mask in mine}) >= len(mine) - 1
 
 
-def test_an_edge_shows_in_the_picture(scenes):
-    """Colours differ more across an outline than within: masks and pixels belong together."""
+def test_masks_follow_edges_of_the_image(scenes):
+    """Colours differ more across an outline than within, so masks match the pixels."""
     image, objects = scenes.images, scenes.objects
     step = (image[..., 1:] - image[..., :-1]).abs().mean(dim=1)
     inside = scenes.valid[..., 1:] & scenes.valid[..., :-1]

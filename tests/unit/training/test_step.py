@@ -1,4 +1,4 @@
-"""Correction clicks: on the error, with the right label, whatever the number of workers."""
+"""Correction clicks: on the error, and with the right label."""
 
 from dataclasses import replace
 
@@ -28,10 +28,10 @@ def click(answer, target, draw, valid=VALID):
     return int(x // 4), int(y // 4), int(labels[0, 0])
 
 
-def test_a_missed_cell_gets_a_foreground_and_a_spilled_one_a_background_click():
+def test_a_false_negative_gets_a_foreground_and_a_false_positive_a_background_click():
     target = square(2, 2, 8, 8)
-    assert click(square(2, 2, 8, 7), target, 0.0) == (2, 7, 1)  # missed the last row
-    assert click(square(2, 2, 8, 9), target, 0.999) == (7, 8, 0)  # spilled one row
+    assert click(square(2, 2, 8, 7), target, 0.0) == (2, 7, 1)  # misses the last row
+    assert click(square(2, 2, 8, 9), target, 0.999) == (7, 8, 0)  # has one row too many
 
 
 def test_draws_reach_every_wrong_cell_and_no_other():
@@ -46,7 +46,7 @@ def test_draws_reach_every_wrong_cell_and_no_other():
     assert found == wrong
 
 
-def test_a_right_answer_gets_a_click_on_the_object():
+def test_a_correct_mask_gets_a_click_on_the_object():
     x, y, label = click(square(2, 2, 8, 8), square(2, 2, 8, 8), 0.5)
     assert label == 1
     assert 2 <= x < 8
@@ -85,7 +85,7 @@ def batch_of(corrections):
 
 
 def test_each_pass_feeds_back_the_answer_and_adds_the_click():
-    """The whole loop, written out for one prompt with the decoder called by hand."""
+    """Compared with a loop over the decoder, written out for one prompt."""
     sam, batch = small_sam(), batch_of((True, False, True))
     batch = replace(
         batch,
