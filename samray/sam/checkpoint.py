@@ -224,7 +224,7 @@ class RunFolder:
     def register(self, name: str, metrics: dict[str, Any]) -> None:
         """Make a checkpoint the latest, and the best if its val_iou is; delete the others."""
         epochs = [*self.state["epochs"], metrics]
-        best = max(epochs, key=lambda epoch: epoch["val_iou"])  # the first of equals
+        best = max(epochs, key=lambda epoch: epoch["val_iou"])  # the first on a tie
         self.update(
             epochs=epochs,
             latest=f"checkpoints/{name}",

@@ -52,9 +52,7 @@ class ImageEncoder:
     def encode(self, name: str) -> str:
         """Encode one image into the cache; return its name."""
         record = self.dataset.images[name]
-        if (
-            self.cache.load(record.digest) is None
-        ):  # it may be there already if the task was retried
+        if self.cache.load(record.digest) is None:  # a retried task may find it there
             image = decode_image(self.dataset.image_bytes(record))
             self.cache.save(record.digest, encode_image(self.sam, image).cpu().numpy())
         return name

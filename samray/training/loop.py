@@ -112,9 +112,8 @@ def train_loop(
             origin = {"dataset_digest": source.digest, "base": checkpoint.progress.get("base")}
             _save_epoch(run, config, module.sam, optimizer, metrics, origin)
             report({"event": "epoch", **metrics})
-    worker.sum(
-        torch.zeros(1, device=worker.device)
-    )  # no worker exits before the last checkpoint is written
+    # A barrier: no worker exits before the last checkpoint is written.
+    worker.sum(torch.zeros(1, device=worker.device))
 
 
 def train_epoch(

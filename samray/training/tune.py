@@ -300,7 +300,7 @@ def _searcher(plan: SweepPlan, space: dict[str, Any]) -> Searcher | BasicVariant
     if settings.try_default and plan.num_trials > 1:
         default = default_point(plan.config, space)
         if default is None:
-            print("note: the config as it stands is no trial: the search space does not hold it")
+            print("note: the config itself is not a trial, as the search space does not contain it")
     points = [default] if default else None
     if settings.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
