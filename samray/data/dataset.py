@@ -2,7 +2,7 @@
 
 PREPARED/manifest.json              counts, splits, rejected items, digest; written last
 PREPARED/data/part-00000.parquet    a row an image, see SCHEMA
-PREPARED/data/part-00000.json       what came of each file of that shard
+PREPARED/data/part-00000.json       the outcome of each file of that shard (samray.data.outcome)
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from samray.data.outcome import PreparedImage
 from samray.errors import AnnotationError, DatasetError, StorageError
 from samray.geometry.masks import decode_rle
 from samray.storage import Place, local_copy, read_json
@@ -201,14 +202,10 @@ class PreparedDataset:
         return {"folder": self.folder, "manifest": self.manifest, "_files": {}}
 
 
-def dataset_digest(images: list[dict[str, Any]], splits: dict[str, list[str]]) -> str:
-    """sha256 over names, images, instances and splits, in an order that shards do not change.
-
-    Args:
-        images: dicts with `name`, `image_digest` and `instances_digest`.
-    """
+def dataset_digest(images: list[PreparedImage], splits: dict[str, list[str]]) -> str:
+    """sha256 over names, images, instances and splits, in an order that shards do not change."""
     content = [
-        sorted((i["name"], i["image_digest"], i["instances_digest"]) for i in images),
+        sorted((i.name, i.image_digest, i.instances_digest) for i in images),
         {name: sorted(members) for name, members in splits.items()},
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

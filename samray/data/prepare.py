@@ -1,8 +1,8 @@
 """LabelMe pairs or COCO files to a prepared dataset, rasterised in parallel by Ray Data.
 
-`prepare` reads down the page: list the files, keep the shards of an earlier call whose files are
-all as they were, let Ray Data turn each chunk of the others into one Parquet shard
-(`write_shard`), add up what came of it, assign splits, publish the manifest last.
+`prepare` reads top-down: list the files, keep the shards of an earlier call whose files have not
+changed, let Ray Data turn each chunk of the others into one Parquet shard (`write_shard`), add up
+the outcomes, assign splits, publish the manifest last.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +30,8 @@ from samray.data.annotation import MAX_JSON_BYTES
 from samray.data.coco import LISTS, CocoImage, looks_like_coco, read_coco
 from samray.data.dataset import FORMAT, SCHEMA, dataset_digest
 from samray.data.discovery import RawFiles, find_files
-from samray.data.intake import Entry, Rules, is_current, read_entry, rejection
+from samray.data.intake import Entry, Rules, is_current, read_entry
+from samray.data.outcome import Outcome, PreparedImage, Rejection
 from samray.data.splits import SplitRule
 from samray.errors import AnnotationError, ConfigError, DatasetError
 from samray.storage import (
@@ -67,19 +68,39 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Job:
+class Shard:
+    """A whole shard, as the JSON beside it describes it.
+
+    Attributes:
+        part: its name without extension.
+        num_bytes: size of the Parquet file.
+        outcomes: one for each entry, in order.
+    """
+
+    part: str
+    num_bytes: int
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class PrepareJob:
     """What every task of one call needs to know.
 
     Attributes:
-        settings: sha256 of the settings that decide the shards.
-        inputs: sha256 of these, the files, and the settings that decide the splits.
+        settings_digest: sha256 of the settings that decide the shards.
+        inputs_digest: sha256 of these, the files, and the settings that decide the splits.
     """
 
     files: RawFiles
     output: Place
     rules: Rules
-    settings: str
-    inputs: str
+    settings_digest: str
+    inputs_digest: str
+
+    @property
+    def settings(self) -> PrepareConfig:
+        """The `prepare` section."""
+        return self.rules.settings
 
 
 def prepare(config: Config) -> dict[str, Any]:
@@ -112,38 +133,27 @@ def prepare(config: Config) -> dict[str, Any]:
         )
     entries = [Entry(name, "labelme", files.stamps[name]) for name in files.annotations]
     entries += [Entry.of_coco(image) for image in coco]
-    job = _job(files, entries, output, settings, label_map)
+    job = _prepare_job(files, entries, output, settings, label_map)
     with plain_errors(f"--output-dir: {output}"):
         finished = _claim_output(job)
-    generation = finished["generation"] + 1 if finished else 1
-    if finished is not None and finished["inputs"] == job.inputs and _is_whole(finished, output):
+    same_inputs = finished is not None and finished["inputs"] == job.inputs_digest
+    if finished is not None and same_inputs and _is_whole(finished, output):
         _require_clean(finished["rejected"], settings)
         print(f"{output} is already prepared from the same inputs; nothing to do")
         return finished
     cluster.start()
     cluster.require_visible(root / (files.annotations or files.images)[0], "--data-dir")
     cluster.require_shared(output, "--output-dir")
-    outcomes = _run(entries, job, settings, generation)
-    manifest = _manifest(outcomes, files, problems, settings, job)
-    manifest["generation"] = generation
-    dropped = set(manifest["dropped_annotations"])
-    kept = [o for o in outcomes if o["image"] and o["annotation"] not in dropped]
-    annotated = [outcome["image"] for outcome in kept if outcome["annotation"]]
-    rule.require_known(annotated, [o["claims"] for o in outcomes if o["claims"]])
-    splits, warnings = rule.assign(annotated)
-    tiles = {image["name"]: image["tiles"] or [image["name"]] for image in annotated}
-    manifest["splits"] = {
-        split: [tile for name in names for tile in tiles[name]] for split, names in splits.items()
-    }
-    manifest["warnings"] += warnings
-    manifest["digest"] = dataset_digest([o["image"] for o in kept], manifest["splits"])
+    generation = finished["generation"] + 1 if finished else 1
+    outcomes, shards = _run(entries, job, generation)
+    manifest = _manifest(outcomes, problems, shards, generation, rule, job)
     save_config(config, output / "config.yaml")
     write_json(output / "manifest.json", manifest)
-    _remove_leftovers(output, {outcome["part"] for outcome in outcomes})
+    _remove_leftovers(output, set(shards))
     return manifest
 
 
-def write_shard(chunk: Chunk, job: Job) -> None:
+def write_shard(chunk: Chunk, job: PrepareJob) -> None:
     """Read, check and rasterise the entries of a chunk into one shard and its list of outcomes."""
     outcomes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -151,7 +161,7 @@ def write_shard(chunk: Chunk, job: Job) -> None:
     with whole_file(data / f"{chunk.part}.parquet") as temporary:
         with pq.ParquetWriter(temporary, SCHEMA, compression={"image": "none"}) as writer:
             for outcome, new in _read_in_order(chunk.entries, job):
-                outcomes.append(outcome)
+                outcomes.append(asdict(outcome))
                 rows += new
                 if sum(len(r["image"]) for r in rows) >= ROW_GROUP_BYTES:
                     writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
@@ -159,16 +169,16 @@ def write_shard(chunk: Chunk, job: Job) -> None:
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
         size = temporary.stat().st_size
-    story = {"settings": job.settings, "num_bytes": size, "outcomes": outcomes}
-    write_json(data / f"{chunk.part}.json", story)  # last: it says that the shard is whole
+    content = {"settings": job.settings_digest, "num_bytes": size, "outcomes": outcomes}
+    write_json(data / f"{chunk.part}.json", content)  # last: it marks the shard as whole
 
 
 def _read_in_order(
-    entries: tuple[Entry, ...], job: Job
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Read entries one by one from disk; from S3, which takes its time, a few at once."""
+    entries: tuple[Entry, ...], job: PrepareJob
+) -> Iterator[tuple[Outcome, list[dict[str, Any]]]]:
+    """Read entries one by one from disk; from S3, which has a latency, a few at once."""
     threads = 1 if isinstance(job.files.root, Path) else S3_THREADS
-    waiting: deque[Future[tuple[dict[str, Any], list[dict[str, Any]]]]] = deque()
+    waiting: deque[Future[tuple[Outcome, list[dict[str, Any]]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for entry in entries:
             waiting.append(
@@ -180,10 +190,10 @@ def _read_in_order(
             yield waiting.popleft().result()
 
 
-def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[dict[str, Any]]]:
-    """Take COCO files out of the list of LabelMe's; return their images, and what was unusable."""
+def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[Rejection]]:
+    """Move COCO files out of the list of LabelMe's; return their images, and what is unusable."""
     images: list[CocoImage] = []
-    problems: list[dict[str, Any]] = []
+    problems: list[Rejection] = []
     for name in list(files.annotations):
         # One with an image of its own name is LabelMe's; in S3 each look costs a request.
         has_image = PurePosixPath(name).stem in files.by_stem
@@ -193,80 +203,81 @@ def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[dict[str, Any]]]:
             found, faults = read_coco(read_bytes(files.root / name, MAX_JSON_BYTES), name)
         except AnnotationError as problem:
             if problem.field in LISTS:
-                continue  # some other JSON: told so as LabelMe's are
+                continue  # some other JSON: rejected as a LabelMe file
             files.annotations.remove(name)
-            problems.append(rejection(name, problem, 0))
+            problems.append(Rejection.of(name, problem, 0))
             continue
         files.annotations.remove(name)
         images += found
-        problems += [
-            rejection(name, AnnotationError(field, reason), count)
-            for field, reason, count in faults
-        ]
+        problems += [Rejection(name, *fault) for fault in faults]
     return images, problems
 
 
 def _run(
-    entries: list[Entry], job: Job, settings: PrepareConfig, generation: int
-) -> list[dict[str, Any]]:
-    """Make every shard that is missing; return what came of each entry, in their order.
+    entries: list[Entry], job: PrepareJob, generation: int
+) -> tuple[list[Outcome], dict[str, int]]:
+    """Make every shard that is missing.
 
     Args:
         generation: how many times this dataset will have been published.
+
+    Returns:
+        outcomes: of the entries, in their order, then of the images without annotation.
+        shards: bytes of each shard, by its part, in the order of the outcomes.
 
     Raises:
         ConfigError: the dataset published in the output folder has no file in common with these.
     """
     make_folder(job.output / "data", "--output-dir")
-    earlier = _earlier_parts(job)
-    annotated = _run_entries("part", entries, earlier, job, settings, generation)
-    claimed = {outcome["claims"] for outcome in annotated}
+    earlier = _earlier_shards(job)
+    done = _run_entries("part", entries, earlier, job, generation)
+    claimed = {outcome.claims for outcome, _ in done}
     rest = [
         Entry(image, "image", job.files.stamps[image])
         for image in job.files.images
         if image not in claimed
     ]
-    return annotated + _run_entries("unlabelled", rest, earlier, job, settings, generation)
+    done += _run_entries("unlabelled", rest, earlier, job, generation)
+    shards = {shard.part: shard.num_bytes for _, shard in done}
+    return [outcome for outcome, _ in done], shards
 
 
-def _earlier_parts(job: Job) -> dict[str, list[dict[str, Any]]]:
-    """The outcomes of each whole shard that an earlier call with these settings has left."""
-    parts = {}
+def _earlier_shards(job: PrepareJob) -> list[Shard]:
+    """Each whole shard that an earlier call with these settings has left."""
+    shards = []
     sizes = file_sizes(job.output / "data")
     for name in sizes:
         if name.endswith(".json") and not name.startswith("."):
             content = read_json(job.output / "data" / name)
             part = name.removesuffix(".json")
-            whole = (job.settings, sizes.get(f"{part}.parquet"))
+            whole = (job.settings_digest, sizes.get(f"{part}.parquet"))
             if whole == (content["settings"], content["num_bytes"]):
-                parts[part] = [
-                    {**outcome, "part": part, "num_bytes": content["num_bytes"]}
-                    for outcome in content["outcomes"]
-                ]
-    return parts
+                shards.append(_shard(part, content))
+    return shards
+
+
+def _shard(part: str, content: dict[str, Any]) -> Shard:
+    outcomes = tuple(Outcome.from_json(outcome) for outcome in content["outcomes"])
+    return Shard(part, content["num_bytes"], outcomes)
 
 
 def _run_entries(
-    prefix: str,
-    entries: list[Entry],
-    earlier: dict[str, list[dict[str, Any]]],
-    job: Job,
-    settings: PrepareConfig,
-    generation: int,
-) -> list[dict[str, Any]]:
+    prefix: str, entries: list[Entry], earlier: list[Shard], job: PrepareJob, generation: int
+) -> list[tuple[Outcome, Shard]]:
+    """Make the missing shards of entries; return the outcome and the shard of each entry."""
     wanted = {entry.name: entry for entry in entries}
-    done: dict[str, dict[str, Any]] = {}
-    mine = {part: outcomes for part, outcomes in earlier.items() if part.startswith(f"{prefix}-")}
-    for outcomes in mine.values():
+    done: dict[str, tuple[Outcome, Shard]] = {}
+    mine = [shard for shard in earlier if shard.part.startswith(f"{prefix}-")]
+    for shard in mine:
         if all(
-            outcome["entry"] in wanted
-            and outcome["entry"] not in done
-            and is_current(outcome, wanted[outcome["entry"]], job.files)
-            for outcome in outcomes
+            outcome.entry in wanted
+            and outcome.entry not in done
+            and is_current(outcome, wanted[outcome.entry], job.files)
+            for outcome in shard.outcomes
         ):
-            done.update((outcome["entry"], outcome) for outcome in outcomes)
+            done.update((outcome.entry, (outcome, shard)) for outcome in shard.outcomes)
     if generation > 1 and prefix == "part" and mine and not done:
-        known = {outcome["entry"] for outcomes in mine.values() for outcome in outcomes}
+        known = {outcome.entry for shard in mine for outcome in shard.outcomes}
         if not known & set(wanted):
             raise ConfigError(
                 f"--output-dir: {job.output} holds a dataset prepared from other files; choose "
@@ -275,15 +286,14 @@ def _run_entries(
     missing = [entry for entry in entries if entry.name not in done]
     if done and missing:
         print(f"{prefix}: {len(done)} files are prepared already, {len(missing)} are not")
-    size = settings.images_per_shard
+    size = job.settings.images_per_shard
     chunks = [
         _chunk(f"{prefix}-{generation}", tuple(missing[start : start + size]))
         for start in range(0, len(missing), size)
     ]
     for chunk in _run_chunks(chunks, job, "prepare" if prefix == "part" else prefix):
-        content = read_json(job.output / "data" / f"{chunk.part}.json")
-        told = {"part": chunk.part, "num_bytes": content["num_bytes"]}
-        done.update((o["entry"], o | told) for o in content["outcomes"])
+        shard = _shard(chunk.part, read_json(job.output / "data" / f"{chunk.part}.json"))
+        done.update((outcome.entry, (outcome, shard)) for outcome in shard.outcomes)
     return [done[entry.name] for entry in entries]
 
 
@@ -293,7 +303,7 @@ def _chunk(prefix: str, entries: tuple[Entry, ...]) -> Chunk:
     return Chunk(f"{prefix}-{names[:12]}", entries)
 
 
-def _run_chunks(chunks: list[Chunk], job: Job, title: str) -> list[Chunk]:
+def _run_chunks(chunks: list[Chunk], job: PrepareJob, title: str) -> list[Chunk]:
     if not chunks:
         return chunks
     cluster.quiet_ray_data()
@@ -321,9 +331,9 @@ def _run_chunks(chunks: list[Chunk], job: Job, title: str) -> list[Chunk]:
 
 
 @lru_cache(maxsize=1)
-def _job_of(shared: ray.ObjectRef) -> Job:
-    """Fetch the job once in each of Ray's processes: it lists all files, and takes its time."""
-    job: Job = ray.get(shared)
+def _job_of(shared: ray.ObjectRef) -> PrepareJob:
+    """Fetch the job once in each Ray process: it lists all files, so fetching it is slow."""
+    job: PrepareJob = ray.get(shared)
     return job
 
 
@@ -334,112 +344,128 @@ def _is_whole(manifest: dict[str, Any], output: Place) -> bool:
 
 
 def _remove_leftovers(output: Place, parts: set[str]) -> None:
-    """Remove what no manifest speaks of any more, and what a killed call has left."""
+    """Remove what the manifest does not list, and what a killed call has left."""
     for name in file_sizes(output / "data"):
         if name.partition(".")[0] not in parts:
             (output / "data" / name).unlink(missing_ok=True)
     (output / IN_PROGRESS).unlink(missing_ok=True)
 
 
-def _dropped(outcomes: list[dict[str, Any]]) -> set[str]:
-    """Annotations whose image an earlier JSON has already annotated."""
-    first: dict[str, str] = {}
-    dropped = set()
-    for outcome in outcomes:
-        if outcome["image"] and outcome["annotation"]:
-            owner = first.setdefault(outcome["image"]["name"], outcome["annotation"])
-            if owner != outcome["annotation"]:
-                dropped.add(outcome["annotation"])
-    return dropped
-
-
 def _manifest(
-    outcomes: list[dict[str, Any]],
-    files: RawFiles,
-    problems: list[dict[str, Any]],
-    settings: PrepareConfig,
-    job: Job,
+    outcomes: list[Outcome],
+    problems: list[Rejection],
+    shards: dict[str, int],
+    generation: int,
+    rule: SplitRule,
+    job: PrepareJob,
 ) -> dict[str, Any]:
-    """Everything but splits and digest."""
+    """Add up the outcomes, and assign the splits.
+
+    Raises:
+        ConfigError: the split file names images that are not in the dataset.
+        DatasetError: nothing usable, an empty split, or anything bad under `strict`.
+    """
     dropped = _dropped(outcomes)
-    owners = {
-        o["image"]["name"]: o["annotation"]
-        for o in reversed(outcomes)
-        if o["image"] and o["annotation"] not in dropped
+    kept = [outcome for outcome in outcomes if outcome.annotation not in dropped]
+    images = [outcome.image for outcome in kept if outcome.image]
+    annotated = [outcome.image for outcome in kept if outcome.image and outcome.annotation]
+    rejected = _rejected(outcomes, dropped, problems, job.files)
+    _require_clean(rejected, job.settings)
+    _require_instances(kept, rejected, job.files)
+    rule.require_known(annotated, [outcome.claims for outcome in outcomes if outcome.claims])
+    splits, leaks = rule.assign(annotated)
+    rows = {image.name: image.tiles or [image.name] for image in annotated}
+    splits = {
+        split: [row for name in names for row in rows[name]] for split, names in splits.items()
     }
-    labels: Counter[str] = Counter()
-    filtered: Counter[str] = Counter()
-    not_instances: Counter[str] = Counter()
-    rejected = [rejection(file, problem, 0) for file, problem in files.skipped] + problems
-    warnings, unlabelled, empty = [], [], []
-    num_images = num_instances = joined = num_tiles = num_cut = 0
-    stretched = {}
-    for outcome in outcomes:
-        name = outcome["image"]["name"] if outcome["image"] else None
-        if outcome["annotation"] in dropped:  # with all its shapes, good or bad
-            reason = f"{name} is already annotated by {owners[name]}; remove one of the two"
-            problem = AnnotationError("imagePath", reason)
-            rejected.append(rejection(outcome["annotation"], problem, outcome["num_shapes"]))
-            continue
-        rejected += outcome["rejected"]
-        warnings += outcome["warnings"]
-        if name is None:
-            continue
-        num_images += 1
-        num_instances += outcome["image"]["num_instances"]
-        joined += outcome["joined"]
-        if outcome["image"]["stretch"] is not None:
-            stretched[name] = outcome["image"]["stretch"]
-        num_tiles += len(outcome["image"]["tiles"] or [])
-        num_cut += outcome["image"]["num_cut"]
-        labels.update(outcome["labels"])
-        filtered.update(outcome["filtered"])
-        not_instances.update(outcome["not_instances"])
-        if outcome["annotation"] is None:
-            unlabelled.append(name)
-        elif not outcome["image"]["num_instances"]:
-            empty.append(name)
-    _require_clean(rejected, settings)
-    if not num_instances:
-        hint = ""
-        if rejected:
-            first = rejected[0]
-            hint = f"; {len(rejected)} problems, the first: "
-            hint += f"{first['file']}: {first['field']}: {first['reason']}"
-        if filtered:
-            hint += f"; filtered out: {dict(filtered)}"
-        raise DatasetError(f"{files.root}: no instance is usable{hint}")
+    warnings = [warning for outcome in kept for warning in outcome.warnings] + leaks
     return {
         "format": FORMAT,
         "samray_version": __version__,
-        "inputs": job.inputs,
-        "settings": job.settings,
-        "num_images": num_images,
-        "num_instances": num_instances,
-        "num_shapes": sum(outcome["num_shapes"] for outcome in outcomes)
-        + sum(problem["num_shapes"] for problem in problems),
-        "labels": dict(sorted(labels.items())),
-        "joined": joined,
-        "filtered": dict(sorted(filtered.items())),
-        "not_instances": dict(sorted(not_instances.items())),
-        "splits": {},
-        "tiles": {
-            "size": job.rules.tile,
-            "overlap": job.rules.overlap,
-            "num_tiles": num_tiles,
-            "num_instances_cut": num_cut,
-        }
-        if job.rules.tile is not None
-        else None,
-        "stretched": stretched,
-        "unlabelled": unlabelled,
-        "empty": empty,
+        "inputs": job.inputs_digest,
+        "settings": job.settings_digest,
+        "num_images": len(images),
+        "num_instances": sum(image.num_instances for image in images),
+        "num_shapes": sum(outcome.num_shapes for outcome in outcomes)
+        + sum(problem.num_shapes for problem in problems),
+        "labels": dict(sorted(_total(outcome.labels for outcome in kept).items())),
+        "joined": sum(outcome.joined for outcome in kept),
+        "filtered": dict(sorted(_total(outcome.filtered for outcome in kept).items())),
+        "not_instances": dict(sorted(_total(outcome.not_instances for outcome in kept).items())),
+        "splits": splits,
+        "tiles": _tile_counts(images, job.settings),
+        "stretched": {image.name: list(image.stretch) for image in images if image.stretch},
+        "unlabelled": [o.image.name for o in kept if o.image and o.annotation is None],
+        "empty": [image.name for image in annotated if not image.num_instances],
         "rejected": rejected,
-        "warnings": warnings,
+        "warnings": [asdict(warning) for warning in warnings],
         "dropped_annotations": sorted(dropped),
-        "shard_bytes": {f"data/{o['part']}.parquet": o["num_bytes"] for o in outcomes},
-        "shards": [f"data/{part}.parquet" for part in dict.fromkeys(o["part"] for o in outcomes)],
+        "shard_bytes": {f"data/{part}.parquet": size for part, size in shards.items()},
+        "shards": [f"data/{part}.parquet" for part in shards],
+        "generation": generation,
+        "digest": dataset_digest(images, splits),
     }
+
+
+def _dropped(outcomes: list[Outcome]) -> dict[str, str]:
+    """Annotations whose image an earlier one has annotated already: {annotation: that one}."""
+    first: dict[str, str] = {}
+    dropped = {}
+    for outcome in outcomes:
+        if outcome.image and outcome.annotation:
+            owner = first.setdefault(outcome.image.name, outcome.annotation)
+            if owner != outcome.annotation:
+                dropped[outcome.annotation] = owner
+    return dropped
+
+
+def _rejected(
+    outcomes: list[Outcome], dropped: dict[str, str], problems: list[Rejection], files: RawFiles
+) -> list[dict[str, Any]]:
+    """The manifest's `rejected`: unusable files first, then in the order of the outcomes."""
+    rejected = [Rejection.of(file, problem, 0) for file, problem in files.skipped] + problems
+    for outcome in outcomes:
+        if outcome.annotation in dropped:  # with all its shapes, usable or not
+            owner = dropped[outcome.annotation]
+            reason = f"{outcome.claims} is already annotated by {owner}; remove one of the two"
+            rejected.append(Rejection(outcome.entry, "imagePath", reason, outcome.num_shapes))
+        else:
+            rejected += outcome.rejected
+    return [asdict(rejection) for rejection in rejected]
+
+
+def _total(counts: Iterable[dict[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total
+
+
+def _tile_counts(images: list[PreparedImage], settings: PrepareConfig) -> dict[str, int] | None:
+    if settings.tile is None:
+        return None
+    return {
+        "size": settings.tile,
+        "overlap": settings.overlap_pixels,
+        "num_tiles": sum(len(image.tiles or []) for image in images),
+        "num_instances_cut": sum(image.num_cut for image in images),
+    }
+
+
+def _require_instances(
+    kept: list[Outcome], rejected: list[dict[str, Any]], files: RawFiles
+) -> None:
+    """Refuse a dataset without a single instance, with what may be the cause."""
+    if any(outcome.labels for outcome in kept):
+        return
+    hint = ""
+    if rejected:
+        first = rejected[0]
+        hint = f"; {len(rejected)} problems, the first: "
+        hint += f"{first['file']}: {first['field']}: {first['reason']}"
+    if filtered := _total(outcome.filtered for outcome in kept):
+        hint += f"; filtered out: {dict(filtered)}"
+    raise DatasetError(f"{files.root}: no instance is usable{hint}")
 
 
 def _require_clean(rejected: list[dict[str, Any]], settings: PrepareConfig) -> None:
@@ -452,12 +478,12 @@ def _require_clean(rejected: list[dict[str, Any]], settings: PrepareConfig) -> N
         )
 
 
-def _claim_output(job: Job) -> dict[str, Any] | None:
-    """Return the manifest of what is there; else make the folder ours, or refuse it."""
+def _claim_output(job: PrepareJob) -> dict[str, Any] | None:
+    """Return the manifest that is there; else mark the folder as this job's, or refuse it."""
     for name in ("manifest.json", IN_PROGRESS):
         if (job.output / name).exists():
             content = read_json(job.output / name)
-            if not isinstance(content, dict) or content.get("settings") != job.settings:
+            if not isinstance(content, dict) or content.get("settings") != job.settings_digest:
                 raise ConfigError(
                     f"--output-dir: {job.output} holds a dataset prepared with other settings or "
                     "by another samray; choose another folder or delete this one"
@@ -468,17 +494,17 @@ def _claim_output(job: Job) -> dict[str, Any] | None:
             f"--output-dir: {job.output} is not empty and holds no prepared dataset; choose another"
         )
     make_folder(job.output, "--output-dir")
-    write_json(job.output / IN_PROGRESS, {"settings": job.settings})
+    write_json(job.output / IN_PROGRESS, {"settings": job.settings_digest})
     return None
 
 
-def _job(
+def _prepare_job(
     files: RawFiles,
     entries: list[Entry],
     output: Place,
     settings: PrepareConfig,
     label_map: dict[str, str | None],
-) -> Job:
+) -> PrepareJob:
     shard_keys = {"labels", "join_groups", "images_per_shard", "max_megapixels", "visualize"}
     shard_keys |= {"num_samples", "tile", "overlap"}
     split_keys = {"group_by", "val_fraction", "test_fraction"}
@@ -490,16 +516,8 @@ def _job(
     if settings.split_file:
         contents.append(str(read_bytes(resolve(settings.split_file, "--split-file"))))
     overlays = entries[: settings.num_samples] if settings.visualize else []
-    rules = Rules(
-        label_map,
-        settings.labels,
-        settings.max_megapixels,
-        settings.join_groups,
-        settings.tile,
-        settings.overlap_pixels,
-        frozenset(entry.name for entry in overlays),
-    )
-    return Job(files, output, rules, shards, _digest([shards, splits, *contents]))
+    rules = Rules(settings, label_map, frozenset(entry.name for entry in overlays))
+    return PrepareJob(files, output, rules, shards, _digest([shards, splits, *contents]))
 
 
 def _digest(texts: Iterable[str]) -> str:

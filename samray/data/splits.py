@@ -5,10 +5,10 @@ import hashlib
 import json
 import re
 from pathlib import PurePosixPath
-from typing import Any
 
 from samray.config import PrepareConfig
 from samray.data.dataset import SPLITS
+from samray.data.outcome import FileWarning, PreparedImage
 from samray.errors import ConfigError, DatasetError
 from samray.storage import read_bytes, resolve
 
@@ -63,36 +63,30 @@ class SplitRule:
             digest = hashlib.sha256(self._group_of(name).encode()).hexdigest()
         return split_of_hash(digest, self.settings.val_fraction, self.settings.test_fraction)
 
-    def assign(
-        self, images: list[dict[str, Any]]
-    ) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
-        """Return the members of each split, and warnings of photos that are in two.
-
-        Args:
-            images: dicts with `name`, `image_digest` and `num_instances`.
+    def assign(self, images: list[PreparedImage]) -> tuple[dict[str, list[str]], list[FileWarning]]:
+        """Return the images of each split, and warnings about photos that are in two.
 
         Raises:
-            DatasetError: a split that is wanted has no instance.
+            DatasetError: a split with a share above 0 has no instance.
         """
         splits: dict[str, list[str]] = {split: [] for split in SPLITS}
         warnings = []
         filled = set()
         seen: dict[str, tuple[str, str]] = {}
         for image in images:
-            name = image["name"]
-            split = self.split_of(name, image["image_digest"])
-            splits[split].append(name)
-            if image["num_instances"]:
+            split = self.split_of(image.name, image.image_digest)
+            splits[split].append(image.name)
+            if image.num_instances:
                 filled.add(split)
-            twin, twin_split = seen.setdefault(image["image_digest"], (name, split))
+            twin, twin_split = seen.setdefault(image.image_digest, (image.name, split))
             if twin_split != split:
                 reason = f"is the same photo as {twin}, but {split} and {twin_split} have one each"
-                warnings.append({"file": name, "field": "image", "reason": reason})
+                warnings.append(FileWarning(image.name, "image", reason))
         shares = {"train": 1.0, "val": self.settings.val_fraction}
         shares["test"] = self.settings.test_fraction
         lacking = [split for split in SPLITS if shares[split] > 0 and split not in filled]
         if lacking:
-            objects = {image["name"] for image in images if image["num_instances"]}
+            objects = {image.name for image in images if image.num_instances}
             counts = ", ".join(
                 f"{split} {len(objects & set(members))}" for split, members in splits.items()
             )
@@ -104,13 +98,13 @@ class SplitRule:
             )
         return {split: sorted(members) for split, members in splits.items()}, warnings
 
-    def require_known(self, images: list[dict[str, Any]], claimed: list[str]) -> None:
+    def require_known(self, images: list[PreparedImage], claimed: list[str]) -> None:
         """Refuse a split file that names images which the dataset has not, even as bad ones.
 
         Raises:
             ConfigError: naming the first of them.
         """
-        known = {image["name"] for image in images} | set(claimed)
+        known = {image.name for image in images} | set(claimed)
         known |= {PurePosixPath(name).name for name in known}
         unknown = [name for name in self.listed if name not in known]
         if unknown:

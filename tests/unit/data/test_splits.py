@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from samray.config import PrepareConfig
+from samray.data.outcome import PreparedImage
 from samray.data.splits import SplitRule, split_of_hash
 from samray.errors import ConfigError, DatasetError
 
@@ -16,13 +18,11 @@ def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def images(*names: str, num_instances: int = 1) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "image_digest": sha(name), "num_instances": num_instances} for name in names
-    ]
+def images(*names: str, num_instances: int = 1) -> list[PreparedImage]:
+    return [PreparedImage(name, sha(name), num_instances, instances_digest="") for name in names]
 
 
-def many(count: int) -> list[dict[str, Any]]:
+def many(count: int) -> list[PreparedImage]:
     return images(*(f"{number:04d}.jpg" for number in range(count)))
 
 
@@ -81,10 +81,10 @@ def test_adding_images_moves_none_and_order_does_not_matter() -> None:
 
 
 def test_same_photo_under_two_names_is_in_one_split() -> None:
-    copies = [{**image, "name": f"copy/{image['name']}"} for image in many(60)]
+    copies = [replace(image, name=f"copy/{image.name}") for image in many(60)]
     splits, warnings = rule().assign(many(60) + copies)
     found = where(splits)
-    assert all(found[f"copy/{image['name']}"] == found[image["name"]] for image in many(60))
+    assert all(found[f"copy/{image.name}"] == found[image.name] for image in many(60))
     assert warnings == []
 
 
@@ -92,7 +92,7 @@ def test_members_are_sorted_and_every_image_is_in_one_split() -> None:
     splits, _ = rule().assign(many(60)[::-1])
     assert all(names == sorted(names) for names in splits.values())
     found = [name for names in splits.values() for name in names]
-    assert sorted(found) == [image["name"] for image in many(60)]
+    assert sorted(found) == [image.name for image in many(60)]
 
 
 def test_group_by_folder_keeps_folders_together() -> None:
@@ -153,8 +153,8 @@ def test_split_file_wins_over_hash_and_group_by_path_or_file_name(
 def test_image_that_the_split_file_leaves_out_goes_by_its_hash(tmp_path: Path) -> None:
     given = from_file(tmp_path, SPLITS)
     for image in many(30):
-        expected = split_of_hash(image["image_digest"], 0.2, 0.2)
-        assert given.split_of(image["name"], image["image_digest"]) == expected
+        expected = split_of_hash(image.image_digest, 0.2, 0.2)
+        assert given.split_of(image.name, image.image_digest) == expected
 
 
 def test_whole_path_wins_over_file_name(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_training_split_may_never_be_empty(tmp_path: Path) -> None:
 def test_same_photo_put_into_two_splits_by_file_is_warned_about(tmp_path: Path) -> None:
     given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["b.jpg"], "test": ["copy.jpg"]})
     listed = images("a.jpg", "b.jpg", "copy.jpg")
-    listed[2]["image_digest"] = listed[0]["image_digest"]
+    listed[2].image_digest = listed[0].image_digest
     _, (warning,) = given.assign(listed)
-    assert warning["file"] == "copy.jpg"
-    assert warning["reason"] == "is the same photo as a.jpg, but test and train have one each"
+    assert warning.file == "copy.jpg"
+    assert warning.reason == "is the same photo as a.jpg, but test and train have one each"

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import asdict
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from samray.config import load_config
 from samray.data.dataset import FORMAT, SCHEMA, SPLITS
+from samray.data.outcome import PreparedImage
 from samray.data.splits import SplitRule
 from samray.errors import ConfigError, DatasetError
 from samray.geometry.masks import CroppedMask, encode_rle
@@ -319,13 +321,14 @@ def real_warnings(images, *words):
         rule.listed = {name: split for name, split, *_ in images if split}
     else:
         rule = SplitRule(load_config(None, list(words)).prepare)
-    return rule.assign(
+    splits, warnings = rule.assign(
         [
-            {"name": name, "image_digest": str(hash(file)), "num_instances": 1}
+            PreparedImage(name, str(hash(file)), num_instances=1, instances_digest="")
             for name, split, file, *_ in images
             if split
         ]
     )
+    return splits, [asdict(warning) for warning in warnings]
 
 
 def test_a_tile_is_recommended_that_brings_small_objects_to_16_pixels(tmp_path):
