@@ -1,9 +1,9 @@
-"""Photos that show the same: copies, other sizes and qualities, neighbouring frames.
+"""Near-duplicate images: copies, other sizes and qualities, neighbouring frames.
 
-A photo's fingerprint is how its brightness changes from cell to cell of a coarse grid. Unlike the
-bits of a perceptual hash, it weighs an edge by its strength, so flat ground with its noise counts
-little: among 54 microscopy images that are all alike, no two different ones came above 0.84
-(a 64-bit dHash took some for copies), while a smaller, re-compressed or brighter copy stayed
+An image's fingerprint is how its brightness changes from cell to cell of a coarse grid. Unlike the
+bits of a perceptual hash, it weighs an edge by its strength, so a flat, noisy background counts
+little: among 54 microscopy images that are all alike, no two different ones had a similarity above
+0.84 (a 64-bit dHash took some for copies), while a smaller, re-compressed or brighter copy stayed
 above 0.95 and one with 2 % cut off around it mostly above 0.88.
 """
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from samray.geometry.images import grey_thumbnail
 
-GRID = 16  # cells a side
+GRID = 16  # cells per side
 MIN_SIMILARITY = 0.88
-BLOCK = 512  # photos compared with all others at once: bounds the memory
+BLOCK = 512  # images compared with all others at once: bounds the memory
 
 
 def fingerprint(raw: bytes) -> np.ndarray:
-    """Return what near-duplicates have nearly in common.
+    """Return a vector that is nearly equal for near-duplicates.
 
     Args:
         raw: an image file.
@@ -35,14 +35,14 @@ def fingerprint(raw: bytes) -> np.ndarray:
 
 
 def near_duplicates(fingerprints: np.ndarray, digests: list[str]) -> list[list[int]]:
-    """Return groups of photos of which each resembles another one of its group.
+    """Return groups of images in which each resembles another one of its group.
 
     Args:
         fingerprints: N x 480 float32.
-        digests: N, sha256 of the files; equal ones are the same photo whatever they look like.
+        digests: N, sha256 of the files; equal ones are the same image whatever their fingerprint.
 
     Returns:
-        Each group's places, ascending, two or more; groups in the order of their first.
+        The indices of each group, ascending, two or more; groups in the order of their first.
     """
     group = np.arange(len(digests))
     _, identity = np.unique(digests, return_inverse=True)

@@ -1,4 +1,4 @@
-"""`samray inspect`: pictures of what a model will see, with the prompts it will be given."""
+"""`samray inspect`: pictures of the masks and of the prompts that a model will be given."""
 
 from pathlib import PurePosixPath
 from typing import Any

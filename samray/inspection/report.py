@@ -1,10 +1,9 @@
 """`samray inspect --report`: what a prepared dataset holds, what is wrong with it, what to do.
 
-`report` reads down the page: measure every instance once, add up the facts (report.json), draw
-the few instances that are shown, and write one page (report.html) that needs no other file.
+`report` reads top-down: measure every instance once, add up the facts (report.json), draw the few
+instances that are shown, and write one self-contained page (report.html).
 """
 
-import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
@@ -24,19 +23,20 @@ from samray.geometry.frames import points_to_input
 from samray.geometry.images import decode_image
 from samray.geometry.masks import CroppedMask, decode_crop, nearest_overlaps, outline_of
 from samray.inspection.duplicates import fingerprint, near_duplicates
+from samray.inspection.problems import find_notes, find_problems
 from samray.sam.model import TINY_SIZE
 from samray.storage import make_folder, require_folder, resolve, write_bytes, write_json
 
 MODEL_SIDES = {"vit": 1024, "tiny": TINY_SIZE}  # the longest side of what a model sees, pixels
 SMALL = 16  # shorter box sides, at the model's resolution, are one cell of its embedding or less
-SMALL_SHARE = 0.05  # from here on, tiles are worth their cost
-TWICE = 0.8  # IoU above which two instances are probably one object
+SMALL_SHARE = 0.05  # share of small instances from which tiles are worth their cost
 SAMPLES, SAMPLE_SIDE = 6, 104  # crops a label, pixels
 ODD, ODD_SIDE = 4, 250  # pictures a kind, pixels
 LABELS_SHOWN, GROUPS_SHOWN, ITEMS_SHOWN = 30, 12, 50  # report.json has all
 
-# A row an instance. `border` is its length along the image's border, pixels, `short_*` the shorter
-# side of its box as a model sees it, `partner` the instance of its image that it overlaps most.
+# One row per instance. `border` is its length along the image's border in pixels, `short_*` the
+# shorter side of its box at the model's resolution, `partner` the instance of the same image that
+# it overlaps most.
 INSTANCE = np.dtype(
     [
         ("image", "i4"), ("number", "i4"), ("label", "i4"), ("area", "i8"), ("box", "f4", (4,)),
@@ -45,56 +45,14 @@ INSTANCE = np.dtype(
     ]
 )  # fmt: skip
 
-# (pattern on "field: reason" without indices and label, title, what to do); the first counts.
-KINDS = (
-    ("already annotated", "Two annotation files for one image",
-     "Keep one of the two JSON files and move the other away."),
-    ("^(imagePath|file_name)", "Annotations whose image is not found",
-     "Put the image beside its JSON under the same name, or correct imagePath (COCO: file_name)."),
-    ("^imageData", "Embedded images that cannot be read",
-     "Put the image file beside its JSON, or save the JSON again from LabelMe."),
-    ("^imageHeight", "Images resized or rotated after they were annotated",
-     "Bring the image back that was annotated, or open the JSON in LabelMe and annotate anew."),
-    ("^image:", "Images that cannot be used",
-     "Open the image and save it again as JPEG or PNG, each page by itself; else fetch it anew."),
-    ("^(file|folder): .*link", "Links that are not followed",
-     "Copy the files into the folder of the dataset."),
-    ("^(file|folder|images|annotations|categories|shapes):",
-     "Files that cannot be read as annotations",
-     "Mend or move away the file; `samray prepare` reads LabelMe and COCO JSON in UTF-8."),
-    ("once more", "Shapes that stand there twice", "Delete one of the two in the annotation tool."),
-    ("outside the image|covers no pixel", "Shapes beside the image",
-     "Delete the shape, or check that the JSON belongs to this image."),
-    ("out of the image; cut off", "Shapes that reach out of the image",
-     "Nothing, if they reach little; else check that image and JSON belong together."),
-    ("white space", "Labels with white space around them",
-     "Nothing, samray removed it; rename the label in the annotation tool for other readers."),
-    ("^group_id: joins", "Groups that join nearly all shapes of an image",
-     "If the group is a slip, prepare with prepare.join_groups=false."),
-    ("needs", "Shapes of too few points", "Delete the shape, or draw it again."),
-    (r"^[\w.]*shape_type", "Shapes of an unknown type", "Draw the shape as a polygon or a mask."),
-    (r"^[\w.]*(label|category)", "Shapes without a usable label", "Give the shape a label."),
-    (r"^[\w.]*(points|segmentation|counts|size)", "Shapes whose coordinates cannot be used",
-     "Draw the shape again; the reason names the place."),
-    (r"^[\w.]*mask", "Masks that cannot be read", "Draw the mask again, or export it anew."),
-)  # fmt: skip
-LABEL_IN_BRACKETS = r"^\('.*'\)"
-OTHER_KIND = ("Other problems", "Each reason says what is wrong.")
-LEAK_KIND = (
-    "Nearly the same photo in different splits",
-    "The model is judged on what it learned by heart, so the scores flatter. Prepare again with "
-    "--group-by, or with --split-file and the splits.json beside this report, which keeps each "
-    "such group together; or delete the copies.",
-)
-
-# (key, title, why one looks at it)
+# (key, title, what to check)
 ODDEST = (
-    ("smallest", "Smallest", "A slip of the mouse? Delete it. Real? See resolution and tiles."),
+    ("smallest", "Smallest", "Drawn by mistake? Delete it. Real? See resolution and tiles."),
     ("largest", "Largest share of the image",
-     "The ground outlined instead of the object? Segment Anything drops masks above 90 %."),
+     "Background outlined instead of the object? Segment Anything drops masks above 90 %."),
     ("elongated", "Most elongated", "A line drawn as a polygon, or a sliver left by a cut?"),
     ("border", "Most cut off by the image's border",
-     "Fine, if the object goes on outside; else the outline ran over the edge."),
+     "Fine if the object continues outside; else the outline ran over the edge."),
     ("vertices", "Most corners", "A ragged outline of a brush or of another model?"),
     ("overlapping", "Most overlapping",
      "One object outlined twice? Delete one. An object on another one is fine."),
@@ -104,8 +62,8 @@ ODDEST = (
 def report(config: Config) -> dict[str, Any]:
     """Write report.html and report.json on a prepared dataset.
 
-    Where nearly the same photo lies in different splits, splits.json beside them is a split file
-    for `samray prepare` that mends it.
+    If nearly the same image is in different splits, splits.json beside them is a split file for
+    `samray prepare` that corrects it.
 
     Args:
         config: its `inspect` section.
@@ -115,7 +73,7 @@ def report(config: Config) -> dict[str, Any]:
 
     Raises:
         SamrayError: a folder or the dataset cannot be used.
-        DatasetError: under `strict`, once all is written: there is a problem.
+        DatasetError: under `strict`, once everything is written: there is a problem.
     """
     settings = config.inspect
     data_dir, output_dir = required(config, "inspect.data_dir", "inspect.output_dir")
@@ -145,8 +103,8 @@ def report(config: Config) -> dict[str, Any]:
 def _measure(
     dataset: PreparedDataset, records: list[ImageRecord], names: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a row of INSTANCE each, and the images' fingerprints, N x 480; one image at a time."""
-    place = {label: number for number, label in enumerate(names)}
+    """Return a row of INSTANCE for each instance, and the images' fingerprints, N x 480."""
+    label_numbers = {label: number for number, label in enumerate(names)}
     rows, fingerprints = [], []
     bar = tqdm(records, desc="inspect", unit="img", file=sys.stderr, disable=None)
     for number, record in enumerate(bar):
@@ -157,18 +115,18 @@ def _measure(
                 f"{dataset.folder}: the image of {record.name} {exc.reason}; the shard is damaged, "
                 "prepare the dataset again"
             ) from exc
-        measured = _measure_image(record, place)
+        measured = _measure_image(record, label_numbers)
         measured["image"] = number
         rows.append(measured)
     return np.concatenate(rows), np.stack(fingerprints)
 
 
-def _measure_image(record: ImageRecord, place: dict[str, int]) -> np.ndarray:
+def _measure_image(record: ImageRecord, label_numbers: dict[str, int]) -> np.ndarray:
     rows = np.zeros(len(record.instances), dtype=INSTANCE)
     if not len(rows):
         return rows
     rows["number"] = np.arange(len(rows))
-    rows["label"] = [place[instance.label] for instance in record.instances]
+    rows["label"] = [label_numbers[instance.label] for instance in record.instances]
     rows["area"] = [instance.area for instance in record.instances]
     rows["box"] = [instance.box for instance in record.instances]
     rles = [instance.rle for instance in record.instances]
@@ -213,7 +171,7 @@ def _facts(
         model: _resolution(instances, records, model, side) for model, side in MODEL_SIDES.items()
     }
     labels = _labels(records, names, instances, splits)
-    problems = _problems(manifest, leaks) + _notes(manifest, records, names, instances, labels)
+    problems = find_problems(manifest, leaks) + find_notes(manifest, records, instances, labels)
     annotated = [record for record in records if record.name in splits]
     num_problems = sum(len(kind["items"]) for kind in problems if kind["level"] != "note")
     sizes = Counter(record.size for record in records)
@@ -259,7 +217,7 @@ def _labels(
     instances: np.ndarray,
     splits: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """A dict a label, the most frequent first; `samples` go from small to large."""
+    """One dict per label, the most frequent first; `samples` go from small to large."""
     split_of = np.array([splits.get(record.name, "") for record in records])
     pixels = np.array([record.size[0] * record.size[1] for record in records])
     order = np.argsort(instances["label"], kind="stable")
@@ -290,7 +248,7 @@ def _labels(
 
 
 def _place(records: list[ImageRecord], row: np.void) -> dict[str, Any]:
-    """Where an instance is, for a person and for the drawing."""
+    """Where an instance is, for the reader and for drawing it."""
     record = records[row["image"]]
     return {
         "image": record.name,
@@ -303,7 +261,7 @@ def _place(records: list[ImageRecord], row: np.void) -> dict[str, Any]:
 def _spread(values: np.ndarray, whole: bool = True) -> dict[str, Any]:
     """Smallest, median, largest, and a histogram whose counts add up to the number of values.
 
-    Whole numbers that span little have a bin each; all others have powers of two as edges.
+    Whole numbers in a narrow range have a bin each; all others have powers of two as edges.
     """
     low, high = values.min(), values.max()
     if whole and high - low <= 20:
@@ -335,11 +293,11 @@ def _spread(values: np.ndarray, whole: bool = True) -> dict[str, Any]:
 def _resolution(
     instances: np.ndarray, records: list[ImageRecord], model: str, side: int
 ) -> dict[str, Any]:
-    """How many instances are small to a model, and the tile that would help.
+    """How many instances are small at a model's resolution, and the tile that would help.
 
     In a tile of T pixels, an object of s pixels is s * side / T to the model. So the tile that
-    brings nine in ten of the small ones to SMALL is s * side / SMALL, with s the short side
-    that they reach; but a tile shorter than twice their median length would mostly cut them.
+    brings nine in ten of the small ones to SMALL is s * side / SMALL, with s their lowest decile
+    of short sides; but a tile shorter than twice their median length would cut most of them.
     """
     small = instances[instances[f"short_{model}"] < SMALL]
     share = len(small) / len(instances)
@@ -392,7 +350,7 @@ def _splits(
 def _duplicates(
     records: list[ImageRecord], splits: dict[str, str], fingerprints: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Groups of nearly the same photo: those in different splits first, then across folders."""
+    """Groups of nearly the same image: those in different splits first, then across folders."""
     groups = []
     for places in near_duplicates(fingerprints, [record.digest for record in records]):
         members = [records[place] for place in places]
@@ -412,9 +370,10 @@ def _duplicates(
 
 
 def _splits_without_leaks(dataset: PreparedDataset, facts: dict[str, Any]) -> dict[str, list[str]]:
-    """A split file: as now, but each group is where most of it was, on a tie where one learns.
+    """The present splits, but with each group in the split of most of its images.
 
-    It names photos, not tiles: all tiles of a photo stay together.
+    A tie goes to the first of SPLITS. It names images, not tiles: all tiles of an image stay
+    together.
     """
     source = {record.name: record.source for record in dataset.images.values()}
     splits = {s: {source[name] for name in dataset.manifest["splits"][s]} for s in SPLITS}
@@ -432,133 +391,20 @@ def _splits_without_leaks(dataset: PreparedDataset, facts: dict[str, Any]) -> di
     return {split: sorted(images) for split, images in splits.items()}
 
 
-def _problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `--strict` does not allow, by kind: leaks, rejected items, warnings, in this order."""
-    kinds: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for group in leaks:
-        first, *others = group["images"]
-        listed = ", ".join(f"{i['image']} ({i['split'] or 'no split'})" for i in others[:10])
-        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
-        same = "is the same file as" if group["same_file"] else "shows nearly the same as"
-        reason = f"({first['split'] or 'no split'}) {same} {listed}{more}"
-        kinds["problem", *LEAK_KIND].append(
-            {"file": first["image"], "field": "image", "reason": reason}
-        )
-    levels = (("problem", manifest["rejected"]), ("warning", manifest["warnings"]))
-    for level, entry in ((level, entry) for level, entries in levels for entry in entries):
-        if entry["reason"].startswith("is the same photo as"):
-            continue  # equal files are a group of `leaks`, with all their copies
-        reason = re.sub(LABEL_IN_BRACKETS, "", entry["reason"])  # it may hold any word
-        text = re.sub(r"\[\d+\]", "", entry["field"]) + ": " + reason
-        found = (kind[1:] for kind in KINDS if re.search(kind[0], text))
-        item = {key: entry[key] for key in ("file", "field", "reason")}
-        kinds[level, *next(found, OTHER_KIND)].append(item)
-    return [
-        {"level": level, "title": title, "fix": fix, "items": items}
-        for (level, title, fix), items in kinds.items()
-    ]
-
-
-def _notes(
-    manifest: dict[str, Any],
-    records: list[ImageRecord],
-    names: list[str],
-    instances: np.ndarray,
-    labels: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """What deserves a look and may be meant: `--strict` allows it."""
-    twice = {
-        (int(r["image"]), *sorted((int(r["number"]), int(r["partner"]))))
-        for r in instances[instances["overlap"] >= TWICE]
-    }
-    doubles = []
-    for image, one, other in sorted(twice):
-        a, b = (records[image].instances[number] for number in (one, other))
-        x, y = (int(v) for v in a.box[:2])
-        reason = f"'{a.label}' and '{b.label}' cover nearly the same pixels, from x {x}, y {y} on"
-        field = f"instances {one} and {other}"
-        doubles.append({"file": records[image].name, "field": field, "reason": reason})
-    spellings = defaultdict(list)
-    for name in names:
-        spellings[re.sub(r"[\W_]+", "", name.casefold()) or name].append(name)
-    absent = [label for label in labels if not label["splits"]["train"]]
-    kinds = [
-        (
-            "Objects that are probably outlined twice",
-            "Delete one of the two; with different labels, decide which one holds.",
-            doubles,
-        ),
-        (
-            "Labels that differ in spelling only",
-            "If they mean the same, prepare with --label-map FILE, a JSON {old: new}.",
-            [
-                _about_label(" / ".join(same), "are spelt nearly alike")
-                for same in spellings.values()
-                if len(same) > 1
-            ],
-        ),
-        (
-            "Labels that the train split has not",
-            "Masks are learned without labels, yet these objects are never trained on: annotate "
-            "more of them, or choose the splits with --split-file.",
-            [_about_label(i["label"], f"has {i['instances']} instances") for i in absent],
-        ),
-        (
-            "Images annotated as empty",
-            "Nothing, if no object is on them: they are not trained on. Else annotate them.",
-            [
-                _about_image(name, "its annotation has no shape of use")
-                for name in manifest["empty"]
-            ],
-        ),
-        (
-            "Images without annotation",
-            "Annotate them, or leave them: they are in no split.",
-            [_about_image(name, "no JSON speaks of it") for name in manifest["unlabelled"]],
-        ),
-        (
-            "Shapes left out by label",
-            "Nothing, if --labels and --label-map say what you mean.",
-            [_about_label(k, f"{n} shapes left out") for k, n in manifest["filtered"].items()],
-        ),
-        (
-            "Shapes that cover no area",
-            "Nothing, if they are marks; objects must be outlined to be learned.",
-            [
-                {"file": "", "field": "shape_type", "reason": f"{number} of type {kind}"}
-                for kind, number in manifest.get("not_instances", {}).items()
-            ],
-        ),
-    ]
-    return [
-        {"level": "note", "title": title, "fix": fix, "items": items}
-        for title, fix, items in kinds
-        if items
-    ]
-
-
-def _about_label(label: str, reason: str) -> dict[str, str]:
-    return {"file": "", "field": f"label {label}", "reason": reason}
-
-
-def _about_image(name: str, reason: str) -> dict[str, str]:
-    return {"file": name, "field": "", "reason": reason}
-
-
 def _oddest(records: list[ImageRecord], instances: np.ndarray) -> list[dict[str, Any]]:
-    """The instances at the far ends, a list a kind; `why` says by how much."""
+    """The most extreme instances, one list per kind; `why` gives the measured value."""
     pixels = np.array([record.size[0] * record.size[1] for record in records])
     share = instances["area"] / pixels[instances["image"]]
-    # Of two that overlap each other most, one is enough. Rows of an image lie together.
+    # Of two that overlap each other most, one is enough. The rows of an image are contiguous.
     first_row = np.searchsorted(instances["image"], instances["image"])
     mutual = instances["partner"][first_row + instances["partner"]] == instances["number"]
     again = mutual & (instances["partner"] < instances["number"])
-    # (what is odd the more of it there is, what to say of it)
+    # (rank by, value to show, format of that value)
     measures = {
         "smallest": (1 / instances["area"], instances["area"], "{:,} pixels"),
         "largest": (share, share, "{:.1%} of the image"),
         "elongated": (instances["elongation"],) * 2 + ("{:.1f} times as long as wide",),
-        # A large object may lie along the border; one whose outline is mostly border is odd.
+        # A large object may lie along the border; an outline that is mostly border is odd.
         "border": (
             instances["border"] / np.sqrt(instances["area"]),
             instances["border"],
@@ -573,11 +419,11 @@ def _oddest(records: list[ImageRecord], instances: np.ndarray) -> list[dict[str,
     }
     kinds = []
     for key, title, hint in ODDEST:
-        oddness, said, words = measures[key]
+        oddness, value, text = measures[key]
         order = np.argsort(-oddness, kind="stable")[:ODD]
         shown = [
             _place(records, instances[i])
-            | {"why": words.format(said[i].item())}
+            | {"why": text.format(value[i].item())}
             | ({"partner": int(instances["partner"][i])} if key == "overlapping" else {})
             for i in order[oddness[order] > 0]
         ]
@@ -587,7 +433,7 @@ def _oddest(records: list[ImageRecord], instances: np.ndarray) -> list[dict[str,
 
 
 def _page(dataset: PreparedDataset, facts: dict[str, Any]) -> str:
-    """One HTML page that needs no other file."""
+    """One self-contained HTML page."""
     labels = facts["labels"][:LABELS_SHOWN]
     groups = facts["near_duplicates"][:GROUPS_SHOWN]
     samples = [place for label in labels for place in label["samples"]]

@@ -50,7 +50,7 @@ def test_leaks_and_bad_files_are_told_and_its_split_file_mends_the_leak(mixed, t
         if kind["level"] != "note"
     }
     assert files == {
-        "Nearly the same photo in different splits": ["again/copy.jpg"],
+        "Nearly the same image in different splits": ["again/copy.jpg"],
         "Files that cannot be read as annotations": ["again/broken.json"],
         "Annotations whose image is not found": ["again/lost.json"],
         "Two annotation files for one image": ["again/extra.json"],

@@ -16,7 +16,7 @@ HOUSE = """
 geometry    shapes masks polygons images tiles prompts frames drawing
 data        annotation labelme coco discovery outcome intake prepare* splits dataset export sample_data
 sam         model tiny weights shipped checkpoint store embeddings decode
-inspection  preview report duplicates
+inspection  preview report problems duplicates
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
 training    losses batches step loop finetuning encode* train* tune* search_space* sweep_report \

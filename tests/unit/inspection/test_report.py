@@ -219,19 +219,19 @@ def test_each_problem_stands_in_its_kind_with_what_to_do(small_set):
     assert files["Files that cannot be read as annotations"] == ["x.json"]
     assert files["Shapes of too few points"] == ["y.json"]  # whatever words the label has
     assert files["Other problems"] == ["z.json"]
-    assert files["Shapes that reach out of the image"] == ["a/2.png.json"]
+    assert files["Shapes that extend beyond the image"] == ["a/2.png.json"]
     assert files["Images annotated as empty"] == ["b/4.png"]
     assert files["Images without annotation"] == ["b/5.png"]
     assert files["Objects that are probably outlined twice"] == ["a/2.png"]
     spelling = kinds["Labels that differ in spelling only"]["items"]
     assert [item["field"] for item in spelling] == ["label Nut  / nut"]
-    absent = kinds["Labels that the train split has not"]["items"]
+    absent = kinds["Labels missing from the train split"]["items"]
     assert [item["field"] for item in absent] == ["label Nut "]
     assert "7 shapes left out" in kinds["Shapes left out by label"]["items"][0]["reason"]
     assert "2 of type line" in kinds["Shapes that cover no area"]["items"][0]["reason"]
     assert facts["num_problems"] == 4  # three rejected, one warning; notes do not count
     levels = {kind["title"]: kind["level"] for kind in facts["problems"]}
-    assert levels["Shapes that reach out of the image"] == "warning"
+    assert levels["Shapes that extend beyond the image"] == "warning"
     assert all(kind["fix"] in html for kind in kinds.values() if "{" not in kind["fix"])
 
 

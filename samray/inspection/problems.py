@@ -1,0 +1,190 @@
+"""What is wrong with a prepared dataset, by kind, with what to do about it.
+
+`find_problems` sorts the manifest's rejected items and warnings into kinds; `find_notes` adds what
+may be intended. A kind is {level, title, fix, items}, an item {file, field, reason}.
+"""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from samray.data.dataset import ImageRecord
+
+OUTLINED_TWICE = 0.8  # IoU above which two instances are probably one object
+
+# (pattern on "field: reason" without indices and label, title, what to do); the first match counts.
+KINDS = (
+    ("already annotated", "Two annotation files for one image",
+     "Keep one of the two JSON files and move the other away."),
+    ("^(imagePath|file_name)", "Annotations whose image is not found",
+     "Put the image beside its JSON under the same name, or correct imagePath (COCO: file_name)."),
+    ("^imageData", "Embedded images that cannot be read",
+     "Put the image file beside its JSON, or save the JSON again from LabelMe."),
+    ("^imageHeight", "Images resized or rotated after they were annotated",
+     "Restore the image that was annotated, or annotate the image again in LabelMe."),
+    ("^image:", "Images that cannot be used",
+     "Open the image and save it again as JPEG or PNG, one file per page; or get a new copy."),
+    ("^(file|folder): .*link", "Links that are not followed",
+     "Copy the files into the folder of the dataset."),
+    ("^(file|folder|images|annotations|categories|shapes):",
+     "Files that cannot be read as annotations",
+     "Repair the file or move it away; `samray prepare` reads LabelMe and COCO JSON in UTF-8."),
+    ("once more", "Duplicate shapes", "Delete one of the two in the annotation tool."),
+    ("outside the image|covers no pixel", "Shapes outside the image",
+     "Delete the shape, or check that the JSON belongs to this image."),
+    ("out of the image; cut off", "Shapes that extend beyond the image",
+     "Nothing, if it is a few pixels; else check that image and JSON belong together."),
+    ("white space", "Labels with white space around them",
+     "Nothing, samray removed it; rename the label if other programs read the file."),
+    ("^group_id: joins", "Groups that join nearly all shapes of an image",
+     "If the group is a mistake, prepare with prepare.join_groups=false."),
+    ("needs", "Shapes of too few points", "Delete the shape, or draw it again."),
+    (r"^[\w.]*shape_type", "Shapes of an unknown type", "Draw the shape as a polygon or a mask."),
+    (r"^[\w.]*(label|category)", "Shapes without a usable label", "Give the shape a label."),
+    (r"^[\w.]*(points|segmentation|counts|size)", "Shapes whose coordinates cannot be used",
+     "Draw the shape again; the reason says where."),
+    (r"^[\w.]*mask", "Masks that cannot be read", "Draw the mask again, or export it again."),
+)  # fmt: skip
+LABEL_IN_BRACKETS = r"^\('.*'\)"
+OTHER_KIND = ("Other problems", "Each reason says what is wrong.")
+LEAK_KIND = (
+    "Nearly the same image in different splits",
+    "The model is evaluated on images it was trained on, so its scores are too high. Prepare again "
+    "with --group-by, or with --split-file and the splits.json beside this report, which keeps "
+    "each such group together; or delete the copies.",
+)
+
+
+def find_problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what `--strict` does not allow: leaks, rejected items, warnings, in this order.
+
+    Args:
+        leaks: groups of near-duplicates (`report.json`) whose images are in different splits.
+    """
+    kinds: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for group in leaks:
+        kinds["problem", *LEAK_KIND].append(_leak(group))
+    levels = (("problem", manifest["rejected"]), ("warning", manifest["warnings"]))
+    for level, entry in ((level, entry) for level, entries in levels for entry in entries):
+        if entry["reason"].startswith("is the same photo as"):
+            continue  # identical files are a group of `leaks`, with all their copies
+        reason = re.sub(LABEL_IN_BRACKETS, "", entry["reason"])  # a label may hold any word
+        text = re.sub(r"\[\d+\]", "", entry["field"]) + ": " + reason
+        found = (kind[1:] for kind in KINDS if re.search(kind[0], text))
+        item = {key: entry[key] for key in ("file", "field", "reason")}
+        kinds[level, *next(found, OTHER_KIND)].append(item)
+    return [
+        {"level": level, "title": title, "fix": fix, "items": items}
+        for (level, title, fix), items in kinds.items()
+    ]
+
+
+def find_notes(
+    manifest: dict[str, Any],
+    records: list[ImageRecord],
+    instances: np.ndarray,
+    labels: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return what is worth a look and may be intended: `--strict` allows it.
+
+    Args:
+        instances: rows of `report.INSTANCE`.
+        labels: as in `report.json`.
+    """
+    absent = [label for label in labels if not label["splits"]["train"]]
+    not_instances = manifest.get("not_instances", {})
+    kinds = [
+        (
+            "Objects that are probably outlined twice",
+            "Delete one of the two; with different labels, decide which one is right.",
+            _outlined_twice(records, instances),
+        ),
+        (
+            "Labels that differ in spelling only",
+            "If they mean the same, prepare with --label-map FILE, a JSON {old: new}.",
+            _spelt_alike(sorted(label["label"] for label in labels)),
+        ),
+        (
+            "Labels missing from the train split",
+            "Masks are learned without labels, but these objects are never trained on: annotate "
+            "more of them, or choose the splits with --split-file.",
+            [_about_label(i["label"], f"has {i['instances']} instances") for i in absent],
+        ),
+        (
+            "Images annotated as empty",
+            "Nothing, if they show no object: they are not trained on. Else annotate them.",
+            [
+                _about_image(name, "its annotation has no usable shape")
+                for name in manifest["empty"]
+            ],
+        ),
+        (
+            "Images without annotation",
+            "Annotate them, or leave them: they are in no split.",
+            [_about_image(name, "no JSON refers to it") for name in manifest["unlabelled"]],
+        ),
+        (
+            "Shapes left out by label",
+            "Nothing, if --labels and --label-map are as intended.",
+            [_about_label(k, f"{n} shapes left out") for k, n in manifest["filtered"].items()],
+        ),
+        (
+            "Shapes that cover no area",
+            "Nothing, if they are marks; objects must be outlined to be learned.",
+            [
+                {"file": "", "field": "shape_type", "reason": f"{number} of type {kind}"}
+                for kind, number in not_instances.items()
+            ],
+        ),
+    ]
+    return [
+        {"level": "note", "title": title, "fix": fix, "items": items}
+        for title, fix, items in kinds
+        if items
+    ]
+
+
+def _leak(group: dict[str, Any]) -> dict[str, str]:
+    first, *others = group["images"]
+    listed = ", ".join(f"{i['image']} ({i['split'] or 'no split'})" for i in others[:10])
+    more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+    same = "is the same file as" if group["same_file"] else "shows nearly the same as"
+    reason = f"({first['split'] or 'no split'}) {same} {listed}{more}"
+    return {"file": first["image"], "field": "image", "reason": reason}
+
+
+def _outlined_twice(records: list[ImageRecord], instances: np.ndarray) -> list[dict[str, str]]:
+    pairs = {
+        (int(r["image"]), *sorted((int(r["number"]), int(r["partner"]))))
+        for r in instances[instances["overlap"] >= OUTLINED_TWICE]
+    }
+    items = []
+    for image, one, other in sorted(pairs):
+        a, b = (records[image].instances[number] for number in (one, other))
+        x, y = (int(v) for v in a.box[:2])
+        reason = f"'{a.label}' and '{b.label}' cover nearly the same pixels, from x {x}, y {y} on"
+        field = f"instances {one} and {other}"
+        items.append({"file": records[image].name, "field": field, "reason": reason})
+    return items
+
+
+def _spelt_alike(labels: list[str]) -> list[dict[str, str]]:
+    """Labels that are equal without case, white space and punctuation."""
+    spellings = defaultdict(list)
+    for label in labels:
+        spellings[re.sub(r"[\W_]+", "", label.casefold()) or label].append(label)
+    return [
+        _about_label(" / ".join(same), "have nearly the same spelling")
+        for same in spellings.values()
+        if len(same) > 1
+    ]
+
+
+def _about_label(label: str, reason: str) -> dict[str, str]:
+    return {"file": "", "field": f"label {label}", "reason": reason}
+
+
+def _about_image(name: str, reason: str) -> dict[str, str]:
+    return {"file": name, "field": "", "reason": reason}
