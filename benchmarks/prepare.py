@@ -1,14 +1,14 @@
-"""`samray prepare` itself: CPUs, S3 beside disk, and memory beside the number of images.
+"""Speed and memory of `samray prepare`: CPUs, S3 against disk, number of images.
 
     python benchmarks/prepare.py cpus  [--num-images 3000]          one CPU against two
     python benchmarks/prepare.py s3    [--num-images 3000]          disk against S3, same machine
     python benchmarks/prepare.py scale [--num-images 2000 20000]   images a second, peak memory
 
-Drawn sample images, or those of `--data FOLDER` (JSON and JPEG of one stem); beyond what there is
-they are copies whose last bytes differ, so every one is an image of its own to samray. Each
-measured call follows a small one that starts Ray's workers, and the two sides of a ratio take
-turns, `--rounds` times; the figures are medians. `s3` needs a server: `make s3` in another
-terminal, and what it prints exported here.
+It uses drawn sample images, or those of `--data FOLDER` (JSON and JPEG of one stem). Larger numbers
+are copies whose last bytes differ, so that each is a distinct image. Each measured call follows a
+small one that starts Ray's workers, and the two sides of a ratio alternate `--rounds` times; the
+figures are medians. `s3` needs a server: run `make s3` in another terminal and export the variables
+that it prints.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="samray-benchmark-") as folder:
         root = Path(folder)
         drawn = pairs_in(arguments.data or write_sample_data(root / "drawn", NUM_DRAWN, 0))
-        copy_images(drawn, root / "small", 256)  # enough that every worker starts
+        copy_images(drawn, root / "small", 256)  # enough to start every worker
         if arguments.what == "scale":
             scale(root, drawn, arguments.num_images or [2000, 20_000])
             return
@@ -75,7 +75,7 @@ Pairs = list[tuple[Path, Path]]
 
 
 def pairs_in(folder: Path) -> Pairs:
-    """JPEG and JSON of one stem, wherever they lie below a folder."""
+    """JPEG and JSON of one stem, anywhere below a folder."""
     images = {path.stem: path for path in sorted(folder.rglob("*.jpg"))}
     return [
         (images[path.stem], path) for path in sorted(folder.rglob("*.json")) if path.stem in images
@@ -83,7 +83,7 @@ def pairs_in(folder: Path) -> Pairs:
 
 
 def copy_images(drawn: Pairs, data: Place, number: int) -> None:
-    """Write `number` pairs, each image with other last bytes than all others."""
+    """Write `number` pairs; the last bytes of each image are unique."""
     for k in range(number):
         image_path, json_path = drawn[k % len(drawn)]
         image = image_path.read_bytes() + k.to_bytes(4, "big")
@@ -100,7 +100,7 @@ def copy_images(drawn: Pairs, data: Place, number: int) -> None:
 def compare(
     root: Path, sides: dict[str, tuple[Place, Place, int]], number: int, rounds: int
 ) -> None:
-    """Time two sides in turns and print their ratio."""
+    """Time two sides alternately and print their ratio."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (data, outputs, cpus) in sides.items():
@@ -114,7 +114,7 @@ def compare(
 
 
 def scale(root: Path, drawn: Pairs, numbers: list[int]) -> None:
-    """Prepare more and more images and print what it took."""
+    """Prepare increasing numbers of images; print speed and memory."""
     print(f"{'images':>8} {'images/s':>9} {'driver MiB':>11} {'largest worker MiB':>19}")
     for number in numbers:
         data = root / f"data{number}"
@@ -124,11 +124,11 @@ def scale(root: Path, drawn: Pairs, numbers: list[int]) -> None:
 
 
 def run(root: Path, data: Place, output: Place, cpus: int) -> tuple[float, float, float]:
-    """Prepare in a process of its own.
+    """Prepare in a separate process.
 
     Returns:
-        seconds of the measured call; peak memory of driver and of its largest worker, MiB that
-        no other process shares.
+        seconds of the measured call; peak private memory of the driver and of its largest worker,
+        MiB.
     """
     small = [str(root / "small"), str(root / f"small {time.time_ns()}")]
     measured = [str(data), str(output)]
@@ -149,7 +149,7 @@ def run(root: Path, data: Place, output: Place, cpus: int) -> tuple[float, float
 
 
 def watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
-    """Note the largest private memory of a driver, and of any process of Ray below it."""
+    """Record the peak private memory of a driver, and of any Ray process below it."""
     while not done.wait(0.5):
         peaks["driver"] = max(peaks["driver"], private_mib(pid))
         for path in Path("/proc").glob("[0-9]*"):
@@ -162,7 +162,7 @@ def watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
 
 
 def private_mib(pid: int) -> float:
-    """RssAnon of a process; 0 once it has gone."""
+    """RssAnon of a process; 0 if it has ended."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):

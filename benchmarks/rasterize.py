@@ -1,11 +1,11 @@
-"""How fast do LabelMe files become masks? Ours beside labelme's own functions, on the same files.
+"""Speed of LabelMe files to masks: samray against labelme's functions, on the same files.
 
     python benchmarks/rasterize.py [FOLDER] [--rounds 5]
 
-From a file's bytes to the COCO RLE of each shape, one core. FOLDER holds LabelMe JSON somewhere
-below it; without one, drawn sample data. The labelme side is `json.load`, then
-`labelme.utils.shape.shape_to_mask` and pycocotools' encoding for every shape, as its own export
-scripts do. Needs `pip install -c constraints.txt -e ".[reference]"`. The two sides take turns,
+From a file's bytes to the COCO RLE of each shape, on one core. FOLDER holds LabelMe JSON in it or
+below; the default is drawn sample data. The labelme side is `json.load`, then
+`labelme.utils.shape.shape_to_mask` and pycocotools' encoding for every shape, as in labelme's own
+export scripts. Needs `pip install -c constraints.txt -e ".[reference]"`. The two sides alternate
 file by file, so that a busy machine slows both; the figures are medians of the rounds.
 """
 
@@ -30,8 +30,8 @@ from samray.geometry.masks import encode_rle, rasterize_instance
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")  # labelme imports Qt; no screen is needed
 
 
-def ours(raw: bytes) -> int:
-    """Return the number of shapes of one file made to RLE."""
+def by_samray(raw: bytes) -> int:
+    """Convert the shapes of one file to RLE; return their number."""
     annotation = read_annotation(raw)
     assert annotation.size is not None
     for shape in annotation.shapes:
@@ -52,7 +52,7 @@ def by_labelme(raw: bytes) -> int:
 
 
 def usable_by_both(annotation: Annotation) -> bool:
-    """Whether both sides make the same number of masks of a file, so that times compare."""
+    """Whether both sides make the same number of masks from a file, so that times compare."""
     if annotation.size is None or len(annotation.shapes) != annotation.num_shapes:
         return False
     try:
@@ -65,7 +65,7 @@ def usable_by_both(annotation: Annotation) -> bool:
 
 
 def main() -> None:
-    """Print instances a second of both sides and their ratio."""
+    """Print instances per second of both sides and their ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,13 +79,13 @@ def main() -> None:
     files = [raw for raw in every if usable_by_both(read_annotation(raw))]
     if not files:
         parser.error(f"{folder} has no LabelMe JSON that both sides can read")
-    ours(files[0]), by_labelme(files[0])  # imports
+    by_samray(files[0]), by_labelme(files[0])  # imports
     rates: dict[str, list[float]] = {"samray": [], "labelme": []}
     for _ in range(arguments.rounds):
         seconds = dict.fromkeys(rates, 0.0)
         number = 0
         for raw in files:
-            for name, work in (("samray", ours), ("labelme", by_labelme)):
+            for name, work in (("samray", by_samray), ("labelme", by_labelme)):
                 started = time.perf_counter()
                 count = work(raw)
                 seconds[name] += time.perf_counter() - started
@@ -95,7 +95,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(rates["samray"], rates["labelme"], strict=True)]
     print(f"{number} instances of {len(files)} files ({len(every) - len(files)} left out)")
     for name, values in rates.items():
-        print(f"{name:8}{statistics.median(values):8.0f} instances a second")
+        print(f"{name:8}{statistics.median(values):8.0f} instances per second")
     spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
     print(f"samray is {statistics.median(ratios):.1f} times as fast ({spread})")
 

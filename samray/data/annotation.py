@@ -1,6 +1,6 @@
-"""What an annotation file says of one image, whatever its format.
+"""The annotation of one image, whatever its format.
 
-`labelme` and `coco` read their formats to an `Annotation`.
+`labelme` and `coco` convert their formats to an `Annotation`.
 """
 
 import json
@@ -11,22 +11,22 @@ from samray.errors import AnnotationError
 from samray.geometry.shapes import Shape
 
 MAX_JSON_BYTES = 256 * 2**20
-MAX_COORDINATE = 1e6  # pixels; farther than this from any image there is, and safe as an int
+MAX_COORDINATE = 1e6  # pixels; larger than any image, and safe as an int
 
 
 @dataclass
 class Annotation:
-    """What one LabelMe file says.
+    """What an annotation file says about one image.
 
     Attributes:
-        image_path: where the file says its image is, with forward slashes; "" if it does not.
-        size: (H, W) that the annotator saw, or None.
-        num_shapes: shapes in the file, good or bad.
-        image_data: the image's bytes in base64, where the file carries them; not yet checked.
-        shapes: the good ones.
-        not_instances: (field, kind) of each line, point or crowd: nothing that is one object.
+        image_path: where the file says its image is, with forward slashes; "" if it does not say.
+        size: (H, W) of the image when it was annotated, or None.
+        num_shapes: the image's shapes in the file, usable or not.
+        image_data: the image's bytes in base64, if the file embeds them; not checked.
+        shapes: the usable ones.
+        not_instances: (field, kind) of each line, point or crowd: none is a single object.
         problems: one error for each shape that cannot be used.
-        warnings: (field, what was mended).
+        warnings: (field, what was corrected).
     """
 
     image_path: str

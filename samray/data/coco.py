@@ -1,7 +1,7 @@
 """COCO instance JSON to checked annotations; the only module that knows COCO's keys.
 
-One file speaks of many images. It is read once; each image's part travels to a task of its own
-and is checked there, so that a bad annotation costs nothing but itself.
+One file annotates many images. It is read once; each image's part is checked in the task that
+prepares the image, so a bad annotation affects no other.
 """
 
 import re
@@ -18,7 +18,7 @@ from samray.geometry.masks import decompress_runs
 from samray.geometry.polygons import MAX_OUTLINE
 from samray.geometry.shapes import Shape
 
-LISTS = ("images", "annotations", "categories")  # a file without one of them is no COCO
+LISTS = ("images", "annotations", "categories")  # a COCO file has all of them
 _FIRST_KEY = re.compile(
     rb'^(?:\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories)"'
 )
@@ -27,15 +27,15 @@ MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
 
 @dataclass(frozen=True)
 class CocoImage:
-    """What a COCO file says of one image, as it stands there.
+    """The part of a COCO file about one image, unchecked.
 
     Attributes:
         source: the JSON's path from the dataset's root.
         image_id: COCO's number of the image.
         file_name: where the file says the image is.
         size: (H, W).
-        entries: (place in the file's `annotations`, entry).
-        labels: of category ids.
+        entries: (index in the file's `annotations`, entry).
+        labels: category id -> name.
     """
 
     source: str
@@ -47,17 +47,17 @@ class CocoImage:
 
     @property
     def name(self) -> str:
-        """Stands for this part of the file in lists and errors."""
+        """Names this part of the file in lists and errors."""
         return f"{self.source}#{self.image_id}"
 
 
 def looks_like_coco(head: bytes) -> bool:
-    """Whether a JSON that begins so is COCO: LabelMe's files begin with other keys."""
+    """Whether the beginning of a JSON is COCO's: LabelMe files begin with other keys."""
     return _FIRST_KEY.match(head) is not None
 
 
 def is_coco(raw: bytes) -> bool:
-    """Whether a whole file is COCO's, and no other JSON that begins so."""
+    """Whether a whole file is COCO's, not just its beginning."""
     if not looks_like_coco(raw[:4096]):
         return False
     try:
@@ -68,16 +68,16 @@ def is_coco(raw: bytes) -> bool:
 
 
 def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str, str, int]]]:
-    """Take a COCO instance file apart by image.
+    """Split a COCO instance file by image.
 
     Returns:
-        images, and (field, reason, number of annotations) of what belongs to none.
+        images, and (field, reason, number of annotations) of what belongs to no image.
 
     Raises:
-        AnnotationError: the file as a whole is no COCO instance file.
+        AnnotationError: the file is not a COCO instance file.
     """
     document = read_json_object(raw)
-    for key in ("images", "annotations", "categories"):
+    for key in LISTS:
         if not isinstance(document.get(key), list):
             raise AnnotationError(key, "a COCO instance file has a list here")
     labels = {
@@ -98,7 +98,7 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         try:
             image_id, file_name, size = _read_image(f"images[{place}]", entry)
             if image_id in seen:
-                raise AnnotationError(f"images[{place}].id", f"{image_id!r:.60} stands there twice")
+                raise AnnotationError(f"images[{place}].id", f"{image_id!r:.60} occurs twice")
         except AnnotationError as problem:
             problems.append((problem.field, problem.reason, 0))
             continue
@@ -107,17 +107,15 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         images.append(CocoImage(source, image_id, file_name, size, entries, labels))
     for image_id, orphans in by_image.items():
         field = f"annotations[{orphans[0][0]}].image_id"
-        problems.append(
-            (field, f"{image_id!r:.60} is none of the file's usable images", len(orphans))
-        )
+        problems.append((field, f"{image_id!r:.60} is not the id of a usable image", len(orphans)))
     return images, problems
 
 
 def coco_annotation(image: CocoImage) -> Annotation:
     """Check one image's annotations; each instance becomes a shape of kind `rle`.
 
-    Polygons are filled by pycocotools' own rule, RLE is taken as it is; `iscrowd` marks no single
-    object and is counted under `not_instances`.
+    Polygons are filled by pycocotools, RLE is taken as it is; a crowd is not a single object and
+    is counted in `not_instances`.
     """
     annotation = Annotation(image.file_name, image.size, len(image.entries))
     for place, entry in image.entries:
@@ -160,9 +158,7 @@ def _read_label(where: str, category_id: Any, labels: dict[int, str]) -> str:
     if not _is_int(category_id):
         raise AnnotationError(where, f"must be a whole number, not {category_id!r:.60}")
     if category_id not in labels:
-        raise AnnotationError(
-            where, f"{category_id!r:.60} is no id of the file's categories with a name"
-        )
+        raise AnnotationError(where, f"{category_id!r:.60} is not the id of a category with a name")
     return labels[category_id]
 
 
@@ -193,15 +189,15 @@ def _read_polygon(where: str, part: Any) -> list[float]:
     if not numbers or len(part) < 6 or len(part) % 2:
         raise AnnotationError(where, "must be x, y, x, y, ... of three points or more, in pixels")
     points = np.array(part, dtype=np.float64).reshape(-1, 2)
-    # pycocotools takes memory for every pixel of it, also of those outside the image.
+    # pycocotools allocates memory for every pixel of the outline, inside the image or not.
     length = np.abs(np.diff(points, axis=0, append=points[:1])).sum()
     if length > MAX_OUTLINE:
-        raise AnnotationError(where, f"has an outline of {length:.0f} pixels, too long to be true")
+        raise AnnotationError(where, f"has an outline of {length:.0f} pixels, which is too long")
     return [float(v) for v in part]
 
 
 def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]) -> list[int]:
-    """Runs of an RLE, checked: pycocotools itself writes out of bounds if they do not add up."""
+    """Runs of an RLE, checked: pycocotools writes out of bounds if they do not add up."""
     if segmentation.get("size") != list(size):
         raise AnnotationError(
             f"{where}.size", f"{segmentation.get('size')!r:.60} is not the image's {list(size)}"
@@ -224,7 +220,7 @@ def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]
 
 
 def _is_name(value: Any) -> bool:
-    # Half of a surrogate pair is valid JSON, and no file can hold it.
+    # Half of a surrogate pair is valid JSON but cannot be encoded as UTF-8.
     text = isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
     return text and bool(value.strip())
 

@@ -1,7 +1,7 @@
 """A prepared dataset: Parquet shards of image bytes and instances, and one manifest.
 
 PREPARED/manifest.json              counts, splits, rejected items, digest; written last
-PREPARED/data/part-00000.parquet    a row an image, see SCHEMA
+PREPARED/data/part-00000.parquet    one row per image or tile, see SCHEMA
 PREPARED/data/part-00000.json       the outcome of each file of that shard (samray.data.outcome)
 """
 
@@ -60,7 +60,7 @@ class Instance:
         box: XYXY, pixels.
         area: pixels.
         rle: compressed COCO counts of the mask.
-        area_outside: pixels of the object beyond the tile, which the mask has not.
+        area_outside: pixels of the object beyond the tile, which are not in the mask.
     """
 
     label: str
@@ -95,7 +95,7 @@ class ImageRecord:
         """The instance's mask: H x W bool.
 
         Raises:
-            DatasetError: what the shard holds is no mask of this image.
+            DatasetError: the mask in the shard is damaged.
         """
         try:
             return decode_rle(instance.rle, self.size)
@@ -112,7 +112,7 @@ class PreparedDataset:
         folder: written by `samray.data.prepare.prepare`.
 
     Raises:
-        DatasetError: no prepared dataset, an unfinished one, or one of another format.
+        DatasetError: not a prepared dataset, an unfinished one, or one of another format.
     """
 
     def __init__(self, folder: Place) -> None:
@@ -134,12 +134,12 @@ class PreparedDataset:
 
     @property
     def digest(self) -> str:
-        """Stands for images, masks, labels and splits; equal digests train equal models."""
+        """Identifies images, masks, labels and splits; equal digests train equal models."""
         return str(self.manifest["digest"])
 
     @cached_property
     def images(self) -> dict[str, ImageRecord]:
-        """Every image by name, in the order of the names. Bytes stay on disk."""
+        """Every image by name, sorted by name. The image bytes stay on disk."""
         columns = ["name", "source", "annotation", "image_digest", "height", "width", "instances"]
         dropped = set(self.manifest["dropped_annotations"])
         records = {}
@@ -172,10 +172,10 @@ class PreparedDataset:
         return dict(sorted(records.items()))
 
     def split(self, name: str) -> list[ImageRecord]:
-        """The images of one split that have at least one instance, in the order of their names.
+        """The images of one split that have at least one instance, sorted by name.
 
         Raises:
-            DatasetError: it has none.
+            DatasetError: there is none.
         """
         records = [self.images[image] for image in self.manifest["splits"][name]]
         records = [record for record in records if record.instances]

@@ -1,4 +1,4 @@
-"""Which JSON speaks of which image: the layouts people have, and never a step out of the folder.
+"""Which JSON refers to which image, in all known layouts, without leaving the folder.
 
 Known layouts: `images/` beside `annotations/`, the JSON beside its image (LabelMe's default),
 nested folders, equal stems in different folders.
@@ -20,13 +20,13 @@ from samray.storage import Place, list_objects
 
 @dataclass
 class RawFiles:
-    """Every file of a raw dataset that may matter.
+    """The JSON and image files of a raw dataset.
 
     Attributes:
         root: the dataset's folder.
         annotations: JSON files, paths from the root with forward slashes, sorted.
         images: image files, likewise.
-        skipped: files that are no files, with the reason: dead links, links out of the root.
+        skipped: files that are not read, with the reason, e.g. links out of the root.
         stamps: of each annotation and image, a text that changes when the file does.
     """
 
@@ -52,7 +52,7 @@ class RawFiles:
 
 
 def find_files(root: Place) -> RawFiles:
-    """List JSON and image files below a folder; hidden ones stay unseen, links do not lead out."""
+    """List JSON and image files below a folder, without hidden files and links out of it."""
     files = RawFiles(root, [], [])
     entries = _files_on_disk(root, files) if isinstance(root, Path) else _files_in_s3(root, files)
     for name, stamp in sorted(entries):
@@ -62,7 +62,7 @@ def find_files(root: Place) -> RawFiles:
 
 
 def _files_on_disk(root: Path, files: RawFiles) -> Iterator[tuple[str, str]]:
-    """Yield (path from the root, stamp); what is no usable file goes to `files.skipped`."""
+    """Yield (path from the root, stamp); unusable files go to `files.skipped`."""
     real_root = os.path.realpath(root)
 
     def skip(name: str, kind: str, reason: str) -> None:
@@ -96,7 +96,7 @@ def _files_on_disk(root: Path, files: RawFiles) -> Iterator[tuple[str, str]]:
 
 
 def _files_in_s3(root: S3Path, files: RawFiles) -> Iterator[tuple[str, str]]:
-    """As `_files_on_disk`; there are no links, but names that no path can have."""
+    """As `_files_on_disk`; S3 has no links, but keys that are not valid paths."""
     for name, size, version in list_objects(root):
         parts = name.split("/")
         hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
@@ -114,13 +114,12 @@ def _extension(name: str) -> str:
 
 
 def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
-    """Return the image that an annotation speaks of, as a path from the root.
+    """Return the image that an annotation refers to, as a path from the root.
 
-    First `imagePath`, seen from the JSON's folder, letters of the wrong case forgiven. Where that
-    points nowhere, an image with the JSON's own stem, the nearest one winning, then one with the
-    stem of `imagePath`.
-    A path out of the dataset is never followed; if the file it names has the JSON's stem, it is
-    an annotator's old path, and the stem decides.
+    First `imagePath`, relative to the JSON's folder; if no such file exists, the same path in
+    another case, then the nearest image with the JSON's own stem, then with the stem of
+    `imagePath`. A path out of the dataset is never followed; if the file it names has the JSON's
+    stem, it is an old path of the annotator's machine, and the stem decides.
 
     Args:
         annotation: the JSON's path from the root.
@@ -136,7 +135,7 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
         if named in files.image_set:  # which holds nothing from outside the root
             return named
         same_but_for_case = files.by_folded.get(named.casefold(), [])
-        if len(same_but_for_case) == 1:  # written where file names know no case
+        if len(same_but_for_case) == 1:  # from a file system without case
             return same_but_for_case[0]
         leads_out = posixpath.isabs(named) or named.split("/")[0] == ".."
         if leads_out and PurePosixPath(image_path).stem != stem:
@@ -161,10 +160,10 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
 
 
 def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
-    """Return the image that a file which lists many images means by a name.
+    """Return the image that an entry of a file with many images refers to.
 
-    Seen from that file's folder; else the one image whose path ends with the name; else, for a
-    path of another machine, the one image of that name.
+    The name is relative to that file's folder; else the one image whose path ends with it; else,
+    for a path of another machine, the one image with that file name.
 
     Raises:
         AnnotationError: field `file_name`; no such image, or several.
@@ -227,6 +226,6 @@ def _is_inside(path: str, folder: str) -> bool:
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes of the name that are no UTF-8
+    except UnicodeEncodeError:  # the name has bytes that are not UTF-8
         return False
     return True

@@ -1,8 +1,8 @@
-"""A prepared dataset back to files that other tools read: LabelMe or COCO.
+"""A prepared dataset to files that other tools read: LabelMe or COCO.
 
-OUT/images/...                          the image files as they came
-OUT/annotations/....json                LabelMe, one an image; or
-OUT/annotations/instances_train.json    COCO, one a split, masks as RLE
+OUT/images/...                          the image files, unchanged
+OUT/annotations/....json                LabelMe, one per image; or
+OUT/annotations/instances_train.json    COCO, one per split, masks as RLE
 """
 
 import io
@@ -33,7 +33,7 @@ from samray.storage import (
 
 
 def export(config: Config) -> Place:
-    """Write a prepared dataset as LabelMe or COCO files; preparing them again gives the masks back.
+    """Write a prepared dataset as LabelMe or COCO files; preparing them gives the same masks.
 
     Args:
         config: its `export` section.
@@ -70,7 +70,7 @@ def export(config: Config) -> Place:
 
 
 def _image_path(record: ImageRecord, raw: bytes) -> PurePosixPath:
-    """Where the image goes; one that a JSON carried gets the extension of its content."""
+    """Where to write the image; an embedded one gets the extension of its format."""
     name = PurePosixPath(record.name)
     if name.is_absolute() or ".." in name.parts:
         raise DatasetError(f"{record.name!r}: an image's name leads out of its folder; not written")
@@ -92,7 +92,7 @@ def _write_labelme(folder: Path, image: PurePosixPath, record: ImageRecord) -> N
     for number, instance in enumerate(record.instances, start=1):
         for shape in _exact_shapes(record.decode(instance), instance.label):
             if shape["group_id"] is not None:
-                shape["group_id"] = number  # parts of one instance, and of no other
+                shape["group_id"] = number  # unique in the file, as parts of one instance
             shapes.append(shape)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     document = labelme_document(os.path.relpath(image, path.parent), record.size, shapes)
@@ -100,7 +100,7 @@ def _write_labelme(folder: Path, image: PurePosixPath, record: ImageRecord) -> N
 
 
 def _exact_shapes(mask: np.ndarray, label: str) -> list[dict[str, Any]]:
-    """LabelMe shapes that rasterise to the very mask: polygons if they do, else its PNG."""
+    """LabelMe shapes that rasterise to exactly the mask: polygons if they do, else a PNG."""
     shapes = mask_to_shapes(mask, label, tolerance=0)
     again = rasterize_instance(read_shapes(shapes), (mask.shape[0], mask.shape[1]))
     (x, y), (h, w) = again.origin, again.pixels.shape
@@ -113,7 +113,7 @@ def _exact_shapes(mask: np.ndarray, label: str) -> list[dict[str, Any]]:
 def _coco_document(
     dataset: PreparedDataset, records: list[ImageRecord], paths: dict[str, PurePosixPath]
 ) -> dict[str, Any]:
-    """One split in COCO's words: ids from 1, boxes as x, y, width, height, masks as RLE."""
+    """One split in COCO's format: ids from 1, boxes as x, y, width, height, masks as RLE."""
     categories = {label: number for number, label in enumerate(dataset.manifest["labels"], start=1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

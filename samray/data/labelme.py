@@ -1,7 +1,7 @@
 """LabelMe JSON to validated shapes; the only module that knows LabelMe's keys.
 
-A file that cannot be read at all raises one AnnotationError. A bad shape inside a good file
-becomes an entry of `Annotation.problems`, and its neighbours go through.
+A file that cannot be read raises one AnnotationError. A bad shape in a readable file becomes an
+entry of `Annotation.problems`, and the other shapes are used.
 """
 
 import base64
@@ -17,7 +17,7 @@ from samray.data.annotation import MAX_COORDINATE, Annotation, read_json_object
 from samray.errors import AnnotationError
 from samray.geometry.shapes import Shape
 
-# Numbers of points of each shape type that covers an area; a polygon may have more.
+# Number of points of each shape type that covers an area; a polygon may have more.
 AREAL_SHAPES = {
     "polygon": (3,),
     "rectangle": (2, 4),  # four in X-AnyLabeling's files
@@ -27,14 +27,14 @@ AREAL_SHAPES = {
 }
 OTHER_NAMES = {"rotation": "oriented_rectangle"}  # X-AnyLabeling's name for the same
 OTHER_SHAPES = ("line", "linestrip", "point", "points")
-IGNORED_LABELS = ("__ignore__", "_background_")  # LabelMe's own words for: no object
+IGNORED_LABELS = ("__ignore__", "_background_")  # LabelMe's labels for what is no object
 
 
 def read_annotation(raw: bytes) -> Annotation:
     """Parse and check one LabelMe JSON file.
 
     Raises:
-        AnnotationError: the file as a whole is no LabelMe annotation.
+        AnnotationError: the file as a whole is not a LabelMe annotation.
     """
     document = read_json_object(raw)
     shapes = document.get("shapes")
@@ -68,7 +68,7 @@ def read_annotation(raw: bytes) -> Annotation:
         content = (shape.label, shape.kind, shape.points.tobytes(), shape.png, shape.group_id)
         first = seen.setdefault(content, index)
         if first != index:
-            reason = f"({shape.label!r:.60}) is shapes[{first}] once more; remove one"
+            reason = f"({shape.label!r:.60}) is a duplicate of shapes[{first}]; remove one"
             annotation.problems.append(AnnotationError(f"shapes[{index}]", reason))
             continue
         annotation.shapes.append(shape)
@@ -85,10 +85,10 @@ def read_shapes(entries: list[dict[str, Any]]) -> list[Shape]:
 
 
 def embedded_image(image_data: str) -> bytes:
-    """Return the bytes of the image that a LabelMe file carries.
+    """Return the bytes of the image that a LabelMe file embeds.
 
     Raises:
-        AnnotationError: field `imageData`; it is no base64.
+        AnnotationError: field `imageData`; it is not base64.
     """
     try:
         return base64.b64decode("".join(image_data.split()), validate=True)
@@ -102,7 +102,7 @@ def labelme_document(
     """Return a LabelMe file's content, for `json.dump`.
 
     Args:
-        image_path: as seen from the JSON file's folder.
+        image_path: relative to the JSON file's folder.
         size: (H, W) of the image as shown.
         shapes: dicts of `labelme_shape`.
     """
@@ -134,7 +134,7 @@ def labelme_shape(
 
 
 def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list[dict[str, object]]:
-    """Return LabelMe shapes that rasterise to the mask again.
+    """Return LabelMe shapes that rasterise to the mask.
 
     Each part becomes a polygon; several parts share a group_id. LabelMe polygons have no holes,
     so a mask with a hole becomes one shape of type `mask`.
@@ -142,7 +142,7 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
     Args:
         mask: H x W bool.
         label: for every shape.
-        tolerance: pixels by which a polygon may leave the outline.
+        tolerance: pixels by which a polygon may deviate from the outline.
     """
     if not mask.any():
         return []
@@ -154,7 +154,7 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
     polygons = []
     for contour in contours:
         points = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0]
-        if len(points) < 3:  # a part of one or two pixels: LabelMe wants three points
+        if len(points) < 3:  # a part of one or two pixels: LabelMe needs three points
             points = np.concatenate([points] * 3)[:3]
         polygons.append(points)
     group_id = 1 if len(polygons) > 1 else None
@@ -162,7 +162,7 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
 
 
 def mask_shape(mask: np.ndarray, label: str) -> dict[str, object]:
-    """Return the LabelMe shape of type `mask`, a PNG and its box: any mask, to the pixel."""
+    """Return a LabelMe shape of type `mask`, a PNG and its box: exact for any mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x1, y1, x2, y2 = columns[0], rows[0], columns[-1], rows[-1]
     buffer = io.BytesIO()
@@ -193,7 +193,7 @@ def _read_shape(index: int, entry: Any) -> Shape:
         )
     try:
         label.encode()
-    except UnicodeEncodeError as exc:  # half of a surrogate pair, which no file can hold
+    except UnicodeEncodeError as exc:  # half of a surrogate pair, which UTF-8 cannot encode
         raise AnnotationError(f"{where}.label", f"is not Unicode text: {label!r:.60}") from exc
     label = label.strip()
     kind = entry.get("shape_type") or "polygon"  # files from before LabelMe 3.16 have polygons only
@@ -222,14 +222,14 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
         wanted = "3 or more" if kind == "polygon" else " or ".join(map(str, numbers))
         raise AnnotationError(where, f"({label!r:.60}) is a {kind} of {count}; it needs {wanted}")
     for number, point in enumerate(points):
-        # By type and not isinstance: JSON has no other numbers, and true is none.
+        # By type, not isinstance: JSON has no other number types, and a bool is not a number.
         pair = isinstance(point, list) and len(point) == 2
         if not pair or type(point[0]) not in (int, float) or type(point[1]) not in (int, float):
             raise AnnotationError(
                 f"{where}[{number}]", f"must be [x, y] in pixels, not {point!r:.60}"
             )
         x, y = point
-        if not (abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE):  # NaN is not, either
+        if not (abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE):  # also refuses NaN
             raise AnnotationError(
                 f"{where}[{number}]",
                 f"must be finite and within {MAX_COORDINATE:.0f} pixels, not {point!r:.60}",

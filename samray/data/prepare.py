@@ -56,7 +56,7 @@ IN_PROGRESS = "preparing.json"
 
 @dataclass(frozen=True)
 class Chunk:
-    """The work of one task: entries that become one shard.
+    """The work of one task: the entries of one shard.
 
     Attributes:
         part: name of the shard without extension.
@@ -195,7 +195,7 @@ def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[Rejection]]:
     images: list[CocoImage] = []
     problems: list[Rejection] = []
     for name in list(files.annotations):
-        # One with an image of its own name is LabelMe's; in S3 each look costs a request.
+        # A JSON with the stem of an image is LabelMe's; in S3 each look costs a request.
         has_image = PurePosixPath(name).stem in files.by_stem
         if has_image or not looks_like_coco(read_head(files.root / name)):
             continue
@@ -308,14 +308,14 @@ def _run_chunks(chunks: list[Chunk], job: PrepareJob, title: str) -> list[Chunk]
         return chunks
     cluster.quiet_ray_data()
     shared = ray.put(job)
-    work_of = [ray.put(chunk) for chunk in chunks]  # a task fetches its own and no other
+    work_of = [ray.put(chunk) for chunk in chunks]  # each task fetches only its own
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         chunk = ray.get(work_of[row["id"]])
         try:
             with plain_errors("S3"):
                 write_shard(chunk, _job_of(shared))
-        except Exception as exc:  # Ray Data would try it again for ever
+        except Exception as exc:  # Ray Data would retry it endlessly
             exc.add_note(traceback.format_exc())
             return {"num_files": 0, "error": cloudpickle.dumps(exc)}
         return {"num_files": len(chunk.entries), "error": b""}
@@ -473,7 +473,7 @@ def _require_clean(rejected: list[dict[str, Any]], settings: PrepareConfig) -> N
     if settings.strict and rejected:
         lines = [f"  {r['file']}: {r['field']}: {r['reason']}" for r in rejected]
         raise DatasetError(
-            f"{len(lines)} bad items, and --strict allows none; mend or remove them:\n"
+            f"{len(lines)} bad items, and --strict allows none; fix or remove them:\n"
             + "\n".join(lines)
         )
 
@@ -531,7 +531,7 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
     try:
         content = yaml.safe_load(read_bytes(path))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as exc:
-        reason = " ".join(str(exc).split())  # YAML's own has several lines
+        reason = " ".join(str(exc).split())  # YAML's message has several lines
         raise ConfigError(f"--label-map: {path} cannot be read as JSON or YAML ({reason})") from exc
     if not isinstance(content, dict) or not all(
         isinstance(k, str) and (v is None or isinstance(v, str)) for k, v in content.items()

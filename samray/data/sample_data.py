@@ -1,8 +1,8 @@
 """Draw a LabelMe dataset to try things on: pebbles, leaves and rings on sand, stone, wood or cloth.
 
-Scene k of a seed is a function of (seed, k) alone, so a longer run begins with the very files of
-a shorter one, and a run that was cut off can go on. Coordinates are (x, y) pixels, colours are
-3 x H x W (RGB) float32 0..255 until the picture is developed: numpy is quicker plane by plane.
+Scene k of a seed is a function of (seed, k) alone, so a longer run starts with the same files as a
+shorter one, and an interrupted run can be resumed. Coordinates are (x, y) pixels, colours are
+3 x H x W (RGB) float32 0..255 until `_develop`, because numpy is faster plane by plane.
 """
 
 import json
@@ -22,20 +22,20 @@ from tqdm import tqdm
 
 from samray.errors import ConfigError
 
-VERSION = 1  # of the drawing: raise it when the same seed draws other pixels
-MARKER = ".samray-sample-data"  # hidden and no JSON, so nobody takes it for an annotation
-POOL_FROM = 200  # more missing images than this are drawn by all cores
+VERSION = 1  # increase it when the same seed draws other pixels
+MARKER = ".samray-sample-data"  # hidden and not JSON, so that it is not read as an annotation
+POOL_FROM = 200  # more missing images than this are drawn on all cores
 IMAGES_PER_TASK = 50
 JPEG_QUALITY = 92
 
 MIN_VISIBLE_FRACTION = 0.2
 MIN_VISIBLE_PIXELS = 150
 MIN_PART_PIXELS = 12  # smaller parts and holes are slivers that no annotator would outline
-TOLERANCE = 0.7  # pixels by which a polygon may leave the outline
+TOLERANCE = 0.7  # pixels by which a polygon may deviate from the outline
 MARGIN = 20  # pixels around an object's crop, for its shadow
 OVERSAMPLING = 4  # sub-pixels per pixel and axis at an object's edge
 
-GROUNDS = {  # muted, so that the objects stand out
+BACKGROUNDS = {  # muted, so that the objects stand out
     "sand": [(196, 176, 142), (172, 156, 132), (208, 196, 172)],
     "stone": [(128, 130, 128), (96, 104, 108), (150, 140, 130), (84, 96, 84)],
     "wood": [(150, 112, 76), (112, 84, 62), (178, 148, 112)],
@@ -53,14 +53,14 @@ RUBBERS = [(38, 38, 42), (190, 40, 44), (36, 92, 176), (228, 130, 30), (34, 140,
 
 @dataclass
 class _Item:
-    """One object: a crop with MARGIN pixels of empty frame, and where it lies.
+    """One object: a crop with a margin of MARGIN pixels, and its position.
 
     Attributes:
         coverage: h x w float32, share of each pixel that the object covers, 0..1.
-        surface: 3 x h x w float32, its colour without light.
-        bevel: pixels from the edge over which it rises like a quarter circle.
+        surface: 3 x h x w float32, its colour before lighting.
+        bevel: width in pixels of its rounded edge, a quarter circle in profile.
         gloss: strength of its highlight, 0..1.
-        thickness: pixels above the ground, which its shadow tells.
+        thickness: pixels above the background, for its shadow.
         corner: (x, y) of the crop's top left pixel in the image; may be negative.
     """
 
@@ -76,15 +76,15 @@ class _Item:
 def write_sample_data(output_dir: str | Path, num_images: int = 60, seed: int = 0) -> Path:
     """Write `images/sample_00000.jpg`, `annotations/sample_00000.json` and so on.
 
-    A folder that this function began with the same seed is completed; images beyond
-    `num_images` from a longer run stay. Long runs use every core with spawned processes, so a
-    script that asks for many images needs the usual `if __name__ == "__main__":`.
+    A folder of an earlier run with the same seed is completed; images beyond `num_images` from a
+    longer run stay. Long runs use every core with spawned processes, so a script that asks for
+    many images needs the usual `if __name__ == "__main__":`.
 
     Returns:
         folder: output_dir as a Path.
 
     Raises:
-        ConfigError: num_images or seed is too small, or the folder has something else in it.
+        ConfigError: num_images or seed is too small, or the folder holds something else.
     """
     if num_images < 1:
         raise ConfigError(
@@ -95,7 +95,7 @@ def write_sample_data(output_dir: str | Path, num_images: int = 60, seed: int = 
     folder = Path(output_dir)
     _open_folder(folder, seed)
     missing = (k for k in range(num_images) if not all(path.exists() for path in _pair(folder, k)))
-    first = next(missing, num_images)  # all before are there: runs go up
+    first = next(missing, num_images)  # all before it exist: runs go in order
     write = partial(_write_scenes, folder, seed, num_images)
     with tqdm(
         total=num_images, initial=first, desc="drawing", unit="image", file=sys.stderr, disable=None
@@ -107,7 +107,7 @@ def write_sample_data(output_dir: str | Path, num_images: int = 60, seed: int = 
             starts = range(first, num_images, IMAGES_PER_TASK)
             with ProcessPoolExecutor(
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=cv2.setNumThreads,  # the processes fill the cores already
+                initializer=cv2.setNumThreads,  # the processes already use all cores
                 initargs=(1,),
             ) as pool:
                 for done in pool.map(write, starts, [IMAGES_PER_TASK] * len(starts)):
@@ -118,8 +118,8 @@ def write_sample_data(output_dir: str | Path, num_images: int = 60, seed: int = 
 def draw_scene(seed: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Return a picture, H x W x 3 uint8 RGB, and its LabelMe shapes.
 
-    Every object of the picture is in the shapes, by its visible outline. Parts of one object
-    share a group_id; a hole is reached by a cut from the outer outline (see `_outlines`).
+    Every object of the picture is in the shapes, by its visible outline. Parts of one object share
+    a group_id; a cut from the outer outline leads to a hole (see `_outlines`).
     """
     image, label_map, labels = _render(seed, index)
     shapes = []
@@ -139,7 +139,7 @@ def draw_scene(seed: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]
 
 
 def _open_folder(folder: Path, seed: int) -> None:
-    """Make the folders and the marker, or check that an earlier run of ours may go on."""
+    """Make the folders and the marker, or check that an earlier run may be resumed."""
     marker = folder / MARKER
     text = f"samray sample-data\nversion {VERSION}\nseed {seed}\n"
     where = f"sample_data.output_dir: {folder}"
@@ -149,7 +149,7 @@ def _open_folder(folder: Path, seed: int) -> None:
         found = marker.read_text(encoding="utf-8", errors="replace")
         if found != text:
             raise ConfigError(
-                f"{where} must be new, empty or begun with seed {seed} by version {VERSION}; it "
+                f"{where} must be new, empty or started with seed {seed} by version {VERSION}; it "
                 f"holds {' '.join(found.split())[:60]!r}; choose another folder or the same seed"
             )
     elif folder.is_dir() and any(path.name != f".{MARKER}.tmp" for path in folder.iterdir()):
@@ -159,7 +159,7 @@ def _open_folder(folder: Path, seed: int) -> None:
     try:
         for part in (folder, folder / "images", folder / "annotations"):
             part.mkdir(parents=True, exist_ok=True)
-            for leftover in part.glob(".*.tmp"):  # of a run that was cut off
+            for leftover in part.glob(".*.tmp"):  # of an interrupted run
                 leftover.unlink()
         if not marker.is_file():
             _write_whole(marker, text.encode())
@@ -175,7 +175,7 @@ def _pair(folder: Path, index: int) -> tuple[Path, Path]:
 
 
 def _write_scenes(folder: Path, seed: int, num_images: int, start: int, count: int) -> int:
-    """Write what is missing of `count` scenes, none beyond num_images; return how many exist."""
+    """Write the missing ones of `count` scenes, none beyond num_images; return how many exist."""
     stop = min(start + count, num_images)
     for index in range(start, stop):
         image_path, json_path = _pair(folder, index)
@@ -210,8 +210,8 @@ def _render(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
     Returns:
         image: H x W x 3 uint8 RGB.
-        label_map: H x W uint8; 0 is the ground, k the object that is seen there.
-        labels: of objects 1, 2, ... from the lowest to the topmost.
+        label_map: H x W uint8; 0 is background, k the object visible there.
+        labels: of objects 1, 2, ... from bottom to top.
     """
     rng = np.random.default_rng([seed, index])
     sides = [int(rng.integers(320, 513))] * 2
@@ -219,18 +219,18 @@ def _render(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     height, width = sides
     angle = rng.uniform(0, 2 * np.pi)
     light = np.array([0.62 * math.cos(angle), 0.62 * math.sin(angle), 0.785], dtype=np.float32)
-    canvas, ground_colour = _ground(rng, (height, width))
+    canvas, background_colour = _background(rng, (height, width))
 
     count = int(rng.integers(5, 11))
     radius = math.sqrt(height * width * rng.uniform(0.45, 0.7) / (count * np.pi))
     makers = (_pebble, _leaf, _ring)
-    used = [ground_colour]
-    # Each kind once, so that every scene can teach them all; then what comes.
+    used = [background_colour]
+    # Each kind at least once, so that every scene has all of them; the rest at random.
     kinds = rng.permutation([0, 1, 2, *rng.integers(3, size=count - 3)])
     items = [makers[kind](rng, radius * rng.uniform(0.75, 1.25), used) for kind in kinds]
     _place(rng, items, (height, width))
 
-    # What hardly shows is taken away before painting: nothing in the picture lacks an outline.
+    # Hardly visible objects are removed before painting, so that every object has an outline.
     label_map = _label_map(items, (height, width))
     visible = np.bincount(label_map.ravel(), minlength=count + 1)[1:]
     whole = [np.count_nonzero(item.coverage >= 0.5) for item in items]
@@ -246,20 +246,20 @@ def _render(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def _place(rng: np.random.Generator, items: list[_Item], size: tuple[int, int]) -> None:
-    """Give every item a corner such that it lies partly on others, seldom for the most part."""
+    """Place every item so that it overlaps others in part, and rarely by more than a third."""
     taken = np.zeros(size, dtype=bool)
     for item in items:
         h, w = item.coverage.shape
         body = item.coverage >= 0.5
-        best, wish = 2.0, rng.uniform(0.0, 0.3)  # share of the item that lies on others
+        best, wanted = 2.0, rng.uniform(0.0, 0.3)  # share of the item that lies on others
         for _ in range(8):
             x = int(size[1] * rng.uniform(0.06, 0.94) - w / 2)
             y = int(size[0] * rng.uniform(0.06, 0.94) - h / 2)
             on_canvas, on_item = _windows((x, y), (h, w), size)
             seen = body[on_item]
             share = float(np.mean(taken[on_canvas][seen])) if seen.any() else 1.0
-            if abs(share - wish) < best:
-                best, item.corner = abs(share - wish), (x, y)
+            if abs(share - wanted) < best:
+                best, item.corner = abs(share - wanted), (x, y)
         on_canvas, on_item = _windows(item.corner, (h, w), size)
         taken[on_canvas] |= body[on_item]
 
@@ -281,10 +281,11 @@ def _label_map(items: list[_Item], size: tuple[int, int]) -> np.ndarray:
     return label_map
 
 
-def _ground(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ground, 3 x H x W float32, and its mean colour."""
-    kind = list(GROUNDS)[rng.integers(len(GROUNDS))]
-    colour = np.array(GROUNDS[kind][rng.integers(len(GROUNDS[kind]))], dtype=np.float32)
+def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the background, 3 x H x W float32, and its mean colour."""
+    kind = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    palette = BACKGROUNDS[kind]
+    colour = np.array(palette[rng.integers(len(palette))], dtype=np.float32)
     colour *= rng.uniform(0.88, 1.1)
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     if rng.random() < 0.5:
@@ -319,7 +320,7 @@ def _ground(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray
 
 
 def _pebble(rng: np.random.Generator, radius: float, used: list[np.ndarray]) -> _Item:
-    """A rounded stone with speckles and, now and then, a vein of quartz."""
+    """A rounded stone with speckles and sometimes a vein of quartz."""
     angle = np.linspace(0, 2 * np.pi, 90, endpoint=False)
     swing = sum(
         rng.normal(0, 0.16 / k**1.3) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, 6)
@@ -346,7 +347,7 @@ def _leaf(rng: np.random.Generator, radius: float, used: list[np.ndarray]) -> _I
     length = radius * rng.uniform(2.5, 3.1)
     half_width = radius * rng.uniform(0.5, 0.64)
     bend = rng.uniform(-0.7, 0.7)
-    s = np.linspace(-0.13, 1, 90)  # 0 is where the stem ends and the blade begins
+    s = np.linspace(-0.13, 1, 90)  # 0 is the end of the stem, where the blade begins
     blade = s.clip(0)
     profile = np.sin(np.pi * blade**0.85).clip(0) ** 0.9
     if kind == "toothed":
@@ -389,7 +390,7 @@ def _leaf(rng: np.random.Generator, radius: float, used: list[np.ndarray]) -> _I
 
 
 def _ring(rng: np.random.Generator, radius: float, used: list[np.ndarray]) -> _Item:
-    """A metal washer or nut, or a rubber ring; the ground is seen through its hole."""
+    """A metal washer or nut, or a rubber ring; the background shows through its hole."""
     metal = rng.random() < 0.5
     angle = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     edge = 1.08 * radius * _oval(rng, angle, 0.82)
@@ -401,7 +402,7 @@ def _ring(rng: np.random.Generator, radius: float, used: list[np.ndarray]) -> _I
     size = coverage.shape
     tone = 0.03 * rng.standard_normal(size, dtype=np.float32)
     colour = _pick_colour(rng, METALS if metal else RUBBERS, used)
-    if metal:  # turned on a lathe: fine circles, and a highlight that fans out
+    if metal:  # as turned on a lathe: fine circles and a fan-shaped highlight
         tone += 0.2 * np.cos(2 * np.arctan2(y, x) + rng.uniform(0, 6.3))
         tone += 0.05 * np.sin(np.hypot(x, y) * 2.1) + 0.07 * _noise(rng, size, 8)
     else:
@@ -411,7 +412,7 @@ def _ring(rng: np.random.Generator, radius: float, used: list[np.ndarray]) -> _I
 
 
 def _oval(rng: np.random.Generator, angle: np.ndarray, least: float) -> np.ndarray:
-    """Return points of the unit circle, N x 2, squeezed by `least` at most and turned."""
+    """Return points of a rotated ellipse, N x 2, with half-axes 1 and `least` to 1."""
     squeeze, turn = rng.uniform(least, 1), rng.uniform(0, 2 * np.pi)
     c, s = math.cos(turn), math.sin(turn)
     circle = np.stack([np.cos(angle), squeeze * np.sin(angle)], axis=1)
@@ -419,7 +420,7 @@ def _oval(rng: np.random.Generator, angle: np.ndarray, least: float) -> np.ndarr
 
 
 def _cover(outline: np.ndarray, hole: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Fill an outline, less its hole, with smooth edges.
+    """Fill an outline without its hole, with smooth edges.
 
     Returns:
         coverage: h x w float32, with MARGIN empty pixels around the outline.
@@ -437,7 +438,7 @@ def _cover(outline: np.ndarray, hole: np.ndarray | None = None) -> tuple[np.ndar
 
 
 def _lit(item: _Item, light: np.ndarray) -> np.ndarray:
-    """Return the object's colours, 3 x h x w, under a light (a unit vector; z is at the viewer)."""
+    """Return the object's lit colours, 3 x h x w; the light is a unit vector, z to the viewer."""
     depth = cv2.distanceTransform((item.coverage >= 0.5).astype(np.uint8), cv2.DIST_L2, 5)
     bevel = min(item.bevel, float(depth.max()))
     height = 0.75 * bevel * np.sqrt(1 - (1 - np.minimum(depth / bevel, 1)) ** 2)
@@ -456,11 +457,11 @@ def _lit(item: _Item, light: np.ndarray) -> np.ndarray:
 def _pick_colour(
     rng: np.random.Generator, palette: list[tuple[int, int, int]], used: list[np.ndarray]
 ) -> np.ndarray:
-    """Of some candidates take the one farthest from every colour in use, and add it to those."""
+    """Choose from three candidates the one farthest from all colours in use, and add it to them."""
     candidates = np.array(palette, dtype=np.float32)[rng.permutation(len(palette))[:3]]
     candidates *= rng.uniform(0.94, 1.06, size=candidates.shape).astype(np.float32)
     distances = np.linalg.norm(candidates[:, None] - np.array(used), axis=2)
-    distances[:, 0] *= 0.7  # the ground is the one neighbour that all have
+    distances[:, 0] *= 0.7  # the background, which every object touches
     used.append(candidates[int(distances.min(axis=1).argmax())])
     return used[-1]
 
@@ -478,7 +479,7 @@ def _noise(rng: np.random.Generator, size: tuple[int, ...], cell: float) -> np.n
 
 
 def _paint(canvas: np.ndarray, item: _Item, light: np.ndarray) -> None:
-    """Lay one object and its shadow on the canvas, in place."""
+    """Paint one object and its shadow on the canvas, in place."""
     (rows, columns), on_item = _windows(item.corner, item.coverage.shape, canvas.shape[1:])
     shadow = np.zeros_like(item.coverage)
     for spread, reach, darkness in ((2.0, 0.3, 0.5), (5.0, 1.3, 0.5)):  # contact, then the rest
@@ -492,7 +493,7 @@ def _paint(canvas: np.ndarray, item: _Item, light: np.ndarray) -> None:
 
 
 def _develop(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Make a photograph of the canvas: exposure, white balance, vignette and grain."""
+    """Turn the canvas into a photo: exposure, white balance, vignette and grain."""
     height, width = canvas.shape[1:]
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
     gain = rng.uniform(0.85, 1.12) * (1 - rng.uniform(0, 0.14) * (x * x + y * y))
@@ -505,9 +506,9 @@ def _develop(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
     """Return N x 2 int32 polygons, one for each part of the mask, largest first.
 
-    A LabelMe polygon has no holes. So from the outer outline a cut leads to the hole's outline,
-    around it, and back along the same cut. OpenCV gives a hole's outline as the mask's own
-    pixels beside the hole; as a filled polygon keeps its border, the hole survives whole.
+    A LabelMe polygon has no holes, so a cut leads from the outer outline to the hole's outline,
+    around it, and back along the same cut. OpenCV gives a hole's outline as the mask's pixels
+    beside the hole; a filled polygon includes its border, so the hole keeps its pixels.
 
     Args:
         mask: H x W bool.

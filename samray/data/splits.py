@@ -1,4 +1,4 @@
-"""Which image is in train, val or test: by a file, else by a hash that new images do not move."""
+"""Which image is in train, val or test: by a split file, else by a hash of each image or group."""
 
 import csv
 import hashlib
@@ -16,8 +16,8 @@ from samray.storage import read_bytes, resolve
 def split_of_hash(digest: str, val_fraction: float, test_fraction: float) -> str:
     """Return the split of an image or group by its sha256 in hex.
 
-    It depends on nothing else, so the same photo is never in two splits and adding images
-    moves none.
+    It depends on nothing else, so the same image is never in two splits, and adding images moves
+    no other image.
     """
     u = int(digest[:8], 16) / 2**32
     if u < val_fraction:
@@ -29,7 +29,7 @@ class SplitRule:
     """How a dataset is split.
 
     Args:
-        settings: `split_file`, `group_by`, `val_fraction` and `test_fraction` count.
+        settings: of which `split_file`, `group_by`, `val_fraction` and `test_fraction` are used.
 
     Raises:
         ConfigError: the split file or the group pattern cannot be used.
@@ -49,7 +49,7 @@ class SplitRule:
                 ) from exc
 
     def split_of(self, name: str, image_digest: str) -> str:
-        """Return the split of one image: the file's word, else its group's hash, else its own.
+        """Return the split of one image: by the split file, else by its group's hash, else its own.
 
         Args:
             name: the image's path from the dataset's folder.
@@ -99,7 +99,7 @@ class SplitRule:
         return {split: sorted(members) for split, members in splits.items()}, warnings
 
     def require_known(self, images: list[PreparedImage], claimed: list[str]) -> None:
-        """Refuse a split file that names images which the dataset has not, even as bad ones.
+        """Refuse a split file that names images which are not in the dataset, not even rejected.
 
         Raises:
             ConfigError: naming the first of them.
@@ -109,8 +109,8 @@ class SplitRule:
         unknown = [name for name in self.listed if name not in known]
         if unknown:
             raise ConfigError(
-                f"--split-file {self.settings.split_file}: {len(unknown)} of its names stand "
-                f"for no annotated image of the dataset (the first: {unknown[0]}); write paths as "
+                f"--split-file {self.settings.split_file}: {len(unknown)} of its names match "
+                f"no annotated image of the dataset (the first: {unknown[0]}); write paths as "
                 "seen from --data-dir"
             )
 
@@ -131,7 +131,7 @@ def _read_split_file(file: str) -> dict[str, str]:
     """{image path or file name: split}."""
     path = resolve(file, "--split-file")
     try:
-        text = read_bytes(path).decode("utf-8-sig")  # spreadsheets put a mark in front
+        text = read_bytes(path).decode("utf-8-sig")  # spreadsheets write a byte order mark
         if path.suffix.lower() == ".json":
             listed = json.loads(text)
             pairs = [(name, split) for split, names in listed.items() for name in names]

@@ -1,4 +1,4 @@
-"""Pictures for people: masks, outlines and prompts drawn over images."""
+"""Masks, outlines and prompts drawn over images."""
 
 import io
 
@@ -9,12 +9,12 @@ from PIL import Image
 from samray.geometry.masks import CroppedMask
 from samray.geometry.prompts import Prompt
 
-# Okabe and Ito's palette: told apart by colour-blind eyes, too.
+# Okabe and Ito's palette, which colour-blind people can distinguish.
 COLORS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
     (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
-HIGHLIGHT = (0, 200, 255)  # for one mask alone: rare in photographs
+HIGHLIGHT = (0, 200, 255)  # of a single mask: a colour that is rare in photographs
 FOREGROUND, BACKGROUND, BOX = (0, 255, 0), (255, 0, 0), (0, 255, 255)
 
 
@@ -26,7 +26,7 @@ def draw_masks(
     Args:
         image: H x W x 3 uint8 RGB.
         masks: H x W bool each.
-        colors: RGB, one a mask; unset goes through the palette.
+        colors: RGB, one per mask; by default those of COLORS in turn.
     """
     picture = image.copy()
     line = max(1, round(max(image.shape[:2]) / 400))
@@ -41,11 +41,11 @@ def draw_masks(
 
 
 def cut_out(image: np.ndarray, masks: list[CroppedMask], side: int) -> np.ndarray:
-    """Return the place around masks, enlarged or shrunk, with their outlines drawn.
+    """Return a crop around masks, enlarged or shrunk, with their outlines drawn.
 
     Args:
         image: H x W x 3 uint8 RGB.
-        masks: of that image; the first is outlined in `HIGHLIGHT`, others through the palette.
+        masks: of that image; the first is outlined in `HIGHLIGHT`, the others in COLORS in turn.
         side: pixels of the picture's longest side.
     """
     low = np.min([mask.box[:2] for mask in masks], axis=0)
@@ -65,7 +65,7 @@ def cut_out(image: np.ndarray, masks: list[CroppedMask], side: int) -> np.ndarra
         window = np.asarray(cv2.resize(window, size, interpolation=cv2.INTER_NEAREST))
         contours, _ = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         line = 1 + side // 200
-        cv2.drawContours(picture, contours, -1, (0, 0, 0), line + 2, cv2.LINE_AA)  # on any ground
+        cv2.drawContours(picture, contours, -1, (0, 0, 0), line + 2, cv2.LINE_AA)  # for contrast
         cv2.drawContours(picture, contours, -1, color, line, cv2.LINE_AA)
     return picture
 
@@ -88,7 +88,7 @@ def draw_prompt_marks(picture: np.ndarray, prompt: Prompt) -> np.ndarray:
 
 
 def shrink(picture: np.ndarray, longest_side: int) -> np.ndarray:
-    """Return the picture scaled down to fit; small ones as they are."""
+    """Return the picture, scaled down if its longest side exceeds `longest_side` pixels."""
     scale = longest_side / max(picture.shape[:2])
     if scale >= 1:
         return picture
@@ -97,7 +97,7 @@ def shrink(picture: np.ndarray, longest_side: int) -> np.ndarray:
 
 
 def encode_picture(picture: np.ndarray, suffix: str) -> bytes:
-    """Return a PNG or JPEG file. Pillow takes any file name later; OpenCV's own writer does not.
+    """Return a PNG or JPEG file's bytes.
 
     Args:
         picture: H x W x 3 uint8 RGB, or H x W uint8.

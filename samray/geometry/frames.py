@@ -1,4 +1,4 @@
-"""Original frame to model frame and back: SAM's geometry, the only copy.
+"""Original frame to model frame and back: the only implementation of SAM's geometry.
 
 The longest side is scaled to `img_size`, the rest is padded at the bottom and on the right,
 pixels are normalised by SAM's mean and standard deviation. Resampling is
@@ -10,7 +10,7 @@ import torch
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn import functional as F
 
-# Changing anything in this file that moves pixels must change this, for cached embeddings' sake.
+# Part of the key of cached embeddings: change it with anything here that changes pixels.
 TRANSFORM_VERSION = "sam-resize-longest-side-1"
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)

@@ -1,4 +1,4 @@
-"""Image files to RGB pixels, decided by content and limited before decoding."""
+"""Image files to RGB pixels; the format is that of the content, limits apply before decoding."""
 
 import contextlib
 import io
@@ -11,13 +11,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from samray.errors import AnnotationError
 from samray.storage import Place, read_bytes
 
-# Known by content, whatever the file's extension says. Pillow's other formats stay shut:
-# fewer parsers see untrusted bytes.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # JPEG's reader opens phones' MPO, too
+# Detected by content, not by extension. Pillow's other formats are off, so that fewer parsers see
+# untrusted bytes.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # JPEG's reader also opens MPO, of phones
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MAX_MEGAPIXELS = 170.0  # no setting goes above it
+MAX_MEGAPIXELS = 170.0  # the upper limit of any setting
 MAX_FILE_BYTES = 2**30
-MAX_ASPECT = 256  # thinner ones would scale to less than a pixel
+MAX_ASPECT = 256  # the short side of thinner images would scale to less than a pixel
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 STRETCH_PERCENTILES = (0.1, 99.9)
 
@@ -26,17 +26,17 @@ def read_image_file(path: Place) -> bytes:
     """Return an image file's bytes.
 
     Raises:
-        AnnotationError: field `file`; the file is too large to be a photograph.
+        AnnotationError: field `file`; it is larger than MAX_FILE_BYTES.
         OSError: it cannot be read.
     """
     return read_bytes(path, MAX_FILE_BYTES)
 
 
 def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
-    """Return the image as people see it, with its EXIF orientation applied.
+    """Return the image as shown, with its EXIF orientation applied.
 
-    Grey images of 16 or 32 bits, whole or float, are stretched linearly from their own 0.1 and
-    99.9 percentiles to 0..255. Colour of 16 bits a channel is read by its upper 8.
+    Grey images of 16 or 32 bits, integer or float, are stretched linearly from their 0.1 and
+    99.9 percentiles to 0..255. Of 16-bit colour channels, the upper 8 bits are used.
 
     Args:
         raw: a whole JPEG, PNG, BMP, TIFF or WebP file.
@@ -54,7 +54,7 @@ def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarr
 def decode_and_stretch(
     raw: bytes, max_megapixels: float
 ) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """As `decode_image`; beside it, of a deep image, the values that became 0 and 255."""
+    """As `decode_image`; also return the values that became 0 and 255 in a 16 or 32-bit image."""
     with _opened(raw, max_megapixels) as picture:
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
@@ -63,11 +63,11 @@ def decode_and_stretch(
 
 
 def size_from_header(raw: bytes) -> tuple[int, int]:
-    """Return an image's (H, W) as people see it, without decoding its pixels.
+    """Return an image's (H, W) as shown, without decoding its pixels.
 
     Raises:
-        AnnotationError: field `format`, it is none that samray reads; field `size`, it is beyond
-            any limit of samray's; field `image`, it is damaged.
+        AnnotationError: field `format`, samray does not read it; field `size`, it is too large
+            for any setting; field `image`, it is damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,9 +88,9 @@ def size_from_header(raw: bytes) -> tuple[int, int]:
 
 
 def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
-    """Return the image as people see it, squeezed into a small grey square.
+    """Return the image as shown, resized to a small grey square.
 
-    A JPEG is decoded at a fraction of its size, so a large photo costs little.
+    A JPEG is decoded at a fraction of its size, so a large image is cheap.
 
     Args:
         raw: as in `decode_image`.
@@ -103,7 +103,7 @@ def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
         AnnotationError: as in `decode_image`.
     """
     with _opened(raw, MAX_MEGAPIXELS) as picture:
-        picture.draft("L", (4 * side, 4 * side))  # does nothing to other formats than JPEG
+        picture.draft("L", (4 * side, 4 * side))  # has no effect on formats other than JPEG
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
             upright = Image.fromarray(_stretch(np.asarray(upright))[0])
@@ -113,9 +113,9 @@ def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
-    """Give a picture whose header is acceptable; what goes wrong inside is an AnnotationError."""
+    """Open a picture whose header is acceptable; any failure inside is an AnnotationError."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images; we have our own limit
+        warnings.simplefilter("ignore")  # Pillow warns about large images; samray has its own limit
         try:
             picture = Image.open(io.BytesIO(raw), formats=FORMATS)
             megapixels = picture.width * picture.height / 1e6
@@ -138,7 +138,7 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
             yield picture
         except AnnotationError:
             raise
-        except Image.DecompressionBombError as exc:  # Pillow's own limit, above any of ours
+        except Image.DecompressionBombError as exc:  # Pillow's limit, above samray's
             raise AnnotationError(
                 "image", f"is larger than {max_megapixels:.0f} megapixels ({_one_line(exc)})"
             ) from exc
@@ -152,7 +152,7 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
 
 
 def _stretch(deep: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """H x W of 16 or 32 bits, integers or floats -> H x W x 3 uint8, and the ends it maps."""
+    """H x W of 16 or 32 bits, integer or float -> H x W x 3 uint8, and the values of 0 and 255."""
     if not np.isfinite(deep).all():
         raise AnnotationError("image", "has values that are not finite; replace them")
     low, high = np.percentile(deep, STRETCH_PERCENTILES)

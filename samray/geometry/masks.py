@@ -1,8 +1,8 @@
-"""Shapes to masks, masks to COCO RLE, boxes and back to polygons.
+"""Shapes to masks, and masks to COCO RLE, boxes and outlines.
 
 Boundary rule: points are floored to pixels and every pixel that the outline touches belongs to
-the mask. labelme's own `shape_to_mask` differs at most at the outline and beside it (tested). A
-shape has the same pixels whether it lies inside the image or reaches out of it.
+the mask. labelme's `shape_to_mask` differs at most at the outline and beside it (tested). A shape
+has the same pixels whether it lies inside the image or extends beyond it.
 """
 
 import io
@@ -20,10 +20,10 @@ from samray.geometry.shapes import Shape
 
 @dataclass(frozen=True)
 class CroppedMask:
-    """A mask without the empty frame around it; large frames with small objects stay cheap.
+    """A mask without the empty area around it, so that small objects in large frames are cheap.
 
     Attributes:
-        pixels: h x w bool, the part inside the crop.
+        pixels: h x w bool, the crop.
         origin: (x, y) of its top left pixel in the frame.
     """
 
@@ -32,7 +32,7 @@ class CroppedMask:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """XYXY; the pixel columns x1..x2-1 and rows y1..y2-1 hold the mask tightly."""
+        """XYXY; the mask spans pixel columns x1..x2-1 and rows y1..y2-1."""
         rows = np.flatnonzero(self.pixels.any(axis=1))
         columns = np.flatnonzero(self.pixels.any(axis=0))
         x, y = self.origin
@@ -45,10 +45,10 @@ class CroppedMask:
 
 
 def require_inside(shape: Shape, size: tuple[int, int]) -> None:
-    """Refuse a shape that the image, (H, W), has no part of.
+    """Refuse a shape that lies outside the image of (H, W) pixels.
 
     Raises:
-        AnnotationError: its box lies beside the image.
+        AnnotationError: its box and the image do not overlap.
     """
     outline = np.floor(_outline(shape))
     if (outline.max(axis=0) < 0).any() or (outline.min(axis=0) >= (size[1], size[0])).any():
@@ -101,23 +101,23 @@ def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMas
 def encode_rle(mask: CroppedMask, size: tuple[int, int]) -> bytes:
     """Return the compressed COCO RLE counts of the mask in its whole frame of (H, W) pixels.
 
-    The runs are read off the crop, so a small object in a large frame costs its own size only.
-    Equal to `pycocotools.mask.encode` of the whole frame.
+    Equal to `pycocotools.mask.encode` of the whole frame, but reads the crop only, so a small
+    object in a large frame is cheap.
     """
     height, width = size
-    # COCO runs go down the columns: lay the crop's columns in a row, an empty pixel between them.
+    # COCO runs are column by column: concatenate the crop's columns with an empty pixel after each.
     h, w = mask.pixels.shape
     columns = np.zeros((w, h + 1), dtype=bool)
     columns[:, :-1] = mask.pixels.T
     flat = columns.ravel()
-    # By turns the first pixel of a run and the one after its last.
+    # Alternately the first pixel of a run and the one after its last.
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     if flat[0]:
         edges = np.insert(edges, 0, 0)
     column, row = np.divmod(edges, h + 1)
     x, y = mask.origin
     edges = (column + x) * height + row + y
-    # A run that reaches the bottom goes on at the top of the next column: drop both edges.
+    # A run that reaches the bottom continues at the top of the next column: drop both edges.
     apart = edges[1:] != edges[:-1]
     kept = np.ones(len(edges), dtype=bool)
     kept[1:] = apart
@@ -134,19 +134,19 @@ def decode_rle(counts: bytes, size: tuple[int, int]) -> np.ndarray:
     """Return the mask of compressed COCO counts in its frame: H x W bool.
 
     Raises:
-        AnnotationError: field `counts`; they are no runs that fill the frame.
+        AnnotationError: field `counts`; they are not runs that fill the frame.
     """
     runs = decompress_runs(counts, size)
-    inside = np.arange(len(runs)) % 2 == 1  # by turns outside and inside
+    inside = np.arange(len(runs)) % 2 == 1  # runs alternate between outside and inside
     return np.repeat(inside, runs).reshape(size[1], size[0]).T
 
 
 def decompress_runs(counts: bytes, size: tuple[int, int]) -> np.ndarray:
     """Return the run lengths of compressed COCO counts, int64; they fill a frame of (H, W).
 
-    Checked, for pycocotools reads and writes out of bounds where they do not. The format: 5 bits
-    a character, lowest first, and from the fourth run on each is the difference to the one two
-    before it.
+    Checked, because pycocotools reads and writes out of bounds if they do not. The format has 5
+    bits per character, lowest first; from the fourth run on, each is stored as the difference to
+    the run two before it.
 
     Raises:
         AnnotationError: field `counts`.
@@ -156,14 +156,14 @@ def decompress_runs(counts: bytes, size: tuple[int, int]) -> np.ndarray:
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     whole = len(ends) > 0 and ends[-1] == len(digits) - 1
-    # Seven characters are 35 bits: more than any image needs, and no sum of them can overflow.
+    # Seven characters are 35 bits: more than any image needs, and their sum cannot overflow.
     if whole and lengths.max() <= 7 and ((digits >= 0) & (digits < 64)).all():
         places = np.arange(len(digits)) - np.repeat(starts, lengths)
         runs = np.add.reduceat((digits & 0x1F) << (5 * places), starts)
         runs -= ((digits[ends] & 0x10) > 0) * (np.int64(1) << (5 * lengths))
         runs[1::2] = np.cumsum(runs[1::2])
         runs[2::2] = np.cumsum(runs[2::2])
-        # As floats, for a sum of wrong ones could come round to the right one.
+        # As floats: an integer sum of wrong runs could overflow to the right one.
         if (runs >= 0).all() and runs.sum(dtype=np.float64) == size[0] * size[1]:
             return runs
     raise AnnotationError(
@@ -172,26 +172,26 @@ def decompress_runs(counts: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def decode_crop(counts: bytes, size: tuple[int, int], box: tuple[float, ...]) -> CroppedMask:
-    """Return the part of a mask that its XYXY box holds."""
+    """Return the part of a mask inside its XYXY box."""
     x1, y1, x2, y2 = (int(v) for v in box)
     frame = coco.decode({"counts": counts, "size": list(size)})
     return CroppedMask(np.ascontiguousarray(frame[y1:y2, x1:x2], dtype=bool), (x1, y1))
 
 
 def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return of each mask the largest IoU with another one of its image, and which one that is.
+    """Return the largest IoU of each mask with another one of its image, and which one that is.
 
     Args:
         rles: compressed COCO counts of N masks.
         size: (H, W) of the image.
 
     Returns:
-        ious: N float64; 0 where a mask meets no other.
-        partners: N int64, places in `rles`; without meaning where the IoU is 0.
+        ious: N float64; 0 where a mask overlaps no other.
+        partners: N int64, indices in `rles`; meaningless where the IoU is 0.
     """
     masks = [{"counts": counts, "size": list(size)} for counts in rles]
     ious, partners = np.zeros(len(masks)), np.zeros(len(masks), dtype=np.int64)
-    for start in range(0, len(masks), 256):  # memory grows with N, not with its square
+    for start in range(0, len(masks), 256):  # memory grows with N, not N squared
         rows = masks[start : start + 256]
         table = np.asarray(coco.iou(rows, masks, [0] * len(masks))).reshape(len(rows), len(masks))
         own = np.arange(len(rows))
@@ -202,19 +202,19 @@ def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarr
 
 
 def outline_of(pixels: np.ndarray, tolerance: float = 1.0) -> list[np.ndarray]:
-    """Return the corners of a mask's outlines, those of its holes too: N x 2 int32, (x, y), each.
+    """Return the corners of a mask's outlines, including holes: N x 2 int32, (x, y), each.
 
     Args:
         pixels: h x w bool.
-        tolerance: pixels by which corners may be spared. One pixel takes the stairs of a slanted
-            edge for the straight line that the annotator drew; half a pixel does not.
+        tolerance: pixels by which the simplified outline may deviate. One pixel turns the steps
+            of a slanted edge into the straight line that the annotator drew; half a pixel does not.
     """
     contours, _ = cv2.findContours(pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     return [cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0] for contour in contours]
 
 
 def _outline(shape: Shape) -> np.ndarray:
-    """N x 2 points whose polygon is the shape; for a mask, its box."""
+    """N x 2 points of the shape's polygon; for a mask, its box."""
     points = shape.points
     if shape.kind == "rectangle":  # two opposite corners in any order, or all four
         (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
@@ -247,7 +247,7 @@ def _paste_png(canvas: np.ndarray, shape: Shape, origin: tuple[int, int]) -> Non
             pixels = np.asarray(picture.convert("L")) > 0
     except AnnotationError:
         raise
-    # Pillow's parsers raise almost anything on damaged files, and its own error on bombs.
+    # Pillow's parsers raise almost anything on damaged files, and an error of its own on bombs.
     except Exception as exc:
         raise AnnotationError(where, "is not a whole PNG") from exc
     left, top = x1 - origin[0], y1 - origin[1]

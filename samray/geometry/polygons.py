@@ -1,7 +1,7 @@
-"""Fill a polygon: wherever its points lie, and however often it crosses itself.
+"""Fill a polygon, also one that extends beyond the image or crosses itself.
 
 The rule is OpenCV's: a pixel belongs if the outline, drawn from pixel to pixel, touches it, or if
-it lies inside (even-odd, so what goes round twice is a hole).
+it lies inside by the even-odd rule.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ import numpy as np
 from samray.errors import AnnotationError
 
 MAX_POINTS_OF_OPENCV = 1000
-MAX_OUTLINE = 4_000_000  # pixels; no person or contour finder makes so long an outline
-BLOCK = 2**19  # pixels of outline worked on at a time, which bounds memory
+MAX_OUTLINE = 4_000_000  # pixels; longer than any drawn or traced outline
+BLOCK = 2**19  # pixels of outline processed at a time, which bounds memory
 
 
 def fill_polygon(canvas: np.ndarray, points: np.ndarray) -> None:
     """Set a polygon's pixels to one.
 
-    OpenCV fills what lies inside the canvas. Where a polygon reaches out of it, OpenCV bends edges
-    and leaves stripes along the border; and where many edges cross, it takes time with their
-    square, five minutes for 50,000 points. Those are filled by `fill_by_counting`, which agrees
-    with OpenCV to the pixel where OpenCV is right (tested).
+    OpenCV fills polygons inside the canvas. If a polygon extends beyond it, OpenCV bends edges and
+    leaves stripes along the border; and its time grows with the square of the number of edges, to
+    five minutes for 50,000 points. Those are filled by `fill_by_counting`, which agrees with OpenCV
+    to the pixel where OpenCV is right (tested).
 
     Args:
         canvas: h x w uint8, changed in place.
@@ -40,13 +40,13 @@ def fill_polygon(canvas: np.ndarray, points: np.ndarray) -> None:
 
 
 def fill_by_counting(canvas: np.ndarray, points: np.ndarray) -> None:
-    """As `fill_polygon`, in time and memory that grow with canvas and outline alone.
+    """As `fill_polygon`, in time and memory linear in the canvas and the outline.
 
     A pixel lies inside if an odd number of edges cross its row to the left of it.
     """
     height, width = canvas.shape
-    # Both ends of each edge, the left one first (of upright ones the upper): which way the
-    # outline was drawn shall not matter where a line passes midway between two pixels.
+    # Both ends of each edge, the left one first (the upper one of vertical edges), so that a line
+    # midway between two pixels does not depend on the direction of the outline.
     ends = np.stack([points, np.roll(points, -1, axis=0)])
     (x1, y1), (x2, y2) = ends[0].T, ends[1].T
     backward = (x1 > x2) | ((x1 == x2) & (y1 > y2))
@@ -68,7 +68,7 @@ def fill_by_counting(canvas: np.ndarray, points: np.ndarray) -> None:
 
 
 def _draw_lines(canvas: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
-    """Draw lines, E x 2 ends in pixels, that go farther along the first axis than the second."""
+    """Draw lines, E x 2 ends in pixels, that are longer along the first axis than the second."""
     height, width = canvas.shape
     low, high = np.minimum(start, end)[:, 0], np.maximum(start, end)[:, 0]
     for line, x in _walk(low, high, width):
@@ -84,8 +84,9 @@ def _draw_lines(canvas: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
 def _walk(
     first: np.ndarray, last: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For E ranges first..last, cut off at 0..size-1: (number of the range, place in it), each
-    N int64, in blocks of about BLOCK.
+    """Yield (index of the range, number in it) of E ranges first..last, clipped to 0..size-1.
+
+    Both are N int64, in blocks of about BLOCK.
 
     Raises:
         AnnotationError: all ranges together are longer than MAX_OUTLINE.

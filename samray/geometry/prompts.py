@@ -1,7 +1,7 @@
-"""Masks to prompts: the points and boxes a person would give.
+"""Masks to prompts: points and boxes as a person would give them.
 
-Coordinates are (x, y) pixels of the original image. A box prompt is a box, never its corners
-as points: they lie outside the object.
+Coordinates are (x, y) pixels of the original image. A box prompt is a box, never its corners as
+points, because those lie outside the object.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ STRATEGIES = ("center", "random", "bbox")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What points at one instance: points, or a box.
+    """The prompt of one instance: points, or a box.
 
     Attributes:
         point_coords: N x 2 float32, (x, y) pixels; None for a box.
@@ -33,7 +33,7 @@ class Prompt:
     def layout(self) -> tuple[int, bool]:
         """(number of points, has a box): only prompts of one layout are decoded together.
 
-        Filling up a shorter prompt with padding points would move the logits.
+        Padding points in a shorter prompt would change the logits.
         """
         return (0 if self.point_coords is None else len(self.point_coords), self.box is not None)
 
@@ -58,13 +58,13 @@ def draw_prompt(
 
     Args:
         strategy: `center` (the innermost pixel, further points random), `random`, `bbox`,
-            `mixed`, which draws one of the three, or `interactive`, which begins with one random
-            point or a box, evenly.
+            `mixed`, which draws one of the three, or `interactive`, which starts with one random
+            point or a box, with equal probability.
         mask: H x W bool with at least one True pixel.
-        num_points: points, for center and random.
-        rng: source of chance; `center` with one point takes nothing from it.
+        num_points: number of points, for center and random.
+        rng: random generator; `center` with one point does not draw from it.
         box_noise: see `tight_box`.
-        mixture: how often `mixed` draws each of STRATEGIES, in proportion.
+        mixture: weights with which `mixed` draws each of STRATEGIES.
 
     Raises:
         EmptyMaskError: no pixel is True.
@@ -110,14 +110,14 @@ def center_point(mask: np.ndarray) -> np.ndarray:
 def correction_point(mask: np.ndarray, gt_mask: np.ndarray) -> tuple[np.ndarray, int] | None:
     """Return where a person would click next: the innermost pixel of the deepest error.
 
-    The RITM clicker's rule (Sofiiuk et al., 2022): of what was missed and what was spilled, the
-    region that reaches deeper, and there the pixel farthest from its edge.
+    The RITM clicker's rule (Sofiiuk et al., 2022): of the false negative and the false positive
+    region the one that is deeper, and in it the pixel farthest from its edge.
 
     Args:
         mask, gt_mask: H x W bool.
 
     Returns:
-        (1 x 2 float32 (x, y), 1 for missed or 0 for spilled), or None if nothing is wrong.
+        (1 x 2 float32 (x, y), 1 if it was missed or 0 if it is too much), or None without errors.
     """
     missed, spilled = gt_mask & ~mask, mask & ~gt_mask
     errors = [(region, label) for region, label in ((missed, 1), (spilled, 0)) if region.any()]
@@ -133,8 +133,8 @@ def _innermost(mask: np.ndarray) -> tuple[np.ndarray, float]:
     x1, y1, x2, y2 = _bounds(mask)
     crop = np.pad(mask[y1:y2, x1:x2].astype(np.uint8), 1)
     distance = cv2.distanceTransform(crop, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # Squared distances are whole numbers, and ties are common. OpenCV's roots differ in the last
-    # digit with where the array lies in memory, which would let the same run pick another pixel.
+    # Squared distances are whole numbers, and ties are common. OpenCV's roots depend in the last
+    # digit on the array's place in memory, so that the same run could pick another pixel.
     squared = np.rint(distance.astype(np.float64) ** 2)
     y, x = np.unravel_index(int(squared.argmax()), squared.shape)
     point = np.array([[x1 + x - 1, y1 + y - 1]], dtype=np.float32)
@@ -142,7 +142,7 @@ def _innermost(mask: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def random_points(mask: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
-    """Return pixels drawn uniformly from the mask, different ones where it has enough.
+    """Return pixels drawn uniformly from the mask, distinct ones if it has enough.
 
     Args:
         mask: H x W bool with at least one True pixel.
@@ -162,7 +162,7 @@ def random_points(mask: np.ndarray, num_points: int, rng: np.random.Generator) -
 def tight_box(
     mask: np.ndarray, rng: np.random.Generator | None = None, noise: float = 0.0
 ) -> np.ndarray:
-    """Return the box around the mask, its corners moved by chance if asked.
+    """Return the box around the mask, with noise on its corners if asked.
 
     Args:
         mask: H x W bool with at least one True pixel.
@@ -188,7 +188,7 @@ def tight_box(
 
 
 def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """XYXY of the mask, x2 and y2 just outside."""
+    """XYXY of the mask; x2 and y2 are exclusive."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(rows) == 0:
         raise EmptyMaskError(f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels has none set")

@@ -1,4 +1,4 @@
-"""A shape as people drew it: what annotation files are read to and masks are made from."""
+"""A shape as it was drawn: read from annotation files, rasterised to masks."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """One areal LabelMe shape.
+    """One shape that covers an area.
 
     Attributes:
-        index: its place in the file's `shapes`.
+        index: in the file's `shapes` (COCO: `annotations`).
         label: without white space around it.
         kind: polygon, rectangle (2 or 4 points), oriented_rectangle, circle or mask; rle if it
             comes from COCO.
         points: N x 2 float64, (x, y) pixels of the image as shown.
         group_id: shapes of one label and one group are one instance; None stands alone.
         png: for a mask, the PNG file that fills the box between its two points.
-        rle: compressed COCO counts of the whole frame, whose box the points are.
+        rle: compressed COCO counts of the whole frame; the points are its box.
     """
 
     index: int

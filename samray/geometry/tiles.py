@@ -1,7 +1,7 @@
-"""Tiles of a large picture: where they lie, and which one an object belongs to.
+"""Tiles of a large image: their windows, and which one an object belongs to.
 
-An object counts once: it belongs to the tile that holds most of its pixels, the first of equals.
-With an overlap as wide as the objects, each lies whole in some tile.
+An object counts once: it belongs to the tile with most of its pixels, on a tie the first. With an
+overlap as wide as the objects, each is whole in some tile.
 """
 
 import math
@@ -14,7 +14,7 @@ from samray.geometry.masks import CroppedMask
 
 @dataclass(frozen=True)
 class Window:
-    """A part of an image, in pixels of it.
+    """A part of an image, in pixels.
 
     Attributes:
         x, y: its top left pixel.
@@ -35,7 +35,7 @@ class Window:
 def tile_windows(size: tuple[int, int], tile: int, overlap: int) -> list[Window]:
     """Return windows that cover an image, row by row.
 
-    Each is `tile` pixels a side, or the image's own side where that is shorter. Neighbours share
+    Each side is `tile` pixels, or the image's if that is shorter. Neighbours share
     `overlap` pixels; the last of a row or column ends at the border and shares more.
 
     Args:
@@ -59,12 +59,12 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def place_in_tiles(mask: CroppedMask, windows: list[Window]) -> tuple[int, CroppedMask, int]:
-    """Return which window a mask belongs to, its part there, and its pixels outside.
+    """Return the window that a mask belongs to, its part there, and its pixels outside.
 
     Returns:
-        number: of the window with most of the mask's pixels.
-        part: in that window's own frame.
-        outside: pixels of the mask that the window has not.
+        number: index of the window with most of the mask's pixels.
+        part: in that window's frame.
+        outside: pixels of the mask that are not in the window.
     """
     parts = [_part_in(mask, window) for window in windows]
     areas = [int(np.count_nonzero(pixels)) for pixels, _ in parts]

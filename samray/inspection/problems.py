@@ -15,6 +15,7 @@ from samray.data.dataset import ImageRecord
 OUTLINED_TWICE = 0.8  # IoU above which two instances are probably one object
 
 # (pattern on "field: reason" without indices and label, title, what to do); the first match counts.
+# Datasets prepared before hold earlier wordings, such as "once more".
 KINDS = (
     ("already annotated", "Two annotation files for one image",
      "Keep one of the two JSON files and move the other away."),
@@ -31,7 +32,7 @@ KINDS = (
     ("^(file|folder|images|annotations|categories|shapes):",
      "Files that cannot be read as annotations",
      "Repair the file or move it away; `samray prepare` reads LabelMe and COCO JSON in UTF-8."),
-    ("once more", "Duplicate shapes", "Delete one of the two in the annotation tool."),
+    ("duplicate of|once more", "Duplicate shapes", "Delete one of the two in the annotation tool."),
     ("outside the image|covers no pixel", "Shapes outside the image",
      "Delete the shape, or check that the JSON belongs to this image."),
     ("out of the image; cut off", "Shapes that extend beyond the image",

@@ -720,7 +720,7 @@ def test_what_labelme_files_hold_beside_polygons(tmp_path):
     square = [[5, 5], [20, 5], [20, 20], [5, 20]]
     others = [
         shape("cat", square),
-        shape("cat", square),  # once more
+        shape("cat", square),  # a duplicate
         {**shape("edge", square[:2]), "shape_type": "line"},
         {**shape("eye", square[:1]), "shape_type": "point"},
         {**shape("cat", [[30, 10], [40, 20], [30, 30], [20, 20]]), "shape_type": "rotation"},

@@ -294,7 +294,7 @@ shapes_case(
     "beside_the_image", shape(), shape(OUTSIDE), rejected=[("shapes[1].points", "lies outside")]
 )
 shapes_case("a_group_of_two", shape(group_id=1), shape(FAR, group_id=1), joined_away=1)
-shapes_case("the_same_twice", shape(), shape(), rejected=[("shapes[1]", "once more")])
+shapes_case("the_same_twice", shape(), shape(), rejected=[("shapes[1]", "duplicate of")])
 shapes_case("white_space_in_the_label", shape(label=" cat\n"))
 shapes_case(
     "points_that_are_no_numbers",

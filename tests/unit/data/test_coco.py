@@ -83,7 +83,7 @@ def test_labels_are_the_categories_names_and_crowds_are_counted() -> None:
         ({"segmentation": [[1, 2, 3, 4, 5, 1e308]]}, ".segmentation[0]", "in pixels"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, ".segmentation[0]", "in pixels"),
         ({"segmentation": [[100, 100, 120, 100, 110, 120]]}, ".segmentation", "no pixel"),
-        ({"segmentation": [SQUARE], "category_id": 9}, ".category_id", "9 is no id"),
+        ({"segmentation": [SQUARE], "category_id": 9}, ".category_id", "9 is not the id"),
         ({"segmentation": [SQUARE], "category_id": [3]}, ".category_id", "whole number"),
         ({"segmentation": {"size": [9, 9], "counts": [81]}}, ".segmentation.size", "[40, 60]"),
     ],

@@ -137,7 +137,7 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
         (shape(label=5), ".label", "not 5"),
         (shape(label=["cat"]), ".label", "not ['cat']"),
         (shape(label="\ud800"), ".label", "not Unicode"),  # could not be written again
-        (GOOD, "", "is shapes[0] once more"),
+        (GOOD, "", "is a duplicate of shapes[0]"),
         (shape(shape_type="rectangle"), ".points", "needs 2 or 4"),
         (shape(shape_type="oriented_rectangle"), ".points", "needs 4"),
         (shape(shape_type="circle"), ".points", "needs 2"),

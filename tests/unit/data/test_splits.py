@@ -196,7 +196,7 @@ def test_missing_split_file_is_named(tmp_path: Path) -> None:
 
 def test_split_file_with_unknown_images_is_refused_before_they_leak(tmp_path: Path) -> None:
     given = from_file(tmp_path, SPLITS)
-    match = r"2 of its names stand for no annotated image.*the first: c\.jpg"
+    match = r"2 of its names match no annotated image.*the first: c\.jpg"
     with pytest.raises(ConfigError, match=match):
         given.require_known(images("x/a.jpg", "y/b.jpg"), [])
 

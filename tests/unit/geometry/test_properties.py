@@ -199,7 +199,7 @@ def test_what_is_written_is_read_again(
     assert annotation.warnings == []
     assert len(annotation.shapes) + len(annotation.problems) == len(entries)
     for problem in annotation.problems:
-        assert "once more" in problem.reason
+        assert "duplicate of" in problem.reason
     for shape in annotation.shapes:
         entry = entries[shape.index]
         assert (shape.label, shape.kind) == (entry["label"], entry["shape_type"])
