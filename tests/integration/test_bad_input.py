@@ -1,5 +1,5 @@
-"""What a user can get wrong, through the command line: one line that says what to do, never a
-traceback, and no work begun. Bad items among good ones are listed, and the good ones go through.
+"""Mistakes of users on the command line: one line that says what to do, never a traceback, and no
+work is started. Bad items among good ones are listed, and the good ones are prepared.
 """
 
 import json
@@ -29,7 +29,7 @@ SECRET = b"the owner's secret, which no dataset may hold"
 
 
 def refused(result: tuple[int, str, str], *words: str) -> str:
-    """Assert that a stage ended as it should on a mistake; return its line."""
+    """Assert that a stage reported a mistake of the user correctly; return its line."""
     status, out, err = result
     assert "Traceback" not in err
     assert status == 2, (out, err)
@@ -44,7 +44,7 @@ def refused(result: tuple[int, str, str], *words: str) -> str:
 
 @pytest.fixture
 def few(photos: Path, tmp_path: Path) -> Path:
-    """Four good pairs in a folder that a test may spoil."""
+    """Four good pairs in a folder that a test may change."""
     for number in range(4):
         for name in (f"images/sample_{number:05d}.jpg", f"annotations/sample_{number:05d}.json"):
             (tmp_path / "few" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def pixel_bomb(data: Path) -> None:
 
 
 def claim_size(data: Path, pixels: int) -> None:
-    """Make a PNG of some bytes whose header speaks of a large square."""
+    """Make a PNG of a few bytes whose header declares a large square."""
     side = pixels.to_bytes(4, "big")
     png = b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + side + side + b"\x08\x02\0\0\0", b"IDAT" + zlib.compress(bytes(99))):
@@ -171,7 +171,7 @@ def claim_size(data: Path, pixels: int) -> None:
 
 JSON_FILE = "annotations/sample_00001.json"
 BAD_ITEMS: dict[Callable[[Path], None], tuple[str, str, str, bool]] = {
-    # what spoils the folder: (file, field, in the reason, whether the whole pair is lost)
+    # change to the folder: (file, field, part of the reason, whether the pair is lost)
     not_json: (JSON_FILE, "file", "is not JSON", True),
     another_kind_of_json: (JSON_FILE, "shapes", "another kind of JSON", True),
     not_text: (JSON_FILE, "file", "UTF-8", True),
@@ -197,7 +197,7 @@ BAD_ITEMS: dict[Callable[[Path], None], tuple[str, str, str, bool]] = {
 
 
 @pytest.mark.parametrize("spoil", BAD_ITEMS, ids=lambda spoil: spoil.__name__)
-def test_a_bad_item_is_listed_and_the_good_ones_go_through(
+def test_a_bad_item_is_listed_and_the_good_ones_are_prepared(
     spoil, few, tmp_path, run_cli, ray_cluster
 ):
     file, field, reason, pair_lost = BAD_ITEMS[spoil]
@@ -214,7 +214,7 @@ def test_a_bad_item_is_listed_and_the_good_ones_go_through(
     assert reason in item
     assert not (output / "manifest.json").exists()
 
-    status, out, err = run_cli(*words)  # the shards are there: it only publishes
+    status, out, err = run_cli(*words)  # the shards exist: it only publishes
     assert (status, err) == (0, "")
     assert f"rejected {file}: {field}: " in out
     manifest = json.loads((output / "manifest.json").read_text())
@@ -223,7 +223,7 @@ def test_a_bad_item_is_listed_and_the_good_ones_go_through(
     assert reason in rejected["reason"]
     good = {f"images/sample_{number:05d}.jpg" for number in range(4)}
     if pair_lost:
-        good -= {"images/sample_00001.jpg"}  # and it is not taken for an unlabelled one
+        good -= {"images/sample_00001.jpg"}  # and it does not count as unlabelled
     assert set(manifest["splits"]["train"]) == good
     assert manifest["unlabelled"] == []
     dataset = PreparedDataset(output)
@@ -250,7 +250,7 @@ def test_every_bad_item_is_on_stderr_under_strict(few, tmp_path, run_cli, ray_cl
     ]
     assert not (output / "manifest.json").exists()
     assert run_cli(*words)[0] == 0
-    # Strict is strict about what an earlier call has let through, too.
+    # --strict also applies to what an earlier call has accepted.
     status, out, err = run_cli(*words, "--strict")
     assert (status, out, len(err.splitlines())) == (2, "", 5)
 
@@ -304,7 +304,7 @@ def test_nothing_from_outside_the_folder_gets_into_the_dataset(
     assert not any("diary" in path.name for path in written)
 
 
-# ---- prepare: nothing to work with ---------------------------------------------------------
+# ---- prepare: no usable input --------------------------------------------------------------
 
 
 def test_a_missing_folder(tmp_path, run_cli):
@@ -319,7 +319,7 @@ def test_a_missing_folder(tmp_path, run_cli):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_cannot_be(few, tmp_path, run_cli):
+def test_an_unusable_output_folder(few, tmp_path, run_cli):
     (tmp_path / "file").write_text("")
     words = ["prepare", "--data-dir", few, "--output-dir"]
     refused(run_cli(*words, tmp_path / "file" / "out"), "--output-dir", "cannot be created")
@@ -375,7 +375,7 @@ def test_a_file_name_that_is_not_unicode(few, tmp_path, run_cli):
         ("--split-file", '{"train": ["a.jpg"], "val": ["a.jpg"]}', ("a.jpg", "train and in val")),
     ],
 )
-def test_a_side_file_that_makes_no_sense(option, text, words, few, tmp_path, run_cli):
+def test_an_invalid_side_file(option, text, words, few, tmp_path, run_cli):
     file = tmp_path / "side.json"
     file.write_text(text)
     result = run_cli("prepare", "--data-dir", few, "--output-dir", tmp_path / "o", option, file)
@@ -411,7 +411,7 @@ def test_an_option_that_does_not_exist(words, named, run_cli):
     status, out, err = run_cli(*words)
     assert (status, out) == (2, "")
     assert "Traceback" not in err
-    assert err.startswith("usage: samray")  # argparse's own habit
+    assert err.startswith("usage: samray")  # as argparse does
     assert named in err.splitlines()[-1]
 
 
@@ -427,13 +427,13 @@ def test_an_option_that_does_not_exist(words, named, run_cli):
         ("nonsense", ("nonsense", "section.key=value")),
     ],
 )
-def test_a_setting_that_cannot_be(word, named, prepared, tmp_path, run_cli):
+def test_an_invalid_setting(word, named, prepared, tmp_path, run_cli):
     words = ["train", "--data-dir", prepared, "--output-dir", tmp_path / "run"]
     refused(run_cli(*words, word), *named)
     assert not (tmp_path / "run").exists()
 
 
-def test_all_mistakes_of_a_config_come_at_once(prepared, tmp_path, run_cli):
+def test_all_mistakes_of_a_config_are_reported_at_once(prepared, tmp_path, run_cli):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"train: {{data_dir: {prepared}, output_dir: {tmp_path / 'run'}, num_epoch: 3}}\n"
@@ -460,7 +460,7 @@ def test_all_mistakes_of_a_config_come_at_once(prepared, tmp_path, run_cli):
         (None, "cannot be read"),
     ],
 )
-def test_a_config_that_is_none(text, named, tmp_path, run_cli):
+def test_an_unreadable_config(text, named, tmp_path, run_cli):
     config = tmp_path / "run.yaml"
     if text is not None:
         config.write_text(text)
@@ -541,7 +541,7 @@ def test_more_workers_than_images(prepared, tmp_path, run_cli):
 def test_more_than_the_cluster_has_is_refused_at_once(
     what, prepared, tmp_path, run_cli, ray_cluster
 ):
-    """Ray itself would wait for ever."""
+    """Ray alone would wait endlessly."""
     words = ["train", "--data-dir", prepared, "--output-dir", tmp_path / "run"]
     if what == "cpus":
         words += ["scaling.cpus_per_worker=64", "--device", "cpu"]
@@ -558,8 +558,8 @@ def test_more_than_the_cluster_has_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_whole_process_says_one_line_too(prepared, tmp_path, ray_cluster):
-    """Libraries that write past sys.stderr, Ray's C++ above all, stay silent as well."""
+def test_a_process_prints_one_line_too(prepared, tmp_path, ray_cluster):
+    """Also nothing from libraries that bypass sys.stderr, such as Ray's C++ code."""
     program = "import sys; from samray.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["train", "--data-dir", prepared, "--output-dir", tmp_path / "run"]
     process = subprocess.run(
@@ -658,7 +658,7 @@ def test_a_checkpoint_that_cannot_be_used(make, prepared, photos, tmp_path, run_
 
 
 def test_the_evil_files_would_have_run(tmp_path):
-    """Else the two tests of them above could not fail."""
+    """Otherwise the two tests of them above could not fail."""
     for make in (evil_torch_file, evil_old_pickle):
         make(tmp_path / "weights.pth")
         marker = tmp_path / "marker"
@@ -709,9 +709,7 @@ def image(photos) -> Path:
         (["--box", 20, 20, 9000, 90], ("--box 20 20 9000 90", "inside the image")),
     ],
 )
-def test_predict_with_a_prompt_that_cannot_be(
-    prompt, named, image, unfinished_run, tmp_path, run_cli
-):
+def test_predict_with_an_invalid_prompt(prompt, named, image, unfinished_run, tmp_path, run_cli):
     words = ["predict", "--checkpoint", unfinished_run, "--image-path", image]
     refused(run_cli(*words, "--output-dir", tmp_path / "out", *prompt), *named)
     assert not (tmp_path / "out").exists()
@@ -734,7 +732,7 @@ def test_predict_without_an_image_or_a_run(photos, image, unfinished_run, few, t
     refused(run_cli(*words, *run), str(unfinished_run), "no epoch yet")
     refused(run_cli(*words, "--checkpoint", photos), str(photos), "no checkpoint of samray")
     assert not (tmp_path / "out").exists()
-    status, _, err = run_cli(*words)  # without a run, tiny as it ships answers
+    status, _, err = run_cli(*words)  # without a run, the shipped tiny weights are used
     assert status == 0, err
     assert len(list((tmp_path / "out").iterdir())) == 3
 

@@ -72,7 +72,7 @@ def test_coco_files_prepare_to_the_same_masks(prepared, tmp_path):
 
 
 def test_coco_and_labelme_files_side_by_side(ray_cluster, tmp_path):
-    """Every annotation's fate is told, whichever file it stands in."""
+    """Every annotation is accounted for, in whichever file it is."""
     for name in ("a.png", "sub/b.png", "c.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(len(name)).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -110,8 +110,8 @@ def test_coco_and_labelme_files_side_by_side(ray_cluster, tmp_path):
     assert set(PreparedDataset(tmp_path / "out").images) == {"a.png", "sub/b.png", "c.png"}
 
 
-def test_holes_and_parts_come_back_to_the_pixel(ray_cluster, tmp_path):
-    """What polygons cannot say exactly goes as LabelMe's own mask shape."""
+def test_holes_and_parts_round_trip_to_the_pixel(ray_cluster, tmp_path):
+    """What polygons cannot represent exactly becomes a LabelMe mask shape."""
     data = tmp_path / "data"
     data.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(

@@ -1,4 +1,4 @@
-"""The dataset report on what `samray prepare` really writes."""
+"""The dataset report on a dataset of `samray prepare`."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from samray.data.dataset import SPLITS
 
 @pytest.fixture(scope="module")
 def mixed(ray_cluster, photos, tmp_path_factory):
-    """`photos` with a copy of one saved anew, in another folder, and three bad annotations."""
+    """`photos` with a re-compressed copy in another folder, and three bad annotations."""
     folder = tmp_path_factory.mktemp("mixed") / "photos"
     shutil.copytree(photos, folder)
     images = sorted((folder / "images").iterdir())
@@ -31,7 +31,9 @@ def mixed(ray_cluster, photos, tmp_path_factory):
     return folder
 
 
-def test_leaks_and_bad_files_are_told_and_its_split_file_mends_the_leak(mixed, tmp_path, run_cli):
+def test_leaks_and_bad_files_are_reported_and_the_split_file_removes_the_leak(
+    mixed, tmp_path, run_cli
+):
     data, listed = ("--data-dir", mixed), mixed.parent / "listed.json"
     words = ["prepare", *data, "--output-dir", tmp_path / "one", "--split-file", listed]
     status, _, err = run_cli(*words)

@@ -1,4 +1,4 @@
-"""`samray prepare` as a whole: what goes in, what comes out, and what an interruption leaves."""
+"""`samray prepare` end to end: inputs, outputs, and interruptions."""
 
 import base64
 import csv
@@ -103,7 +103,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def accounted(manifest: dict) -> int:
-    """Shapes that the manifest tells the fate of."""
+    """Number of shapes that the manifest accounts for."""
     rejected = sum(entry["num_shapes"] for entry in manifest["rejected"])
     filtered = sum(manifest["filtered"].values())
     not_instances = sum(manifest["not_instances"].values())
@@ -169,7 +169,7 @@ def test_masks_are_those_of_the_json(photos, prepared):
 
 
 def test_every_known_layout_is_paired(tmp_path):
-    """Each pair gets a polygon of its own, so that a swap would show."""
+    """Each pair has a different polygon, so that a swap would show."""
     data = tmp_path / "data"
     pairs = {  # image: (JSON, what its imagePath says)
         "images/split.png": ("annotations/split.json", "../images/split.png"),
@@ -200,7 +200,7 @@ def test_every_known_layout_is_paired(tmp_path):
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """A folder with one of everything that is not simply a good pair."""
+    """A folder with one of each kind of input other than a good pair."""
     data = tmp_path_factory.mktemp("mixed") / "data"
     for number, name in enumerate(("good", "joined", "bad_shapes", "empty", "alone", "twice")):
         draw(data / f"{name}.png", number)
@@ -253,7 +253,7 @@ def test_what_is_not_a_good_pair_is_counted_once(mixed, tmp_path):
     union, lone = dataset.images["joined.png"].instances
     assert (union.label, lone.label) == ("a", "b")
     assert union.area == filled(shapes_of(mixed / "joined.json")[:2], (48, 64)).sum()
-    assert len(dataset.split("train")) == 4  # the empty image teaches nothing
+    assert len(dataset.split("train")) == 4  # the empty image is not trained on
 
 
 def test_labels_are_renamed_and_filtered_and_accounted_for(mixed, tmp_path):
@@ -265,7 +265,7 @@ def test_labels_are_renamed_and_filtered_and_accounted_for(mixed, tmp_path):
     assert accounted(mapped) == mapped["num_shapes"] == 15
     kept = run(mixed, tmp_path / "kept", *ALL_TRAIN, label_map=label_map, labels=["b"])
     assert kept["labels"] == {"b": 2}
-    # By their names in the files; the two outside the image never get as far as being drawn.
+    # By their names in the files; the two outside the image are filtered before that is checked.
     assert kept["filtered"] == {"a": 7, "c": 1}
     assert accounted(kept) == kept["num_shapes"] == 15
     assert kept["empty"] == ["bad_shapes.png", "empty.png", "twice.png"]
@@ -293,7 +293,7 @@ def test_as_many_overlays_as_asked_for(photos, tmp_path, run_cli):
 
 def test_the_same_inputs_again_do_nothing_and_others_are_refused(mixed, tmp_path):
     data, output = tmp_path / "data", tmp_path / "prepared"
-    shutil.copytree(mixed, data)  # keeps the times
+    shutil.copytree(mixed, data)  # keeps the modification times
     first = run(data, output, *ALL_TRAIN)
     before = stamps(output)
     published = (output / "manifest.json").read_bytes()
@@ -328,7 +328,7 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     def fresh_images(number: int) -> dict:
         return PreparedDataset(tmp_path / f"fresh{number}").images
 
-    # One image more: one small shard more, and every old one as it was.
+    # One more image: one more small shard, and the earlier ones are unchanged.
     draw(data / "images" / "new.png", 5)
     annotate(data / "annotations" / "new.json", "../images/new.png", [shape("disc", SQUARE)])
     manifest = run(data, output, small)
@@ -338,7 +338,7 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     assert len(after) == len(before) + 2
     same_as_afresh(manifest, 1)
 
-    # A changed image, a changed JSON, a removed pair: three shards are made again, no other.
+    # A changed image, a changed JSON, a removed pair: only those three shards are made again.
     before = stamps(output)
     pixels = np.asarray(Image.open(names(0)[0]))
     Image.fromarray(255 - pixels).save(names(0)[0])
@@ -355,7 +355,7 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     assert len(set(after) - set(kept)) == 6
     same_as_afresh(manifest, 2)
 
-    # A file that makes another one's meaning doubtful costs that one, although it is unchanged.
+    # A new file that makes an unchanged one ambiguous causes that one to be rejected.
     named = json.loads(names(4)[1].read_text())
     names(4)[1].write_text(json.dumps({**named, "imagePath": "gone.jpg"}))
     assert run(data, output, small)["rejected"] == []
@@ -368,7 +368,7 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     same_as_afresh(manifest, 3)
 
 
-def test_a_coco_file_with_the_name_of_an_image_is_told_so(tmp_path):
+def test_a_coco_file_with_the_name_of_an_image_is_rejected(tmp_path):
     data = tmp_path / "data"
     for number, name in enumerate(("one", "two")):
         draw(data / f"{name}.png", number)
@@ -453,7 +453,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(mixed, tmp_path):
 
 
 def test_only_the_missing_shard_is_made_again(photos, prepared, tmp_path):
-    """All shards are made, then the split fails; another split rule goes on from there."""
+    """All shards are made, then the split fails; another split rule reuses them."""
     output = tmp_path / "prepared"
     with pytest.raises(DatasetError, match="split would be empty"):
         run(photos, output, "prepare.images_per_shard=6", "prepare.group_by=folder")
@@ -473,8 +473,8 @@ def test_only_the_missing_shard_is_made_again(photos, prepared, tmp_path):
     assert not (output / "preparing.json").exists()
 
 
-def test_a_killed_run_goes_on_where_it_was(photos, prepared, tmp_path):
-    """SIGKILL to a process in the middle of it; then the same command again."""
+def test_a_killed_run_is_resumed(photos, prepared, tmp_path):
+    """SIGKILL while it prepares; then the same command again."""
     output = tmp_path / "prepared"
     words = ["prepare", "--data-dir", str(photos), "--output-dir", str(output)]
     words += ["prepare.images_per_shard=1"]
@@ -498,7 +498,7 @@ def test_a_killed_run_goes_on_where_it_was(photos, prepared, tmp_path):
     assert (output / "preparing.json").exists()
     with pytest.raises(DatasetError, match="no \\(finished\\) prepared dataset"):
         PreparedDataset(output)
-    while True:  # its Ray tasks end a moment later than the process that asked for them
+    while True:  # its Ray tasks end shortly after the process that started them
         finished = stamps(output)
         time.sleep(1)
         if stamps(output) == finished:
@@ -534,7 +534,7 @@ def test_the_digest_does_not_depend_on_the_shards(photos, prepared, tmp_path):
 
 def test_the_same_photos_give_the_same_files(photos, prepared, tmp_path):
     copy = tmp_path / "copy of the photos"
-    shutil.copytree(photos, copy, copy_function=shutil.copyfile)  # with other times
+    shutil.copytree(photos, copy, copy_function=shutil.copyfile)  # with other modification times
     again = run(copy, tmp_path / "prepared")
     first = PreparedDataset(prepared).manifest
     assert {k: v for k, v in again.items() if k != "inputs"} == {
@@ -567,7 +567,7 @@ def test_the_digest_sees_labels_masks_pixels_and_splits(tmp_path):
     assert len(set(digests)) == 5  # all differ but the fourth, which is the first again
 
 
-def test_new_images_move_no_old_one(photos, prepared, tmp_path):
+def test_new_images_move_no_earlier_one_to_another_split(photos, prepared, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(photos, data)
     for number in range(5):
@@ -626,7 +626,7 @@ def test_a_split_file_decides(kind, photos, tmp_path):
     assert run(photos, tmp_path / "prepared", split_file=str(file))["splits"] == wanted
 
 
-def test_side_files_may_lie_at_home(mixed, tmp_path, monkeypatch):
+def test_side_files_may_be_in_the_home_folder(mixed, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "s.json").write_text('{"val": ["twice.png"]}')
     (tmp_path / "m.json").write_text('{"a": "apple"}')
@@ -710,8 +710,8 @@ def as_base64(path):
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def test_what_labelme_files_hold_beside_polygons(tmp_path):
-    """Embedded images, shapes without area, LabelMe's own labels, wrong case, a slip in groups."""
+def test_contents_of_labelme_files_other_than_polygons(tmp_path):
+    """Embedded images, shapes without area, LabelMe's own labels, wrong case, a wrong group."""
     data = tmp_path / "data"
     data.mkdir()
     for name in ("a.png", "B.PNG", "gone.png", "grouped.png"):

@@ -1,4 +1,4 @@
-"""The whole way with everything in S3, and a server that dies in the middle of it."""
+"""All stages with everything in S3, and a server that is killed meanwhile."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def samray(s3_server):
 
 @pytest.fixture
 def done(samray):
-    """`done(*words) -> output`: the same, waited for."""
+    """`done(*words) -> output`: the same, run to its end."""
 
     def run(*words, **environment):
         process = samray(*words, **environment)
@@ -55,7 +55,7 @@ def data(photos, s3_server, bucket):
 
 
 @pytest.mark.slow
-def test_the_whole_way_in_s3(done, data, bucket, prepared):
+def test_all_stages_in_s3(done, data, bucket, prepared):
     folder = f"{bucket}/prepared"
     assert "24 images" in done("prepare", "--data-dir", data, "--output-dir", folder)
     assert "nothing to do" in done("prepare", "--data-dir", data, "--output-dir", folder)
@@ -71,7 +71,7 @@ def test_the_whole_way_in_s3(done, data, bucket, prepared):
     state = read_json(resolve(f"{bucket}/run/run.json", "x"))
     assert state["status"] == "finished"
     kept = {state["best"], state["latest"]}
-    # By objects: this server shows emptied folders for a while.
+    # By objects, because this server lists emptied folders for a while.
     found = {name.rpartition("/")[0] for name, _, _ in list_objects(resolve(f"{bucket}/run", "x"))}
     assert {name for name in found if name.startswith("checkpoints/")} == kept
     assert not [name for name in found if name.startswith("ray")]
@@ -115,7 +115,7 @@ def test_a_server_killed_in_the_middle_of_prepare(samray, data, bucket, prepared
     assert sorted(rows, key=lambda r: r["name"]) == sorted(expected, key=lambda r: r["name"])
 
 
-def test_a_server_that_stays_away_ends_prepare_with_one_line(samray, data, bucket, s3_server):
+def test_an_unreachable_server_ends_prepare_with_one_line(samray, data, bucket, s3_server):
     folder = resolve(f"{bucket}/prepared", "x")
     words = ["prepare", "--data-dir", data, "--output-dir", folder, "prepare.images_per_shard=1"]
     process = samray(*words, AWS_MAX_ATTEMPTS="2")

@@ -1,7 +1,7 @@
-"""One folder with every awkward kind of file that people have, prepared once.
+"""One folder with every unusual kind of file, prepared once.
 
-Each case states what samray makes of it; docs/data.md tells users the same. Drawn here, so that it
-needs no photograph of anybody.
+Each case states the expected outcome; docs/data.md documents the same. The images are generated, so
+that no photographs are needed.
 """
 
 import base64
@@ -30,11 +30,11 @@ OUTSIDE = [[900, 900], [910, 900], [910, 910]]
 
 @dataclass
 class Expected:
-    """What shall become of one case.
+    """The expected outcome of one case.
 
     Attributes:
         instances: of its image in the prepared dataset; None if the image is not in it.
-        rejected: (field, in the reason) of each thing refused.
+        rejected: (field, part of the reason) of each rejection.
         size: (H, W) of the image.
         joined_away: shapes in groups beyond the first of each.
         others: shapes that are no instances: lines, points, ignored labels.
@@ -71,7 +71,7 @@ def save(data: Path, file: str, picture: Any = None, kind: str = "PNG", **settin
     picture.save(data / file, format=kind, **settings)
 
 
-# Each case: a function that makes NAME.json and its image, and what it shall come to.
+# Each case: a function that writes NAME.json and its image, and the expected outcome.
 CASES: dict[str, tuple[Callable[[Path, str], None], Expected]] = {}
 
 
@@ -82,7 +82,7 @@ def case(**expected: Any) -> Callable[[Callable[[Path, str], None]], None]:
     return register
 
 
-# ---- images, known by their content --------------------------------------------------------
+# ---- images, detected by content -----------------------------------------------------------
 
 
 def image_case(file: str, picture: Any, kind: str, **settings: Any) -> None:
@@ -114,7 +114,7 @@ image_case(".png", RGB, "WEBP")
 
 def rotated(data: Path, name: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, shown upright
+    exif[0x0112] = 6  # stored rotated, shown upright
     save(data, f"{name}.jpg", None, "JPEG", exif=exif)
 
 
@@ -176,7 +176,7 @@ def nested_10_000_deep(data: Path, name: str) -> None:
 def json_of_500_megabytes(data: Path, name: str) -> None:
     save(data, f"{name}.png")
     with (data / f"{name}.json").open("wb") as file:
-        file.truncate(500_000_000)  # sparse: takes no disk
+        file.truncate(500_000_000)  # sparse: takes no disk space
 
 
 @case(instances=None, rejected=[("shapes", "another kind of JSON")])
@@ -361,7 +361,7 @@ def test_every_shape_is_accounted_for(zoo: tuple[dict, Path]) -> None:
     assert others == sum(e.others for _, e in CASES.values())
 
 
-def test_how_deep_images_were_stretched_is_kept(zoo: tuple[dict, Path]) -> None:
+def test_the_stretch_of_deep_images_is_stored(zoo: tuple[dict, Path]) -> None:
     manifest, folder = zoo
     assert len(manifest["stretched"]) == 3  # PNG and TIFF of 16 bits, and a TIFF of floats
     dataset = PreparedDataset(folder)
@@ -370,7 +370,7 @@ def test_how_deep_images_were_stretched_is_kept(zoo: tuple[dict, Path]) -> None:
         assert ends == pytest.approx(np.percentile(pixels, [0.1, 99.9]).tolist())
 
 
-def test_what_was_mended_is_told(zoo: tuple[dict, Path]) -> None:
+def test_corrections_are_warnings(zoo: tuple[dict, Path]) -> None:
     warnings = {w["file"]: w["reason"] for w in zoo[0]["warnings"]}
     assert "white space" in warnings["white_space_in_the_label.json"]
     assert "pixels out of the image; cut off" in warnings["reaching_over_the_border.json"]

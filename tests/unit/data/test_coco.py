@@ -1,4 +1,4 @@
-"""COCO instance JSON: pycocotools' masks, and nothing that could harm it."""
+"""COCO instance JSON: masks equal pycocotools', and nothing unchecked reaches it."""
 
 import json
 from typing import Any
@@ -89,7 +89,7 @@ def test_labels_are_the_categories_names_and_crowds_are_counted() -> None:
     ],
     ids=str,
 )
-def test_a_bad_annotation_is_one_problem_and_its_neighbours_go_through(
+def test_a_bad_annotation_is_one_problem_and_the_others_are_used(
     entry: dict[str, Any], field: str, said: str
 ) -> None:
     good = {"segmentation": [SQUARE]}
@@ -134,8 +134,8 @@ def test_an_image_of_more_pixels_than_32_bits_count_is_refused() -> None:
     assert problems[1][2] == 1
 
 
-def test_a_category_that_no_file_can_hold_costs_its_annotations_only() -> None:
-    """Half of a surrogate pair is valid JSON, and Parquet refuses it."""
+def test_a_category_that_cannot_be_encoded_affects_its_annotations_only() -> None:
+    """Half of a surrogate pair is valid JSON, but Parquet refuses it."""
     raw = document(
         {"segmentation": [SQUARE]},
         {"segmentation": [SQUARE], "category_id": 4},
@@ -147,7 +147,7 @@ def test_a_category_that_no_file_can_hold_costs_its_annotations_only() -> None:
     assert "with a name" in problem.reason
 
 
-def test_an_outline_without_end_is_refused() -> None:
+def test_too_long_an_outline_is_refused() -> None:
     zigzag = [0, 0, 60, 40] * 400_000
     (problem,) = coco_annotation(only_image(document({"segmentation": [zigzag]}))).problems
     assert "too long" in problem.reason
@@ -182,7 +182,7 @@ def test_a_file_without_a_list_is_no_coco(key: str) -> None:
         read_coco(document(**{key: {}}), "c.json")
 
 
-def test_the_first_key_tells_coco_from_labelme() -> None:
+def test_the_first_key_distinguishes_coco_from_labelme() -> None:
     assert looks_like_coco(document())
     assert looks_like_coco(b'\xef\xbb\xbf\n{ "annotations": [')
     assert not looks_like_coco(b'{"version": "5.0", "images": []')

@@ -1,4 +1,4 @@
-"""A prepared dataset whose bytes cannot be trusted."""
+"""A prepared dataset with damaged bytes."""
 
 import pytest
 

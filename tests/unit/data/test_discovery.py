@@ -1,4 +1,4 @@
-"""Which JSON speaks of which image, in the layouts people have; never a file outside the folder."""
+"""Which JSON refers to which image, in all known layouts; never a file outside the folder."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_every_image_extension_is_seen_in_any_case(tmp_path: Path, extension: st
 @pytest.mark.parametrize(
     ("names", "annotation", "image_path", "expected"),
     [
-        # What imagePath says, seen from the JSON's folder.
+        # imagePath, relative to the JSON's folder.
         (["images/a.jpg"], "annotations/a.json", "../images/a.jpg", "images/a.jpg"),
         (["a.jpg"], "a.json", "a.jpg", "a.jpg"),
         (["x/y/a.jpg"], "x/y/a.json", "./a.jpg", "x/y/a.jpg"),
@@ -47,7 +47,7 @@ def test_every_image_extension_is_seen_in_any_case(tmp_path: Path, extension: st
         (["x/images/a.jpg", "y/images/a.jpg"], "x/labels/a.json", "gone.jpg", "x/images/a.jpg"),
         (["a.jpg", "x/a.jpg"], "x/a.json", "gone.jpg", "x/a.jpg"),
         (["images/a.jpg", "old/images/a.jpg"], "annotations/a.json", "gone.jpg", "images/a.jpg"),
-        # imagePath is wrong, but the JSON's own stem fits.
+        # imagePath is wrong, but the JSON's own stem matches.
         (["images/a.jpg"], "annotations/a.json", "a.jpg", "images/a.jpg"),
         (["images/a.png"], "annotations/a.json", "a.jpg", "images/a.png"),
         (["deep/er/images/a.jpg"], "a.json", "gone.jpg", "deep/er/images/a.jpg"),
@@ -56,13 +56,13 @@ def test_every_image_extension_is_seen_in_any_case(tmp_path: Path, extension: st
         (["a.b.jpg", "a.jpg"], "a.b.json", "", "a.b.jpg"),
         # The stem of imagePath, as the last resort.
         (["images/b.jpg"], "annotations/a.json", "gone/b.jpg", "images/b.jpg"),
-        # An annotator's old path, out of the folder: only its stem counts.
+        # A path of the annotator's machine, out of the folder: only its stem is used.
         (["images/a.jpg"], "annotations/a.json", "/home/ann/a.jpg", "images/a.jpg"),
         (["images/a.jpg"], "annotations/a.json", "../../../ann/a.jpg", "images/a.jpg"),
         (["images/a.jpg"], "annotations/a.json", "C:/Users/ann/a.jpg", "images/a.jpg"),
-        # Written on a machine whose file names know no case.
+        # Written on a file system without case.
         (["Images/A.JPG"], "annotations/b.json", "../images/a.jpg", "Images/A.JPG"),
-        # Spaces and letters of the world.
+        # Spaces and non-ASCII letters.
         (["фото/мой кот.jpg"], "разметка/мой кот.json", "", "фото/мой кот.jpg"),
         (["b/Straße 1.jpg"], "a/Straße 1.json", "../b/Straße 1.jpg", "b/Straße 1.jpg"),
     ],
@@ -88,7 +88,7 @@ def test_path_out_of_the_folder_is_refused_and_not_followed(
     assert caught.value.field == "imagePath"
 
 
-def test_image_outside_the_folder_is_not_reached_though_it_exists(tmp_path: Path) -> None:
+def test_image_outside_the_folder_is_not_found_though_it_exists(tmp_path: Path) -> None:
     (tmp_path / "outside.jpg").write_bytes(b"")
     files = lay_out(tmp_path / "data", "outside.json")
     for image_path in ("../outside.jpg", str(tmp_path / "outside.jpg")):
@@ -114,7 +114,7 @@ def test_equally_near_images_are_an_error_and_no_guess(
     assert names[0] in caught.value.reason
 
 
-def test_json_without_an_image_says_what_to_add(tmp_path: Path) -> None:
+def test_error_of_a_json_without_image_says_what_to_add(tmp_path: Path) -> None:
     files = lay_out(tmp_path, "images/b.jpg", "a.json")
     with pytest.raises(AnnotationError, match=r"'c\.jpg' points nowhere.* named a\.\*; add"):
         find_image("a.json", "c.jpg", files)
@@ -122,7 +122,7 @@ def test_json_without_an_image_says_what_to_add(tmp_path: Path) -> None:
         find_image("a.json", "", files)
 
 
-def test_links_out_of_the_folder_are_unseen_and_links_within_are_seen(tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_skipped_and_links_within_are_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     lay_out(secret, "a.json", "a.jpg")
     root = tmp_path / "data"
@@ -170,7 +170,7 @@ def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     assert (files.annotations, files.images) == (["a.json"], ["a.jpg"])
 
 
-def test_file_name_that_no_json_can_hold_is_named(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf_8_is_skipped_and_named(tmp_path: Path) -> None:
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     except OSError:

@@ -1,4 +1,4 @@
-"""LabelMe files as people have them: what is refused whole, what costs one shape, what passes."""
+"""LabelMe files: what rejects the file, what rejects one shape, what is accepted."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def document(*shapes: Any, **keys: Any) -> bytes:
 
 
 def read_with_neighbour(entry: Any) -> AnnotationError:
-    """The one problem of a file in which `entry` stands between two good shapes."""
+    """The only problem of a file with `entry` between two good shapes."""
     annotation = read_annotation(document(GOOD, entry, OTHER))
     assert [s.label for s in annotation.shapes] == ["neighbour", "neighbour"]
     assert [s.index for s in annotation.shapes] == [0, 2]
@@ -95,7 +95,7 @@ def test_file_that_is_no_annotation_is_refused_whole_with_its_field(
     assert said in caught.value.reason
 
 
-def test_byte_order_mark_of_windows_editors_is_no_obstacle() -> None:
+def test_byte_order_mark_of_windows_editors_is_accepted() -> None:
     assert len(read_annotation(b"\xef\xbb\xbf" + document(GOOD)).shapes) == 1
 
 
@@ -136,7 +136,7 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
         (shape(label=" \n"), ".label", "not empty"),
         (shape(label=5), ".label", "not 5"),
         (shape(label=["cat"]), ".label", "not ['cat']"),
-        (shape(label="\ud800"), ".label", "not Unicode"),  # could not be written again
+        (shape(label="\ud800"), ".label", "not Unicode"),  # cannot be written as UTF-8
         (GOOD, "", "is a duplicate of shapes[0]"),
         (shape(shape_type="rectangle"), ".points", "needs 2 or 4"),
         (shape(shape_type="oriented_rectangle"), ".points", "needs 4"),
@@ -157,7 +157,7 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
     ],
     ids=str,
 )
-def test_bad_shape_is_one_problem_and_its_neighbours_go_through(
+def test_bad_shape_is_one_problem_and_the_others_are_used(
     entry: Any, field: str, said: str
 ) -> None:
     problem = read_with_neighbour(entry)
@@ -180,7 +180,7 @@ def test_x_anylabelings_rotation_is_an_oriented_rectangle() -> None:
     assert (turned.kind, turned.points.tolist()) == ("oriented_rectangle", corners)
 
 
-def test_the_image_in_the_file_is_offered_and_read_when_asked() -> None:
+def test_an_embedded_image_is_kept_and_decoded_when_asked() -> None:
     text = base64.b64encode(b"picture").decode()
     annotation = read_annotation(document(GOOD, imageData=f"{text[:4]}\n{text[4:]}"))
     assert annotation.image_data is not None
@@ -193,7 +193,7 @@ def test_the_image_in_the_file_is_offered_and_read_when_asked() -> None:
 @pytest.mark.parametrize("key", ["label", "points", "group_id", "shape_type"])
 def test_value_nested_almost_too_deeply_ends_in_an_annotation_error(key: str) -> None:
     fields = set()
-    for depth in range(700, 1100, 5):  # around the recursion limit, wherever pytest stands
+    for depth in range(700, 1100, 5):  # around the recursion limit, at any depth of pytest's stack
         nest = b"[" * depth + b"]" * depth
         raw = document(shape(**{key: "@"})).replace(b'"@"', nest)
         try:
@@ -201,7 +201,10 @@ def test_value_nested_almost_too_deeply_ends_in_an_annotation_error(key: str) ->
         except AnnotationError as whole_file:
             problem = whole_file
         fields.add(problem.field.partition(".")[0])
-    assert fields == {"shapes[0]", "file"}  # shallow nests cost the shape, deep ones the file
+    assert fields == {
+        "shapes[0]",
+        "file",
+    }  # shallow nesting affects the shape, deep the file
 
 
 def test_label_is_trimmed_with_a_warning_so_that_one_class_stays_one() -> None:
@@ -266,8 +269,8 @@ def test_what_samray_writes_it_reads_again() -> None:
     ]
 
 
-def test_an_error_survives_the_way_between_processes() -> None:
-    """Ray pickles it; one that cannot be read back stops the whole pipeline."""
+def test_an_error_can_be_pickled() -> None:
+    """Ray pickles it; one that cannot be unpickled would stop the pipeline."""
     error = pickle.loads(pickle.dumps(AnnotationError("shapes[2].points", "too few")))
     assert (error.field, error.reason) == ("shapes[2].points", "too few")
     assert str(error) == "shapes[2].points: too few"

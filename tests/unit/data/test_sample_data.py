@@ -1,4 +1,4 @@
-"""The drawn dataset: the same from the same seed, and its polygons are the objects one sees."""
+"""The drawn dataset: reproducible by seed, and its polygons are the visible objects."""
 
 import json
 from collections import Counter, defaultdict
@@ -162,7 +162,7 @@ def test_objects_stand_out_from_what_is_around_them() -> None:
     assert np.median(steps) > 40  # of 441 from black to white
 
 
-def test_holes_of_rings_survive_and_show_the_ground(scenes: Any) -> None:
+def test_holes_of_rings_survive_and_show_the_background(scenes: Any) -> None:
     """A ring's polygon leaves out nearly every pixel that its outer outline surrounds."""
     kept = []
     for label_map, labels, shapes in scenes:
@@ -181,12 +181,12 @@ def test_keyhole_of_several_holes_fills_to_the_mask() -> None:
     mask[10:110, 10:150] = True
     mask[30:50, 20:60] = mask[30:90, 80:100] = mask[60:100, 30:70] = mask[20:40, 120:140] = False
     (polygon,) = _outlines(mask)
-    # The cuts run over the object's own pixels: nothing is lost but what TOLERANCE rounds off.
+    # The cuts lie on pixels of the object: only what TOLERANCE rounds off is lost.
     assert np.count_nonzero(fill([polygon], mask.shape) != mask) <= 4 * 4
 
 
 def test_cut_to_a_hole_does_not_cross_another() -> None:
-    """The middle hole lies inside a C-shaped one; the way to it leads over the C's border."""
+    """The middle hole lies inside a C-shaped one; the cut to it crosses the C's border."""
     holes = np.zeros((140, 140), dtype=np.uint8)
     cv2.ellipse(holes, (70, 70), (30, 30), 0, 0, 330, 1, 9)
     cv2.circle(holes, (70, 70), 10, 1, -1)
@@ -281,7 +281,7 @@ def test_continues_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept.stat().st_mtime_ns == modified
 
 
-def test_a_gap_in_an_earlier_run_is_filled_and_a_longer_run_goes_on(tmp_path: Path) -> None:
+def test_a_gap_in_an_earlier_run_is_filled_and_a_longer_run_continues(tmp_path: Path) -> None:
     whole = files_of(write_sample_data(tmp_path / "whole", 4))
     folder = write_sample_data(tmp_path / "part", 3)
     (folder / "annotations" / "sample_00001.json").unlink()
@@ -292,6 +292,6 @@ def test_a_gap_in_an_earlier_run_is_filled_and_a_longer_run_goes_on(tmp_path: Pa
     assert behind_the_gap.stat().st_mtime_ns == modified
 
 
-def test_empty_folder_is_welcome(tmp_path: Path) -> None:
+def test_empty_folder_is_accepted(tmp_path: Path) -> None:
     assert write_sample_data(str(tmp_path), 1) == tmp_path
     assert (tmp_path / ".samray-sample-data").read_text().splitlines()[-1] == "seed 0"

@@ -1,4 +1,4 @@
-"""Splits by hash, group or file: the same photo in one split, and new photos move none."""
+"""Splits by hash, group or file: an image is in one split, and new images move no other."""
 
 import hashlib
 import json
@@ -150,7 +150,7 @@ def test_split_file_wins_over_hash_and_group_by_path_or_file_name(
     given.require_known(names, [])
 
 
-def test_image_that_the_split_file_leaves_out_goes_by_its_hash(tmp_path: Path) -> None:
+def test_image_that_is_not_in_the_split_file_is_split_by_its_hash(tmp_path: Path) -> None:
     given = from_file(tmp_path, SPLITS)
     for image in many(30):
         expected = split_of_hash(image.image_digest, 0.2, 0.2)
@@ -180,7 +180,7 @@ def test_whole_path_wins_over_file_name(tmp_path: Path) -> None:
         (f"{'a' * 200_000},train\n", ".csv", "CSV lines"),
     ],
 )
-def test_split_file_that_cannot_be_meant_is_refused(
+def test_invalid_split_file_is_refused(
     tmp_path: Path, content: Any, suffix: str, said: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -205,7 +205,7 @@ def test_split_file_may_name_images_whose_annotation_was_bad(tmp_path: Path) -> 
     from_file(tmp_path, SPLITS).require_known(images("x/a.jpg", "b.jpg"), ["x/c.jpg", "d.jpg"])
 
 
-def test_empty_split_names_the_ways_out(tmp_path: Path) -> None:
+def test_empty_split_names_the_remedies(tmp_path: Path) -> None:
     given = from_file(tmp_path, {"train": ["a.jpg", "b.jpg"]})
     with pytest.raises(DatasetError) as caught:
         given.assign(images("a.jpg", "b.jpg"))

@@ -1,4 +1,4 @@
-"""Pictures for people: drawn where the mask and the prompt are, over a copy of the image."""
+"""Pictures: drawn where the mask and the prompt are, over a copy of the image."""
 
 import io
 
@@ -69,7 +69,7 @@ def test_image_itself_is_not_modified(image: np.ndarray) -> None:
     assert np.array_equal(image, before)
 
 
-def test_each_mask_has_a_colour_of_its_own_and_many_go_round(image: np.ndarray) -> None:
+def test_each_mask_has_a_colour_of_its_own_and_many_cycle(image: np.ndarray) -> None:
     black = np.zeros_like(image)
     masks = [rectangle(10 * n, 0, 10 * n + 8, 20) for n in range(len(COLORS) + 1)]
     picture = draw_masks(black, masks)
@@ -119,20 +119,20 @@ def test_box_mark_is_a_frame_on_the_masks_own_border(image: np.ndarray) -> None:
     assert not changed(image, picture)[~grown(rectangle(30, 20, 100, 60), 2)].any()
 
 
-def test_marks_beyond_the_border_do_no_harm(image: np.ndarray) -> None:
+def test_marks_beyond_the_border_are_clipped(image: np.ndarray) -> None:
     outside = draw_prompt_marks(image.copy(), prompt((-500, 40), (119, 89)))
     assert tuple(outside[89, 119]) == FOREGROUND
     draw_prompt_marks(image, Prompt(box=np.array([-9, -9, 500, 500], np.float32)))
 
 
-def test_png_comes_back_exactly_in_colour_and_grey(image: np.ndarray) -> None:
+def test_png_round_trips_exactly_in_colour_and_grey(image: np.ndarray) -> None:
     for picture in (image, image[:, :, 0]):
         raw = encode_picture(picture, ".png")
         assert raw.startswith(b"\x89PNG")
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(raw))), picture)
 
 
-def test_jpeg_comes_back_nearly_with_red_as_red() -> None:
+def test_jpeg_round_trips_nearly_with_red_as_red() -> None:
     picture = np.full((*SIZE, 3), (200, 60, 20), np.uint8)
     raw = encode_picture(picture, ".jpg")
     assert raw.startswith(b"\xff\xd8")

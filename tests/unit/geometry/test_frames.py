@@ -1,4 +1,4 @@
-"""One geometry: the same as `SamPredictor` and `Sam` themselves have."""
+"""The geometry equals that of `SamPredictor` and `Sam`."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def sam() -> Sam:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_model_input_is_what_sam_itself_would_make(sam: Sam, size: tuple[int, int]) -> None:
+def test_model_input_equals_sams_own(sam: Sam, size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     resized = ResizeLongestSide(IMG_SIZE).apply_image(image)
     expected = sam.preprocess(torch.as_tensor(resized).permute(2, 0, 1))
@@ -88,7 +88,7 @@ def test_shares_add_up_to_the_objects_area(size: tuple[int, int]) -> None:
     assert (target.min(), target.max()) == (0, pytest.approx(1))
 
 
-def test_object_thinner_than_a_cell_leaves_a_trace_to_learn_from() -> None:
+def test_object_thinner_than_a_cell_has_a_nonzero_target() -> None:
     mask = np.zeros((1024, 1024), bool)
     mask[:, 500] = True  # 1/64 of a cell wide
     target = mask_to_target(mask, IMG_SIZE, LOW_RES_SIZE)
@@ -110,9 +110,7 @@ def test_target_and_valid_region_leave_the_padding_out_by_hand() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_masks", [1, 3])
-def test_logits_come_back_as_sam_brings_them_back(
-    sam: Sam, size: tuple[int, int], num_masks: int
-) -> None:
+def test_logits_are_resized_as_sam_does(sam: Sam, size: tuple[int, int], num_masks: int) -> None:
     low_res = torch.randn(2, num_masks, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = sam.postprocess_masks(low_res, input_size_of(size, IMG_SIZE), size)
     ours = masks_to_original(low_res, size, IMG_SIZE)
@@ -120,7 +118,7 @@ def test_logits_come_back_as_sam_brings_them_back(
     assert torch.allclose(ours, expected, atol=1e-6)
 
 
-def test_mask_goes_to_the_model_and_back_to_its_own_place() -> None:
+def test_mask_survives_the_round_trip_to_model_resolution() -> None:
     rows, columns = np.mgrid[:150, :200]
     mask = np.hypot(rows - 100, columns - 50) < 30
     target = torch.from_numpy(mask_to_target(mask, 256, 64))

@@ -1,4 +1,4 @@
-"""Image files by their content: as people see them, and never more than the limit in memory."""
+"""Image files: format by content, decoded as shown, never larger than the limit."""
 
 import io
 import struct
@@ -45,7 +45,7 @@ def encode(picture: Image.Image | np.ndarray, kind: str, **settings: object) -> 
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises the size; its content is short."""
+    """A PNG with a size in its header and little content."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
@@ -57,7 +57,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_rotated_jpeg_comes_out_as_people_see_it(photo: np.ndarray, orientation: int) -> None:
+def test_rotated_jpeg_is_decoded_as_shown(photo: np.ndarray, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     raw = encode(photo, "JPEG", exif=exif, quality=95)
@@ -67,7 +67,7 @@ def test_rotated_jpeg_comes_out_as_people_see_it(photo: np.ndarray, orientation:
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_content_decides_whatever_the_name_says(photo: np.ndarray, kind: str) -> None:
-    """No name is passed at all: a BMP called .jpg is a BMP."""
+    """The file name is not passed: a BMP named .jpg is a BMP."""
     settings = {"lossless": True} if kind == "WEBP" else {}
     assert np.array_equal(decode_image(encode(photo, kind, **settings)), photo)
 
@@ -89,13 +89,13 @@ def test_every_usual_mode_becomes_three_channels_of_bytes(photo: np.ndarray, mod
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_deep_grey_image_is_stretched_instead_of_cut_to_white(kind: str) -> None:
-    """A microscope's 12 bits in 16: 1000..3000 of 65535 would be nearly black, cut it is white."""
+    """12 bits in 16: 1000..3000 of 65535 would be nearly black, clipped to 8 bits white."""
     deep = np.linspace(1000, 3000, 100 * 100).reshape(100, 100).astype(np.uint16)
     image = decode_image(encode(deep, kind))
     assert (image.shape, image.dtype) == ((100, 100, 3), np.uint8)
     assert (image[:, :, 0] == image[:, :, 2]).all()
     assert (image[0, 0, 0], image[-1, -1, 0]) == (0, 255)
-    # Linear: from the 0.1 percentile, 1002, to the 99.9th, 2998, the middle stays the middle.
+    # Linear from the 0.1 percentile, 1002, to the 99.9th, 2998: the middle stays the middle.
     assert image[50, 0, 0] == pytest.approx(127.5, abs=1)
     assert image[25, 0, 0] == pytest.approx((1500 - 1002) / (2998 - 1002) * 255, abs=1)
 
@@ -175,14 +175,14 @@ def test_image_cut_short_is_refused_instead_of_grey_below(kind: str, share: floa
     "raw",
     [b"", b"\x00", b"GIF89a", b"%PDF-1.4\n", b'{"shapes": []}', b"\xff\xd8\xff\xe0", bytes(5000)],
 )
-def test_what_is_no_image_is_refused_in_one_line(raw: bytes) -> None:
+def test_what_is_not_an_image_is_refused_in_one_line(raw: bytes) -> None:
     with pytest.raises(AnnotationError) as caught:
         decode_image(raw)
     assert caught.value.field == "image"
     assert "\n" not in str(caught.value)
 
 
-def test_gif_stays_shut_with_all_other_parsers(photo: np.ndarray) -> None:
+def test_gif_and_other_formats_are_refused(photo: np.ndarray) -> None:
     with pytest.raises(AnnotationError, match="no known image format"):
         decode_image(encode(Image.fromarray(photo).quantize(8), "GIF"))
 
@@ -214,6 +214,6 @@ def test_image_too_thin_to_be_scaled_is_refused_and_a_ribbon_is_not(size: tuple[
 def test_file_too_large_for_a_photograph_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
-        file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no disk
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no disk space
     with pytest.raises(AnnotationError, match=r"has 1024 MiB; at most 1024"):
         read_image_file(path)

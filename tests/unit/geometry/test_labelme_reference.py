@@ -1,4 +1,4 @@
-"""Our masks beside those of labelme's own library, which `pip install -e .[reference]` brings.
+"""Masks compared with those of the labelme library, of `pip install -e .[reference]`.
 
 Both floor the points. On what follows they differ by design: labelme draws with Pillow, whose
 outline leaves out some of the pixels that the line between two points touches. So a pixel may

@@ -1,4 +1,4 @@
-"""Shapes to masks by counting pixels, masks to COCO RLE as pycocotools does, and back to shapes."""
+"""Shapes to masks by hand-counted pixels, masks to pycocotools' RLE, and back to shapes."""
 
 import base64
 import io
@@ -222,7 +222,7 @@ def test_bad_mask_png_is_a_problem_of_its_shape_and_no_crash(png: bytes, corners
     ],
     ids=["square", "triangle", "rectangle", "circle"],
 )
-def test_huge_coordinates_do_no_harm(huge: Shape, share: float) -> None:
+def test_huge_coordinates_are_clipped(huge: Shape, share: float) -> None:
     start = time.perf_counter()
     mask = rasterize(huge, size=(50, 50))
     assert time.perf_counter() - start < 1
@@ -243,8 +243,8 @@ def test_a_polygon_past_the_border_leaves_no_stripe_along_it(points: Any, expect
     assert set(zip(*np.nonzero(rasterize(shape(points), size=(10, 10))), strict=True)) == expected
 
 
-def test_a_tangle_of_a_million_points_takes_bounded_time_and_memory() -> None:
-    """OpenCV's time grows with the square of the crossings: this one takes it hours."""
+def test_a_self_crossing_polygon_of_a_million_points_takes_bounded_time_and_memory() -> None:
+    """OpenCV's time grows with the square of the crossings: it would take hours."""
     tangle = np.random.default_rng(0).uniform(0, 4, (1_000_000, 2))
     tracemalloc.start()
     start = time.perf_counter()
@@ -258,7 +258,7 @@ def test_a_tangle_of_a_million_points_takes_bounded_time_and_memory() -> None:
     assert peak < 400e6
 
 
-def test_an_outline_longer_than_anybody_draws_is_refused_and_not_filled() -> None:
+def test_an_outline_longer_than_the_limit_is_refused_and_not_filled() -> None:
     tangle = np.random.default_rng(0).uniform(0, 2000, (50_000, 2))
     start = time.perf_counter()
     with pytest.raises(AnnotationError, match="simplify it") as caught:
@@ -275,7 +275,7 @@ def test_a_fine_outline_of_many_points_is_filled_as_opencv_does() -> None:
     assert np.array_equal(rasterize(shape(points), size=(1000, 1000)), expected.astype(bool))
 
 
-def test_small_object_in_a_large_frame_costs_its_own_size_only() -> None:
+def test_small_object_in_a_large_frame_takes_memory_of_its_own_size_only() -> None:
     mask = rasterize_instance([shape([[9000, 7000], [9010, 7000], [9010, 7005]])], (8000, 10_000))
     assert mask.pixels.shape == (6, 11)
     assert mask.origin == (9000, 7000)
@@ -311,7 +311,7 @@ def frames() -> list[np.ndarray]:
     border = np.ones((8, 6), bool)
     border[1:-1, 1:-1] = False
     columns = np.zeros((8, 6), bool)
-    columns[:, 1:4] = True  # runs that go on from the bottom to the next column's top
+    columns[:, 1:4] = True  # runs that continue from the bottom to the next column's top
     snake = np.zeros((4, 4), bool)
     snake[2:, 1] = snake[:2, 2] = True
     return [m for m in [*masks, border, columns, snake, ~columns] if m.any()]
@@ -344,16 +344,16 @@ def test_rle_decodes_to_the_same_mask() -> None:
     "counts", [b"", b"o", b"ooooooooo0", b"1", b"53", b"#", b"\xff", b"oooo0", b"d0a0" * 9]
 )
 def test_runs_that_do_not_fill_the_frame_are_refused(counts: bytes) -> None:
-    """pycocotools reads and writes past the end of its memory there."""
+    """pycocotools would read and write out of bounds."""
     with pytest.raises(AnnotationError, match="add up to the image's 20 pixels"):
         decode_rle(counts, (4, 5))
 
 
-# Masks to LabelMe shapes, which rasterise to the masks again.
+# Masks to LabelMe shapes, which rasterise to the masks.
 
 
 def read_back(shapes: list[dict[str, object]], size: tuple[int, int]) -> np.ndarray:
-    """Through a LabelMe file's text, as a person would open it."""
+    """Through the text of a LabelMe file."""
     raw = json.dumps(labelme_document("a.jpg", size, shapes)).encode()
     annotation = read_annotation(raw)
     assert not annotation.problems
@@ -376,7 +376,7 @@ def blob(seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_blob_survives_the_way_over_a_polygon(seed: int) -> None:
+def test_blob_survives_the_conversion_to_a_polygon(seed: int) -> None:
     mask = blob(seed)
     shapes = mask_to_shapes(mask, "cat")
     assert [s["shape_type"] for s in shapes] == ["polygon"]
@@ -397,7 +397,7 @@ def test_blob_survives_the_way_over_a_polygon(seed: int) -> None:
         "..... ..#.. ..... .##..",
     ],
 )
-def test_small_masks_come_back_exactly_and_parts_share_a_group(rows: str) -> None:
+def test_small_masks_round_trip_exactly_and_parts_share_a_group(rows: str) -> None:
     mask = picture(rows)
     shapes = mask_to_shapes(mask, "cat")
     parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[0] - 1
@@ -409,7 +409,7 @@ def test_small_masks_come_back_exactly_and_parts_share_a_group(rows: str) -> Non
 
 
 @pytest.mark.parametrize("rows", ["#### #..# ####", ".#. #.# .#.", "##### #.#.# ##### ..... ....#"])
-def test_hole_makes_a_mask_shape_that_comes_back_exactly(rows: str) -> None:
+def test_hole_makes_a_mask_shape_that_round_trips_exactly(rows: str) -> None:
     mask = np.pad(picture(rows), ((2, 1), (3, 4)))
     (only,) = mask_to_shapes(mask, "cat")
     assert only["shape_type"] == "mask"
@@ -417,7 +417,7 @@ def test_hole_makes_a_mask_shape_that_comes_back_exactly(rows: str) -> None:
     assert np.array_equal(read_back([only], mask.shape), mask)
 
 
-def test_ragged_masks_come_back_nearly_whole() -> None:
+def test_ragged_masks_round_trip_nearly() -> None:
     rng = np.random.default_rng(3)
     for _ in range(30):
         smooth = cv2.GaussianBlur(rng.random((60, 80)), (0, 0), 3)

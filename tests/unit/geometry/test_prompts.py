@@ -1,4 +1,4 @@
-"""Prompts: in (x, y), on the object, from the whole of it, and the same from the same seed."""
+"""Prompts: in (x, y), on the object, from all of it, and reproducible by seed."""
 
 import cv2
 import numpy as np
@@ -69,7 +69,7 @@ def test_center_counts_the_border_of_the_frame_as_an_edge() -> None:
 
 
 def test_center_is_the_same_pixel_wherever_the_mask_lies_in_memory() -> None:
-    """OpenCV rates its two innermost pixels now the one, now the other as the deeper."""
+    """OpenCV rates sometimes one, sometimes the other of its two innermost pixels as deeper."""
     mask = np.zeros((53, 84), np.uint8)
     cv2.ellipse(mask, (37, 26), (32, 22), 25, 0, 360, 1, -1)
     points = set()
@@ -99,7 +99,7 @@ def test_random_points_come_from_the_whole_mask_and_not_its_first_rows() -> None
 
 
 def test_one_random_point_is_uniform_over_an_uneven_mask() -> None:
-    """Drawing a row first and then a pixel in it would favour the thin part."""
+    """Drawing first a row and then a pixel in it would favour the thin part."""
     mask = rectangle((100, 100), 0, 0, 1, 50) | rectangle((100, 100), 0, 50, 9, 100)
     points = np.concatenate([random_points(mask, 1, rng(seed)) for seed in range(1000)])
     assert np.mean(points[:, 1] < 50) == pytest.approx(0.1, abs=0.03)
@@ -205,13 +205,13 @@ def test_same_seed_gives_the_same_prompts_and_another_seed_others() -> None:
     assert draw(5) != draw(6)
 
 
-def test_center_with_one_point_takes_nothing_from_chance() -> None:
+def test_center_with_one_point_draws_no_random_number() -> None:
     source = rng()
     draw_prompt("center", RING, 1, source)
     assert source.random() == rng().random()
 
 
-def test_layout_tells_apart_what_must_not_be_decoded_together() -> None:
+def test_layout_distinguishes_prompts_that_must_not_be_decoded_together() -> None:
     def layout(strategy: str, num_points: int) -> tuple[int, bool]:
         return draw_prompt(strategy, RING, num_points, rng()).layout
 

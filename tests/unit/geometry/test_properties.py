@@ -1,6 +1,6 @@
-"""Parser and rasteriser against whatever hypothesis thinks of: no crash, no pixel out of place.
+"""Parser and rasteriser against inputs of hypothesis: no crash, no wrong pixel.
 
-A failure prints the smallest example it found and a line that repeats it (`@reproduce_failure`).
+A failure prints the smallest example found and a line that reproduces it (`@reproduce_failure`).
 """
 
 import io
@@ -38,7 +38,7 @@ from samray.geometry.shapes import Shape
 
 Size = tuple[int, int]
 
-# A shared machine is slow now and then: no deadline. Some ten seconds for the whole file.
+# No deadline, because a shared machine may be slow. The whole file takes about ten seconds.
 few = settings(
     deadline=None, max_examples=150, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -61,7 +61,7 @@ def png_of(pixels: np.ndarray) -> bytes:
 
 
 def good_document() -> dict[str, Any]:
-    """One shape of every kind, all of them usable in 20 x 30 pixels."""
+    """One shape of every kind, each usable in 20 x 30 pixels."""
     corners = [[2, 3], [9, 3], [9.5, 12], [2, 12]]
     shapes = [
         labelme_shape("polygon", "polygon", np.array(corners), group_id=1),
@@ -76,7 +76,7 @@ def good_document() -> dict[str, Any]:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a value can be replaced: every key and index, however deep."""
+    """Where a value can be replaced: every key and index at any depth."""
     inside = value.items() if isinstance(value, dict) else enumerate(value)
     found = []
     for key, child in inside:
@@ -173,7 +173,7 @@ NUMBERS = st.floats(-1e6, 1e6)
 
 @st.composite
 def written_shapes(draw: Any) -> dict[str, Any]:
-    """What `labelme_shape` makes of usable arguments."""
+    """Results of `labelme_shape` for usable arguments."""
     kind = draw(st.sampled_from([kind for kind in AREAL_SHAPES if kind != "mask"]))
     number = draw(st.sampled_from(AREAL_SHAPES[kind]))
     if kind == "polygon":
@@ -211,7 +211,7 @@ def test_what_is_written_is_read_again(
 # ---- polygons ------------------------------------------------------------------------------
 
 SIZES = st.tuples(st.integers(1, 50), st.integers(1, 60))
-# Eighths of pixels: a shift by whole pixels leaves them exact, and so is its floor.
+# Eighths of pixels: exact after a shift by whole pixels, and so is their floor.
 EIGHTHS = st.integers(-30 * 8, 90 * 8).map(lambda n: n / 8) | st.integers(-5, 65).map(float)
 OUTLINES = st.lists(st.tuples(EIGHTHS, EIGHTHS), min_size=3, max_size=12).map(np.array)
 
@@ -221,7 +221,7 @@ def polygon(points: np.ndarray) -> Shape:
 
 
 def mask_of(points: np.ndarray, size: Size) -> np.ndarray:
-    """The polygon's frame, all False where it has no pixel in it."""
+    """The polygon's mask in the frame, all False if it covers no pixel."""
     try:
         return frame_of(rasterize_instance([polygon(points)], size), size)
     except AnnotationError:
@@ -234,7 +234,7 @@ def mask_of(points: np.ndarray, size: Size) -> np.ndarray:
 def test_a_polygon_has_the_pixels_that_opencv_gives_it_on_a_canvas_without_border(
     points: np.ndarray, size: Size
 ) -> None:
-    """Also where it reaches out of the image, where OpenCV itself goes wrong."""
+    """Also if it extends beyond the image, where OpenCV is wrong."""
     corners = np.floor(points).astype(np.int32)
     low = np.minimum(corners.min(axis=0), 0)
     width, height = np.maximum(corners.max(axis=0) + 1, (size[1], size[0])) - low
@@ -301,7 +301,7 @@ MASKS = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
 @many
 @given(MASKS)
-def test_runs_are_those_of_pycocotools_and_come_back_as_the_mask(mask: np.ndarray) -> None:
+def test_runs_equal_pycocotools_and_decode_to_the_mask(mask: np.ndarray) -> None:
     expected = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     np.testing.assert_array_equal(decode_rle(expected["counts"], mask.shape), mask)
     counts = encode_rle(CroppedMask(mask, (0, 0)), mask.shape)
@@ -318,8 +318,8 @@ def test_runs_are_those_of_pycocotools_and_come_back_as_the_mask(mask: np.ndarra
 
 @many
 @given(MASKS)
-def test_a_mask_comes_back_from_the_shapes_made_of_it(mask: np.ndarray) -> None:
-    """Through polygons to the pixel, for none is so small that half a pixel matters."""
+def test_a_mask_equals_the_shapes_made_of_it(mask: np.ndarray) -> None:
+    """Exact through polygons, because none is so small that half a pixel matters."""
     shapes = read_shapes(mask_to_shapes(mask, "cat", tolerance=0))
     back = frame_of(rasterize_instance(shapes, mask.shape), mask.shape) if shapes else mask & False
     np.testing.assert_array_equal(back, mask)
@@ -413,7 +413,7 @@ RINGS = st.lists(st.tuples(NEAR, NEAR), min_size=3, max_size=9)
 @many
 @given(st.lists(RINGS, min_size=1, max_size=3))
 def test_coco_polygons_are_filled_as_pycocotools_does(rings: list[list[Any]]) -> None:
-    """Also where they reach out of the image."""
+    """Also if they extend beyond the image."""
     parts = [[float(v) for point in ring for v in point] for ring in rings]
     expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, 20, 30))).astype(bool)
     assume(expected.any())

@@ -1,4 +1,4 @@
-"""Tiles cover the image; an object is in one of them, and what it loses there is counted."""
+"""Tiles cover the image; an object is in one of them, and its pixels outside are counted."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from samray.sam.model import build_model
 
 @pytest.mark.parametrize("size", [(340, 2000), (100, 100), (512, 512), (513, 1), (1000, 777)])
 @pytest.mark.parametrize(("tile", "overlap"), [(128, 0), (128, 32), (512, 256), (100, 50)])
-def test_windows_cover_every_pixel_and_overlap_as_told(size, tile, overlap):
+def test_windows_cover_every_pixel_and_overlap_as_asked(size, tile, overlap):
     windows = tile_windows(size, tile, overlap)
     covered = np.zeros(size, int)
     for window in windows:
@@ -53,7 +53,7 @@ def test_an_object_is_where_most_of_it_is_and_nothing_of_it_is_lost(seed):
     assert np.array_equal(frame, full[windows[number].slices])
 
 
-def test_a_prompt_is_looked_at_in_a_window_around_it():
+def test_a_prompt_gets_a_window_around_it():
     image = np.zeros((300, 2000, 3), np.uint8)
     point = Prompt(np.array([[1000, 20]], np.float32), np.array([1]))
     assert _windows_around(point, image, 256) == [Window(873, 0, 256, 256)]

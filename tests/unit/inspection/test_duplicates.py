@@ -1,4 +1,4 @@
-"""Copies of a photo are found however they were saved; other photos are not."""
+"""Copies of an image are found however they were saved; other images are not."""
 
 import hashlib
 import io
@@ -54,7 +54,7 @@ def test_deep_images_are_compared_by_what_is_shown():
 
 
 def test_images_of_one_colour_are_the_same_only_as_equal_files():
-    """They have no structure to compare, so black and white must not be called alike."""
+    """They have no structure to compare, so black and white must not count as similar."""
     black, white = (saved(Image.new("RGB", (40, 40), color)) for color in ("black", "white"))
     assert groups_of([black, white, scene_file := saved(scene(5)), black]) == [[0, 3]]
     assert groups_of([scene_file]) == []

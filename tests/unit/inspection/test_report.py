@@ -1,4 +1,4 @@
-"""The dataset report: figures against hand-counted truth, and nothing of a label is executed."""
+"""The dataset report: figures equal hand-counted ones, and no label is executed."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def write_dataset(folder, images, **manifest):
 
     Args:
         images: (name, split or None, file, (H, W), [(label, mask of H x W), ...]) each.
-        manifest: entries that differ from those of a dataset without trouble.
+        manifest: entries that differ from those of a dataset without problems.
     """
     rows = []
     for name, split, file, size, instances in images:
@@ -198,8 +198,8 @@ def test_histograms_add_up_and_have_the_right_values(small_set):
         assert sum(spread["histogram"]["counts"]) == 5
 
 
-def test_a_histogram_of_a_wide_span_begins_at_nothing(tmp_path):
-    """Images with 0, 1, 2, 3 and 30 instances; 0 has a bar of its own."""
+def test_a_histogram_of_a_wide_range_starts_at_zero(tmp_path):
+    """Images with 0, 1, 2, 3 and 30 instances; 0 has a bin of its own."""
     size = (64, 64)
     images = [
         (f"{n}.png", "train", photo(n, size), size, [("dot", rectangle(i, 0, i + 2, 9, size))] * n)
@@ -212,7 +212,7 @@ def test_a_histogram_of_a_wide_span_begins_at_nothing(tmp_path):
     assert histogram["counts"] == [1, 1, 2, 0, 0, 1]
 
 
-def test_each_problem_stands_in_its_kind_with_what_to_do(small_set):
+def test_each_problem_is_in_its_kind_with_what_to_do(small_set):
     facts, html = small_set
     kinds = kinds_of(facts)
     files = {title: [item["file"] for item in kind["items"]] for title, kind in kinds.items()}
@@ -235,7 +235,7 @@ def test_each_problem_stands_in_its_kind_with_what_to_do(small_set):
     assert all(kind["fix"] in html for kind in kinds.values() if "{" not in kind["fix"])
 
 
-def test_the_oddest_are_the_ones_at_the_ends(small_set):
+def test_the_outliers_are_the_extreme_instances(small_set):
     facts, html = small_set
     oddest = {
         kind["kind"]: [
@@ -270,7 +270,7 @@ def test_a_label_or_file_name_is_text_and_the_page_needs_no_network(small_set):
 
 
 @pytest.mark.parametrize("forms", [(None, None), (None, 40)], ids=["same file", "re-compressed"])
-def test_a_leak_across_splits_is_found_and_mended(forms, tmp_path):
+def test_a_leak_across_splits_is_found_and_corrected(forms, tmp_path):
     size = (120, 160)
     one = [("nut", rectangle(10, 10, 50, 50, size))]
     images = [
@@ -300,7 +300,7 @@ def test_a_leak_across_splits_is_found_and_mended(forms, tmp_path):
         (["b/5.png", "c/5.png"], False, False),
     ]
     assert all(group["across_folders"] for group in facts["near_duplicates"])
-    assert facts["leaks"] == facts["num_problems"] == 1  # equal files are told once
+    assert facts["leaks"] == facts["num_problems"] == 1  # identical files are reported once
     assert "problem: in different splits" in html
     mended = json.loads((tmp_path / "out" / "splits.json").read_text())
     assert mended == {
@@ -315,7 +315,7 @@ def test_a_leak_across_splits_is_found_and_mended(forms, tmp_path):
 
 
 def real_warnings(images, *words):
-    """What `samray prepare` says of the same photo in two splits, and its splits."""
+    """The splits of `samray prepare`, and its warnings about one image in two splits."""
     if not words:
         rule = SplitRule(load_config(None).prepare)
         rule.listed = {name: split for name, split, *_ in images if split}
@@ -354,7 +354,7 @@ def test_a_tile_is_recommended_that_brings_small_objects_to_16_pixels(tmp_path):
 
 
 def test_no_tile_is_recommended_that_would_cut_what_it_enlarges(tmp_path):
-    """Long thin objects: the tile is twice their length, and the page says what that reaches."""
+    """Long thin objects: the tile is twice their length, and the page says how large they get."""
     size = (1024, 1024)
     instances = [("fibre", rectangle(10, y, 310, y + 4, size)) for y in range(10, 310, 30)]
     dataset = write_dataset(tmp_path / "p", [("1.png", "train", photo(1, size), size, instances)])
@@ -399,7 +399,7 @@ def test_strict_fails_once_the_report_is_written(tmp_path, run_cli):
         load_config(None, ["inspect.strict=true"])
 
 
-def test_without_report_inspect_draws_pictures_as_ever(tmp_path, run_cli):
+def test_without_report_inspect_draws_pictures(tmp_path, run_cli):
     size = (64, 64)
     image = ("1.png", "train", photo(1, size), size, [("nut", rectangle(5, 5, 40, 40, size))])
     words = ["inspect", "--data-dir", write_dataset(tmp_path / "p", [image])]
