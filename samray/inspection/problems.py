@@ -57,6 +57,25 @@ LEAK_KIND = (
     "each such group together; or delete the copies.",
 )
 
+# (key, title, what to do)
+NOTES = (
+    ("outlined_twice", "Objects that are probably outlined twice",
+     "Delete one of the two; with different labels, decide which one is right."),
+    ("spelling", "Labels that differ in spelling only",
+     "If they mean the same, prepare with --label-map FILE, a JSON {old: new}."),
+    ("absent", "Labels missing from the train split",
+     "Masks are learned without labels, but these objects are never trained on: annotate more of "
+     "them, or choose the splits with --split-file."),
+    ("empty", "Images annotated as empty",
+     "Nothing, if they show no object: they are not trained on. Else annotate them."),
+    ("unlabelled", "Images without annotation",
+     "Annotate them, or leave them: they are in no split."),
+    ("filtered", "Shapes left out by label",
+     "Nothing, if --labels and --label-map are as intended."),
+    ("not_instances", "Shapes that cover no area",
+     "Nothing, if they are marks; objects must be outlined to be learned."),
+)  # fmt: skip
+
 
 def find_problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what `--strict` does not allow: leaks, rejected items, warnings, in this order.
@@ -96,54 +115,25 @@ def find_notes(
     """
     absent = [label for label in labels if not label["splits"]["train"]]
     not_instances = manifest.get("not_instances", {})
-    kinds = [
-        (
-            "Objects that are probably outlined twice",
-            "Delete one of the two; with different labels, decide which one is right.",
-            _outlined_twice(records, instances),
-        ),
-        (
-            "Labels that differ in spelling only",
-            "If they mean the same, prepare with --label-map FILE, a JSON {old: new}.",
-            _spelt_alike(sorted(label["label"] for label in labels)),
-        ),
-        (
-            "Labels missing from the train split",
-            "Masks are learned without labels, but these objects are never trained on: annotate "
-            "more of them, or choose the splits with --split-file.",
-            [_about_label(i["label"], f"has {i['instances']} instances") for i in absent],
-        ),
-        (
-            "Images annotated as empty",
-            "Nothing, if they show no object: they are not trained on. Else annotate them.",
-            [
-                _about_image(name, "its annotation has no usable shape")
-                for name in manifest["empty"]
-            ],
-        ),
-        (
-            "Images without annotation",
-            "Annotate them, or leave them: they are in no split.",
-            [_about_image(name, "no JSON refers to it") for name in manifest["unlabelled"]],
-        ),
-        (
-            "Shapes left out by label",
-            "Nothing, if --labels and --label-map are as intended.",
-            [_about_label(k, f"{n} shapes left out") for k, n in manifest["filtered"].items()],
-        ),
-        (
-            "Shapes that cover no area",
-            "Nothing, if they are marks; objects must be outlined to be learned.",
-            [
-                {"file": "", "field": "shape_type", "reason": f"{number} of type {kind}"}
-                for kind, number in not_instances.items()
-            ],
-        ),
-    ]
+    items = {
+        "outlined_twice": _outlined_twice(records, instances),
+        "spelling": _spelt_alike(sorted(label["label"] for label in labels)),
+        "absent": [_about_label(i["label"], f"has {i['instances']} instances") for i in absent],
+        "empty": [_about_image(i, "its annotation has no usable shape") for i in manifest["empty"]],
+        "unlabelled": [_about_image(i, "no JSON refers to it") for i in manifest["unlabelled"]],
+        "filtered": [
+            _about_label(label, f"{number} shapes left out")
+            for label, number in manifest["filtered"].items()
+        ],
+        "not_instances": [
+            {"file": "", "field": "shape_type", "reason": f"{number} of type {kind}"}
+            for kind, number in not_instances.items()
+        ],
+    }
     return [
-        {"level": "note", "title": title, "fix": fix, "items": items}
-        for title, fix, items in kinds
-        if items
+        {"level": "note", "title": title, "fix": fix, "items": items[key]}
+        for key, title, fix in NOTES
+        if items[key]
     ]
 
 
