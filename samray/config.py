@@ -1,8 +1,10 @@
-"""One YAML is one run: every setting, its unit and its default.
+"""Settings: every one with its unit and default; one YAML file describes one run.
 
-A config has one section per stage or concern. Values come, later ones winning, from the
-defaults below, a YAML file, ``section.key=value`` words and the command line's options. The
-resolved config is saved beside every output, so any result tells how to repeat it.
+A config has one section per stage or concern. Values come from the defaults below, a YAML file,
+``section.key=value`` words and command-line options; later sources win. The resolved config is
+saved with every output, so any result can be reproduced.
+
+The docstring of a field is its documentation: its first sentence is the help of the option.
 """
 
 import difflib
@@ -12,6 +14,7 @@ from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from samray.errors import ConfigError
 from samray.storage import Place, read_bytes, resolve, write_bytes
@@ -22,12 +25,13 @@ Split = Literal["train", "val", "test"]
 
 MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
 
-# From random weights SAM's own 20 : 1 first learns, for thousands of images, to predict nothing.
+# With SAM's own ratio of 20 : 1, a decoder with random weights predicts empty masks for thousands
+# of images before it learns anything else.
 FOCAL_WEIGHT_TUNING, FOCAL_WEIGHT_SCRATCH = 20.0, 1.0
 
 
 class Section(BaseModel):
-    """Frozen, and a misspelt key is an error instead of a setting that does nothing."""
+    """A frozen group of settings; a misspelt key is an error, not a setting without effect."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -35,55 +39,60 @@ class Section(BaseModel):
 
 
 class SampleDataConfig(Section):
-    """`samray sample-data`: draw a LabelMe dataset to try things on."""
+    """`samray sample-data`: draw a LabelMe dataset to try samray with."""
 
     output_dir: str | None = None
-    """Folder to draw into."""
+    """Folder to draw the dataset into."""
     num_images: int = Field(60, ge=1)
-    """Images to draw."""
+    """Number of images."""
     seed: int = Field(0, ge=0)
-    """The same seed draws the same images, byte for byte."""
+    """Random seed; the same seed draws the same images, byte for byte."""
 
 
 class PrepareConfig(Section):
-    """`samray prepare`: LabelMe pairs to a prepared dataset."""
+    """`samray prepare`: annotated images to a prepared dataset."""
 
     data_dir: str | None = None
-    """Folder of images and LabelMe JSON files, in any layout."""
+    """Folder of images and their LabelMe or COCO JSON files, in any layout."""
     output_dir: str | None = None
-    """Folder for the prepared dataset."""
+    """Folder of the prepared dataset to write."""
     labels: tuple[str, ...] | None = None
-    """Keep these labels only, as named after `label_map`; none given keeps all."""
+    """Labels to keep, as they are named after `label_map`; unset: all."""
     label_map: str | None = None
-    """JSON or YAML file of {old label: new label}; null as the new label drops the shape."""
+    """JSON or YAML file {old label: new label}; null as the new label drops the shapes."""
     split_file: str | None = None
-    """JSON {"train": [image, ...], "val": ..., "test": ...} or CSV lines `image,split`."""
+    """Split of each image: JSON {"train": [image, ...], "val": ..., "test": ...} or CSV lines
+    `image,split`; unset: by hash."""
     group_by: str | None = None
-    """`folder`, or a regular expression on the image's path (its first group, else all of it)."""
+    """Images to keep in one split: `folder` for those of a folder, or a regular expression for
+    those whose paths give the same match (its first group, else the whole match)."""
     val_fraction: float = Field(0.2, ge=0, lt=1)
-    """Share of the images, by hash, for choosing the best checkpoint."""
+    """Share of the images, chosen by hash, in the validation split, which selects the best
+    checkpoint."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
-    """Share of the images, by hash, that only evaluation sees."""
+    """Share of the images, chosen by hash, in the test split, which only evaluation reads."""
     join_groups: bool = True
-    """Shapes of one label and one group_id are one instance; false lets each stand alone."""
+    """Join shapes of the same label and group_id into one instance; false: one instance each."""
     images_per_shard: int = Field(32, ge=1)
-    """Images in one Parquet shard, which is one parallel task."""
+    """Images per Parquet shard; each shard is one parallel task."""
     tile: int | None = Field(None, ge=64)
-    """Cut images that are larger than this many pixels, in width or height, into tiles."""
+    """Cut images that exceed this width or height, in pixels, into tiles of that side; unset:
+    no tiles."""
     overlap: int | None = Field(None, ge=0)
-    """Pixels that neighbouring tiles share; unset: a quarter of `tile`. As wide as the objects."""
+    """Overlap of neighbouring tiles in pixels, best as wide as the objects; unset: a quarter of
+    `tile`."""
     max_megapixels: float = Field(100.0, gt=0, le=170)
-    """Larger images are refused by their header, before they are decoded."""
+    """Largest image accepted, in megapixels; checked in the file's header, before decoding."""
     visualize: bool = False
-    """Write pictures with the masks drawn over them to OUTPUT_DIR/overlays."""
+    """Write overlays of the masks on their images to OUTPUT_DIR/overlays."""
     num_samples: int = Field(20, ge=1)
-    """How many of those pictures."""
+    """Number of overlays that `visualize` writes."""
     strict: bool = False
-    """Anything bad in the input makes the stage fail and publish nothing."""
+    """Fail and publish nothing if any part of the input is bad."""
 
     @property
     def overlap_pixels(self) -> int:
-        """`overlap`, or what it is unset."""
+        """`overlap`, or its default, in pixels."""
         return (self.tile or 0) // 4 if self.overlap is None else self.overlap
 
     @model_validator(mode="after")
@@ -107,32 +116,33 @@ class ExportConfig(Section):
     """`samray export`: a prepared dataset back to files for other tools."""
 
     data_dir: str | None = None
-    """A prepared dataset."""
+    """Folder of the prepared dataset."""
     output_dir: str | None = None
-    """Folder to write."""
+    """Folder to write the files to."""
     format: Literal["labelme", "coco"] = "labelme"
-    """LabelMe, one JSON an image; or COCO, one JSON a split."""
+    """Format of the files: `labelme`, one JSON per image, or `coco`, one JSON per split."""
 
 
 class InspectConfig(Section):
-    """`samray inspect`: see what a model will see."""
+    """`samray inspect`: view a prepared dataset as the model will see it."""
 
     data_dir: str | None = None
-    """A prepared dataset."""
+    """Folder of the prepared dataset."""
     output_dir: str | None = None
-    """Folder for the pictures."""
+    """Folder to write the pictures or the report to."""
     num_samples: int = Field(3, ge=1)
-    """How many images."""
+    """Number of images to draw."""
     point_selection: Literal["center", "random", "bbox"] = "center"
-    """The prompt that each instance gets."""
+    """Prompt of each instance: its innermost point, random points, or its box."""
     num_points: int = Field(1, ge=1, le=64)
-    """Points an instance, for center and random."""
+    """Points per instance, for center and random."""
     seed: int = Field(0, ge=0)
-    """Chooses the images and draws the prompts."""
+    """Random seed that selects the images and draws the prompts."""
     report: bool = False
-    """Write report.html and report.json on the whole dataset, instead of the pictures."""
+    """Write report.html and report.json about the whole dataset instead of pictures."""
     strict: bool = False
-    """A report with a problem in it makes the stage fail, once the report is written."""
+    """With `report`: fail, once it is written, if anything was rejected or warned about, or lies
+    in two splits."""
 
     @model_validator(mode="after")
     def _be_strict_about_a_report(self) -> Self:
@@ -142,29 +152,30 @@ class InspectConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which SAM, from which weights, and which of its parts learn."""
+    """Which SAM, its initial weights, and which parts are trained."""
 
     type: ModelType = "tiny"
-    """SAM's ViT-B, ViT-L, ViT-H, or samray's own `tiny`."""
+    """Architecture: SAM's ViT-B, ViT-L or ViT-H, or samray's own small `tiny`."""
     checkpoint: str | None = None
-    """A weights file, a RUN, or `none` for random weights; unset takes the published ones."""
+    """Initial weights: a weights file, a RUN folder, or `none` for random ones; unset: the
+    published weights of the type."""
     freeze_image_encoder: bool | None = None
-    """Unset: frozen when weights are given, trained when they are random."""
+    """Keep the image encoder's weights fixed; unset: only if the initial weights are not random."""
     freeze_prompt_encoder: bool = False
-    """Keep the prompt encoder as it is."""
+    """Keep the prompt encoder's weights fixed."""
     freeze_mask_decoder: bool = False
-    """Keep the mask decoder as it is."""
+    """Keep the mask decoder's weights fixed."""
 
 
 class MixtureConfig(Section):
-    """How often `mixed` draws each kind of prompt, in proportion."""
+    """Relative frequencies of the prompts that `mixed` draws."""
 
     center: float = Field(1.0, ge=0)
-    """Of the innermost point."""
+    """Relative frequency of the innermost point."""
     random: float = Field(1.0, ge=0)
-    """Of a random point."""
+    """Relative frequency of random points."""
     bbox: float = Field(1.0, ge=0)
-    """Of a box."""
+    """Relative frequency of a box."""
 
     @model_validator(mode="after")
     def _draw_something(self) -> Self:
@@ -174,29 +185,31 @@ class MixtureConfig(Section):
 
 
 class PromptConfig(Section):
-    """The prompts that training draws, afresh in every epoch."""
+    """The training prompts, drawn anew in every epoch."""
 
     point_selection: PointSelection = "mixed"
-    """center, random or bbox for every instance; mixed draws one of the three for each;
-    interactive begins with a random point or a box and then clicks on the answers' errors."""
+    """Prompt of each instance: center, random or bbox; mixed draws one of these three for each;
+    interactive starts with a random point or a box and adds clicks on the prediction's errors."""
     mixture: MixtureConfig = MixtureConfig()
-    """How often `mixed` draws which."""
+    """Relative frequencies of the prompts that `mixed` draws."""
     num_points: int = Field(1, ge=1, le=64)
-    """Points an instance, for center and random."""
+    """Points per instance, for center and random."""
     num_clicks: int = Field(8, ge=0, le=32)
-    """Correction clicks at most, for interactive; each step draws how many."""
+    """Maximum number of correction clicks, for interactive; each step draws the number."""
     box_noise: float = Field(0.1, ge=0, le=0.5)
-    """Standard deviation of the box corners' noise, as a share of the box's side (max 20 px)."""
+    """Standard deviation of the noise on box corners, as a share of the box's side; the noise is
+    limited to 20 pixels."""
 
 
 class LossConfig(Section):
-    """Weights of the loss's three parts (Segment Anything, appendix A: 20, 1, 1)."""
+    """Weights of the parts of the loss (Segment Anything, appendix A: 20, 1, 1)."""
 
     focal_weight: float | None = Field(None, ge=0)
-    """Unset: 20 from given weights; 1 from random ones, which at 20 first learn nothing."""
+    """Weight of the focal loss; unset: 1 if the initial weights are random, which at 20 learn
+    nothing at first, else 20."""
     balanced_weight: float | None = Field(None, ge=0)
-    """Of a cross-entropy in which object and ground count the same; it fades over the first fifth
-    of the epochs. Unset: 0 from given weights; 1 from random ones, to get them started."""
+    """Weight of a cross-entropy in which object and background count the same, faded out over the
+    first fifth of the epochs; unset: 1 if the initial weights are random, else 0."""
     dice_weight: float = Field(1.0, ge=0)
     """Weight of the Dice loss."""
     iou_weight: float = Field(1.0, ge=0)
@@ -207,123 +220,127 @@ class TrainConfig(Section):
     """`samray train`: the run and its optimiser."""
 
     data_dir: str | None = None
-    """A prepared dataset."""
+    """Folder of the prepared dataset."""
     output_dir: str | None = None
-    """The RUN folder."""
+    """RUN folder to write."""
     batch_size: int = Field(2, ge=1)
-    """Images in one optimiser step, over all workers, whose number thus changes no result."""
+    """Images per optimiser step, over all workers, so their number does not change the result."""
     num_epochs: int = Field(10, ge=1)
-    """Passes over the training split."""
+    """Number of epochs. An epoch is one pass over the training split, or
+    `pretrain.scenes_per_epoch` scenes."""
     learning_rate: float = Field(1e-4, gt=0)
-    """AdamW's peak learning rate, reached after the warm-up."""
+    """Peak learning rate of AdamW, reached after the warm-up."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's weight decay."""
+    """Weight decay of AdamW."""
     warmup_steps: int = Field(20, ge=0)
-    """Optimiser steps over which the learning rate rises from zero; then it falls as a cosine."""
+    """Optimiser steps over which the learning rate rises linearly from zero, before its cosine
+    decay."""
     final_lr_fraction: float = Field(0.05, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
     clip_grad_norm: float = Field(1.0, gt=0)
-    """Gradients longer than this are shortened to it."""
+    """Maximum norm of the gradient; longer gradients are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of convolutions and matrix products; weights and sums stay float32."""
+    """Precision of convolutions and matrix products; weights and sums stay float32."""
     max_prompts: int = Field(64, ge=1)
-    """Instances decoded at once; a step with more recomputes in chunks, to save memory."""
+    """Instances decoded at once; a step with more is recomputed in chunks, to save memory."""
     seed: int = Field(0, ge=0)
-    """Orders the images, draws the prompts and any random weights."""
+    """Random seed of the image order, the prompts and any random weights."""
     resume: bool = False
-    """Go on with the run in output_dir; only epochs and workers may have changed."""
+    """Resume the run in `output_dir`; only the numbers of epochs and workers may have changed."""
 
 
 class ScalingConfig(Section):
-    """What the run takes of the cluster; named after Ray Train's ScalingConfig."""
+    """What a run uses of the cluster; named after Ray Train's ScalingConfig."""
 
     num_workers: int = Field(1, ge=1)
-    """DDP processes."""
+    """Number of DDP processes."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto takes GPUs when the Ray cluster (not this machine) has one for each worker."""
+    """Device to compute on; auto uses GPUs if the Ray cluster (not this machine) has enough."""
     cpus_per_worker: int | None = Field(None, ge=1)
-    """CPUs and threads a worker; unset shares the CPUs of a single node out, else 1."""
+    """CPUs and threads per worker; unset: an equal share of a single node's CPUs, else 1."""
     gpus_per_worker: float = Field(1.0, gt=0, le=1)
-    """Share of a GPU a worker takes where it takes one; 0.25 lets four trials share one GPU."""
+    """Share of a GPU per worker, if GPUs are used; 0.25 lets four trials share one GPU."""
 
 
 class EmbeddingsConfig(Section):
     """The cache of image embeddings, used while the image encoder is frozen."""
 
     cache_dir: str | None = None
-    """Folder shared by all nodes; unset: `embeddings` inside the prepared dataset."""
+    """Folder of the cache, shared by all nodes; unset: `embeddings` inside the prepared dataset."""
     reserve_gb: float = Field(1.0, ge=0)
-    """Disk space in GB that filling the cache must leave free."""
+    """Disk space that filling the cache must leave free, in GB."""
 
 
 class PretrainConfig(Section):
-    """`samray pretrain`: `tiny` from nothing, on drawn scenes. `train.*` holds the optimiser."""
+    """`samray pretrain`: train `tiny` from random weights on drawn scenes; see also `train`."""
 
     scenes_per_epoch: int = Field(4000, ge=1)
-    """Scenes between two checkpoints; no scene is drawn twice."""
+    """Scenes per epoch; no scene is drawn twice."""
     regions_per_scene: int = Field(4, ge=1, le=40)
-    """Regions of each scene to learn from."""
+    """Regions of each scene to train on."""
     val_scenes: int = Field(64, ge=1)
-    """Scenes, never trained on, by which the best checkpoint is chosen."""
+    """Scenes, never trained on, that select the best checkpoint."""
     max_minutes: float | None = Field(None, gt=0)
-    """Stop in time, at the end of an epoch; --resume goes on."""
+    """Time limit in minutes; no epoch that would exceed it is started; `resume` continues."""
     export_dir: str | None = None
-    """Folder for the best weights, in the form that the package ships."""
+    """Folder to write the best weights to, in the form that the package ships."""
 
 
 class TuneConfig(Section):
     """`samray tune`: a sweep over settings; each trial is a `samray train`."""
 
     data_dir: str | None = None
-    """A prepared dataset."""
+    """Folder of the prepared dataset."""
     output_dir: str | None = None
-    """The SWEEP folder."""
+    """SWEEP folder to write; if it holds an interrupted sweep, the same command continues it."""
     search_space: dict[str, Any] = {}
-    """Dotted path of a setting -> one of Ray Tune's words with its arguments, such as
-    {loguniform: [1e-5, 1e-2]}, {choice: [center, bbox]}, {grid_search: [1, 2]}."""
+    """Settings to search: dotted path -> one of Ray Tune's search space functions with its
+    arguments, such as {loguniform: [1e-5, 1e-2]}, {choice: [center, bbox]}, {grid_search: [1, 2]}.
+    """
     num_trials: int | None = Field(None, ge=1)
-    """Trials in all; unset: 16, or each point of a grid once."""
+    """Number of trials; unset: 16, or each point of a grid once."""
     search: Literal["random", "optuna"] = "random"
-    """optuna (installed by hand) learns from the trials before; grids are always searched whole."""
+    """Search algorithm; optuna (to be installed separately) learns from finished trials. Grids are
+    always searched completely."""
     try_default: bool = True
-    """The first trial is the config as it stands, where that lies in the search space."""
+    """Use the config as it is for the first trial, if it lies in the search space."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha stops trials that lag behind at the same epoch; none lets all train to the end."""
+    """Early stopping: asha stops trials that lag behind at the same epoch, none stops no trial."""
     grace_epochs: int = Field(2, ge=1)
-    """Epochs before asha stops anything."""
+    """Epochs that asha lets every trial train."""
     reduction_factor: float = Field(3.0, gt=1)
-    """asha lets the best 1 / reduction_factor go on, at each of its rungs."""
+    """Reduction factor of asha: the best 1 / reduction_factor continue at each rung."""
     metric: str = "val_iou"
-    """What trials are compared by: val_iou is the mean over the prompt matrix."""
+    """Metric to compare trials by; val_iou is the mean over the prompt matrix."""
     max_failures: int = Field(1, ge=0)
-    """Times that a crashed trial is tried again."""
+    """Retries of a trial that crashed."""
     max_concurrent_trials: int | None = Field(None, ge=1)
-    """Trials side by side; unset: as many as the cluster has room for."""
+    """Maximum number of trials at the same time; unset: as many as fit the cluster."""
     mlflow_uri: str | None = None
-    """Also log every trial to this MLflow server or folder (needs mlflow installed)."""
+    """MLflow server or folder to log every trial to; mlflow must be installed."""
     seed: int = Field(0, ge=0)
-    """Draws the trials' settings; each trial trains with train.seed."""
+    """Random seed of the trials' settings; the trials themselves train with train.seed."""
 
 
 class PromoteConfig(Section):
-    """`samray promote` and `samray models`: the store of models that are served."""
+    """`samray promote` and `samray models`: the store of models to serve."""
 
     checkpoint: str | None = None
-    """A RUN, or a SWEEP, of which the best trial counts."""
+    """RUN folder to promote, or a SWEEP folder, whose best trial is promoted."""
     store: str | None = None
-    """Folder or s3:// of the store."""
+    """Folder or s3:// prefix of the store."""
     name: str | None = None
     """Name of the model in the store."""
     data_dir: str | None = None
-    """The prepared dataset whose test split guards; unset: the one that was trained on."""
+    """Prepared dataset whose test split the guard scores; unset: the dataset trained on."""
     max_forgetting: float = Field(0.02, ge=0, le=1)
-    """mIoU that a kind of prompt which was not trained with may lose against the base."""
+    """Largest loss of mIoU against the base for a kind of prompt that was not trained with."""
     force: bool = False
-    """Promote although the guard refuses; the record says so."""
+    """Promote even if the guard refuses; the version's record notes it."""
     rollback: bool = False
-    """Instead, make the version before the current one current again."""
+    """Make the version before the current one current again, instead of promoting."""
     version: str | None = None
-    """With rollback: that version."""
+    """With `rollback`: the version to make current; unset: the one before."""
 
     @model_validator(mode="after")
     def _know_where_to(self) -> Self:
@@ -333,121 +350,127 @@ class PromoteConfig(Section):
 
 
 class ServeConfig(Section):
-    """`samray serve`: the endpoint. Also the arguments in `configs/serve.yaml`."""
+    """`samray serve`: the endpoint; also the arguments in `configs/serve.yaml`."""
 
     checkpoint: str | None = None
-    """A RUN, SWEEP, checkpoint folder or ViT weights file; unset, without a store: `tiny`."""
+    """Model to serve: a RUN, SWEEP or checkpoint folder or a ViT weights file; unset, without a
+    store: `tiny`."""
     store: str | None = None
-    """A store of models, whose `current` versions are served, new ones as they are promoted."""
+    """Store of models to serve the current versions of, following new promotions."""
     model: str | None = None
-    """Name of the one model of the store to serve; unset: all."""
+    """Name of the only model of the store to serve; unset: all."""
     host: str = "127.0.0.1"
-    """Address to listen on; others than this machine's own need a token."""
+    """Address to listen on; any address that other machines can reach needs a token."""
     port: int = Field(8000, ge=1, le=65535)
-    """TCP port."""
+    """TCP port to listen on."""
     token_file: str | None = None
-    """File with the token that clients must send; else $SAMRAY_TOKEN, else none."""
+    """File with the token that clients must send; unset: $SAMRAY_TOKEN, else no token."""
     cors_origins: tuple[str, ...] = ()
-    """Pages of these origins may ask, e.g. https://annotate.example.org."""
+    """Origin whose pages may send requests, such as https://annotate.example.org; repeatable."""
     label_studio_url: str | None = None
-    """Address of Label Studio, the only one that its pictures are fetched from."""
+    """Address of Label Studio, the only one that /compat/labelstudio fetches images from."""
     label_studio_key_file: str | None = None
-    """File with an access token of Label Studio's; else $LABEL_STUDIO_API_KEY, else none."""
+    """File with your access token of Label Studio; unset: $LABEL_STUDIO_API_KEY, else none."""
     label_studio_timeout_seconds: float = Field(20.0, gt=0)
-    """A picture that takes longer is given up."""
+    """Time limit for fetching an image from Label Studio, in seconds."""
     decoder_replicas: int = Field(1, ge=1)
-    """Processes that answer prompts; each image and model has its own among them."""
+    """Decoder processes, which answer prompts; each pair of image and model is sent to one."""
     encoder_replicas: int = Field(1, ge=1)
-    """Processes that encode images, at most."""
+    """Maximum number of encoder processes, which encode images."""
     encode_batch: int | None = Field(None, ge=1)
-    """Images encoded together, at most; unset: 4 on a GPU, 1 without, where it saves nothing."""
+    """Maximum number of images encoded together; unset: 4 on a GPU, else 1, as batches save
+    nothing on a CPU."""
     cpus_per_replica: float = Field(0.5, gt=0)
-    """CPUs that Ray sets aside for each of those processes."""
+    """CPUs that Ray reserves for each decoder and encoder process."""
     gpus_per_replica: float = Field(0.0, ge=0, le=1)
-    """Share of a GPU for each of those processes."""
+    """Share of a GPU for each decoder and encoder process."""
     threads: int = Field(1, ge=1)
-    """Threads of torch in each of those processes."""
+    """Threads of torch in each decoder and encoder process."""
     embedding_cache_mb: int = Field(512, ge=1)
-    """Embeddings a decoder keeps, in MiB; `tiny` needs 1/16 an image, ViTs 2."""
+    """Size of a decoder's cache of embeddings, in MiB; an image needs 1/16 for `tiny`, 2 for ViTs.
+    """
     logits_cache_mb: int = Field(128, ge=1)
-    """Answers a decoder keeps for correction clicks, in MiB."""
+    """Size of a decoder's cache of predicted logits, for correction clicks, in MiB."""
     image_cache_mb: int = Field(1024, ge=1)
-    """Image files kept, in MiB."""
+    """Size of the cache of image files, in MiB."""
     max_body_mb: float = Field(64.0, gt=0)
-    """Larger requests are refused while they arrive, in MiB."""
+    """Largest request body, in MiB; larger ones are rejected while they arrive."""
     max_megapixels: float = Field(100.0, gt=0, le=170)
-    """Larger images are refused by their header."""
+    """Largest image, in megapixels; checked in the file's header, before decoding."""
     max_in_flight: int = Field(64, ge=1)
-    """Requests that may wait for masks; more are answered 429."""
+    """Maximum number of requests waiting for masks; more are answered with status 429."""
     timeout_seconds: float = Field(60.0, gt=0)
-    """An answer that takes longer is given up."""
+    """Time limit for an answer, in seconds."""
 
 
 class LabelmeConfig(Section):
     """`samray labelme`: labelme with an endpoint behind its AI tools."""
 
     url: str = "http://127.0.0.1:8000"
-    """Address of the endpoint."""
+    """Address of the endpoint that `samray serve` started."""
     token_file: str | None = None
-    """File with the endpoint's token; else $SAMRAY_TOKEN, else none."""
+    """File with the endpoint's token; unset: $SAMRAY_TOKEN, else no token."""
     arguments: tuple[str, ...] = ()
-    """Words for labelme's own command line."""
+    """Arguments for labelme's own command line."""
 
 
 class EvaluateConfig(Section):
-    """`samray evaluate`: base against tuned."""
+    """`samray evaluate`: compare the base weights with the tuned ones."""
 
     data_dir: str | None = None
-    """A prepared dataset."""
+    """Folder of the prepared dataset."""
     checkpoint: str | None = None
-    """A RUN folder."""
+    """RUN folder to evaluate."""
     output_dir: str | None = None
-    """Folder for evaluation.json and report.html."""
+    """Folder to write evaluation.json and report.html to."""
     split: Split = "test"
     """Split to score."""
     seed: int = Field(0, ge=0)
-    """Draws the evaluation prompts; keep it to compare runs."""
+    """Random seed of the evaluation prompts; keep it the same to compare runs."""
     num_overlays: int = Field(6, ge=0, le=50)
-    """Worst and best instances to show in the report, each."""
+    """Number of worst and of best instances shown in the report."""
 
 
 class PredictConfig(Section):
-    """`samray predict`: one image and its prompt to a mask; or many images to all their objects."""
+    """`samray predict`: the mask of one prompt in an image, or all objects of many images."""
 
     checkpoint: str | None = None
-    """A RUN folder, a checkpoint folder or a ViT weights file; unset: `tiny` as it ships."""
+    """Model: a RUN folder, a checkpoint folder or a ViT weights file; unset: `tiny` as shipped."""
     image_path: str | None = None
-    """The image; or a folder of images, in any layout."""
+    """Image; or folder of images, in any layout, to segment all objects in them."""
     prompts: str | None = None
-    """JSON {"images/a.jpg": [prompt, ...], ...}, prompts as the endpoint's, names as seen from
-    `image_path`; without it, and without points and box, everything in the images is segmented."""
+    """Prompts of many images: JSON {"images/a.jpg": [{"point_coords": [[X, Y]], "box": [X1, Y1, X2,
+    Y2]}, ...], ...}; unset, without points and box: segment everything. Prompts are the endpoint's,
+    image names relative to `image_path`."""
     points: tuple[tuple[float, float], ...] = ()
-    """Foreground points (x, y) in pixels of the image as shown (EXIF applied)."""
+    """Foreground point (x, y) in pixels of the image as shown (EXIF applied); repeatable."""
     negative_points: tuple[tuple[float, float], ...] = ()
-    """Background points (x, y)."""
+    """Background point (x, y) in pixels of the image as shown (EXIF applied); repeatable."""
     box: tuple[float, float, float, float] | None = None
-    """Box (x1, y1, x2, y2)."""
+    """Box (x1, y1, x2, y2) in pixels of the image as shown (EXIF applied)."""
     tile: int | None = Field(None, ge=64)
-    """In a larger image, look at this many pixels a side around the prompt; as prepare.tile."""
+    """In a larger image, use only a tile of this side around the prompt, in pixels, as
+    `prepare.tile`; unset: the whole image."""
     label: str = "object"
-    """Label to write in the LabelMe JSON."""
+    """Label of the shapes in the LabelMe JSON."""
     output_dir: str | None = None
-    """Folder for mask, overlay and LabelMe JSON; of many images, for label maps, CSV and LabelMe
-    JSON, in the folders that the images lie in."""
+    """Folder to write results to. For one prompt: mask, overlay and LabelMe JSON. For many images:
+    label maps, CSV and LabelMe JSON, in the same subfolders as the images."""
     points_per_side: int = Field(32, ge=1, le=256)
-    """Everything: this many points across the image and down it are asked about."""
+    """Without prompts: points per side of the grid of point prompts."""
     pred_iou_thresh: float | None = Field(None, ge=0, le=1)
-    """Everything: masks of lower predicted IoU are left out. Unset: SAM's 0.88; for `tiny`, whose
-    predictions are too low, 0.4."""
+    """Without prompts: lowest predicted IoU of a mask; unset: SAM's 0.88, but 0.4 for `tiny`,
+    whose predictions are too low."""
     stability_score_thresh: float | None = Field(None, ge=0, le=1)
-    """Everything: masks that change more with the logits' cutoff are left out. Unset: SAM's 0.95;
-    for `tiny` 0.9."""
+    """Without prompts: lowest stability of a mask when the cutoff of its logits is shifted; unset:
+    SAM's 0.95, but 0.9 for `tiny`."""
     min_mask_region_area: int = Field(0, ge=0)
-    """Everything: parts and holes of a mask below this many pixels are removed."""
+    """Without prompts: smallest area of separate parts and holes of a mask, in pixels; smaller ones
+    are removed."""
 
 
 class Config(Section):
-    """A whole run; each stage reads the sections it needs."""
+    """The settings of a whole run; each stage reads the sections it needs."""
 
     sample_data: SampleDataConfig = SampleDataConfig()
     prepare: PrepareConfig = PrepareConfig()
@@ -476,8 +499,8 @@ def load_config(
     """Merge a YAML file, ``section.key=value`` words and options into one checked config.
 
     Args:
-        path: YAML file, or None for the defaults alone.
-        overrides: words such as ``train.learning_rate=1e-5``; values are read as YAML.
+        path: YAML file; None: only the defaults.
+        overrides: words such as ``train.learning_rate=1e-5``; values are parsed as YAML.
         options: dotted path -> value, from the command line's options; they win.
 
     Raises:
@@ -485,32 +508,22 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        if isinstance(path, str):  # a relative one lies in a Ray job's own folder, and shall
+        if isinstance(path, str):  # a relative one is meant to lie in a Ray job's own folder
             path = resolve(path, "--config") if "://" in path else Path(path)
         values = _read_yaml(path)
     mistakes: list[str] = []
+    changes: list[tuple[str, Any]] = []
     for word in overrides:
         dotted, equals, text = word.partition("=")
         if not equals or not dotted:
             mistakes.append(f"'{word}' is not of the form section.key=value")
             continue
         try:
-            _set(values, dotted, yaml.safe_load(text))
+            changes.append((dotted, yaml.safe_load(text)))
         except (yaml.YAMLError, ValueError) as exc:
             mistakes.append(f"{dotted}: {' '.join(str(exc).split())}")
-    for dotted, value in (options or {}).items():
-        try:
-            _set(values, dotted, value)
-        except ValueError as exc:
-            mistakes.append(f"{dotted}: {exc}")
-    source = str(path) if path is not None else "config"
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as exc:
-        mistakes += [_explain(error) for error in exc.errors()]
-    if mistakes:
-        raise ConfigError(f"{source}: " + "; ".join(mistakes))
-    return config
+    changes += (options or {}).items()
+    return _checked(values, changes, mistakes, str(path) if path is not None else "config")
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], what: str) -> Config:
@@ -518,25 +531,12 @@ def with_settings(config: Config, settings: Mapping[str, Any], what: str) -> Con
 
     Args:
         settings: dotted path -> value.
-        what: who asks, for the error.
+        what: beginning of the error message.
 
     Raises:
         ConfigError: one error that lists every mistake with its dotted path.
     """
-    values = config.model_dump()
-    mistakes = []
-    for dotted, value in settings.items():
-        try:
-            _set(values, dotted, value)
-        except ValueError as exc:
-            mistakes.append(f"{dotted}: {exc}")
-    try:
-        changed = Config.model_validate(values)
-    except ValidationError as exc:
-        mistakes += [_explain(error) for error in exc.errors()]
-    if mistakes:
-        raise ConfigError(f"{what}: " + "; ".join(mistakes))
-    return changed
+    return _checked(config.model_dump(), settings.items(), [], what)
 
 
 def save_config(config: Config, path: Place) -> None:
@@ -569,6 +569,19 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
             ),
         }
     )
+
+
+def setting(dotted: str) -> FieldInfo:
+    """Return the field of a setting: its type, default and description.
+
+    Raises:
+        KeyError: there is no such setting.
+    """
+    model: Any = Config
+    for section in dotted.split(".")[:-1]:
+        model = model.model_fields[section].annotation
+    field: FieldInfo = model.model_fields[dotted.rpartition(".")[2]]
+    return field
 
 
 def required(config: Config, *dotted_paths: str) -> list[str]:
@@ -604,6 +617,27 @@ def _read_yaml(path: Place) -> dict[str, Any]:
         )
     # A section with every line commented out reads as null.
     return {section: {} if content is None else content for section, content in values.items()}
+
+
+def _checked(
+    values: dict[str, Any],
+    changes: Iterable[tuple[str, Any]],
+    mistakes: list[str],
+    source: str,
+) -> Config:
+    """Apply changes (dotted path, value) in their order and validate; report all mistakes."""
+    for dotted, value in changes:
+        try:
+            _set(values, dotted, value)
+        except ValueError as exc:
+            mistakes.append(f"{dotted}: {exc}")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as exc:
+        mistakes += [_explain(error) for error in exc.errors()]
+    if mistakes:
+        raise ConfigError(f"{source}: " + "; ".join(mistakes))
+    return config
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -1,0 +1,227 @@
+"""What each stage runs and prints; the stages' modules are imported only when they run."""
+
+from typing import Any
+
+from samray.config import Config, required
+from samray.errors import ConfigError
+from samray.storage import require_folder, resolve, resolve_local
+
+
+def run_sample_data(config: Config) -> None:
+    """Draw a LabelMe dataset."""
+    from samray.data.sample_data import write_sample_data
+
+    settings = config.sample_data
+    if not settings.output_dir:
+        raise ConfigError("missing OUT, the folder to draw into (or sample_data.output_dir=...)")
+    output = resolve_local(settings.output_dir, "OUT")
+    write_sample_data(output, settings.num_images, settings.seed)
+    print(f"{settings.num_images} images with LabelMe JSON in {output}")
+
+
+def run_prepare(config: Config) -> None:
+    """Prepare a dataset; print counts and rejected files."""
+    from samray.data.prepare import prepare
+
+    manifest = prepare(config)
+    splits = ", ".join(f"{name} {len(members)}" for name, members in manifest["splits"].items())
+    labels = ", ".join(f"{label} {count}" for label, count in manifest["labels"].items())
+    counts = f"{manifest['num_images']} images, {manifest['num_instances']} instances"
+    print(f"{counts} ({labels}); {splits}")
+    if tiles := manifest["tiles"]:
+        print(
+            f"{tiles['num_tiles']} tiles with an instance; {tiles['num_instances_cut']} instances "
+            "do not lie whole in theirs"
+        )
+    kinds = ("unlabelled", "empty", "warnings", "rejected")
+    print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
+    _print_rejected(manifest["rejected"], "manifest.json")
+    print(f"prepared dataset: {config.prepare.output_dir}/manifest.json")
+
+
+def run_export(config: Config) -> None:
+    """Write a prepared dataset as LabelMe or COCO files."""
+    from samray.data.export import export
+
+    print(f"{config.export.format} files: {export(config)}")
+
+
+def run_inspect(config: Config) -> None:
+    """Draw samples and print their files, or report on the whole dataset."""
+    if config.inspect.report:
+        _report(config)
+        return
+    from samray.inspection.preview import inspect
+
+    for picture in inspect(config):
+        print(picture)
+
+
+def _report(config: Config) -> None:
+    from samray.inspection.report import report
+
+    facts = report(config)
+    counts = facts["counts"]
+    print(f"{counts['images']} images, {counts['instances']} instances, labels: {counts['labels']}")
+    for kind in facts["problems"]:
+        print(f"  {kind['level']}: {kind['title']}: {len(kind['items'])}")
+    for model, seen in facts["resolution"].items():
+        advice = f"; {seen['command']}" if seen["tile"] else ""
+        print(f"  {model}: {seen['small']} instances ({seen['share']:.0%}) are small{advice}")
+    output = config.inspect.output_dir
+    print(f"report: {output}/report.html, figures: {output}/report.json")
+
+
+def run_train(config: Config) -> None:
+    """Fine-tune; print the best epoch."""
+    from samray.training.train import fit
+
+    state = fit(config)
+    best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
+    output = config.train.output_dir
+    print(f"best: epoch {best['epoch']} of {len(state['epochs'])}, val_iou {best['val_iou']:.3f}")
+    if state["embeddings"]:
+        encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
+        print(f"embeddings: {encoded} images encoded, {found} found")
+    print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
+
+
+def run_pretrain(config: Config) -> None:
+    """Train `tiny` from random weights; print the best epoch."""
+    from samray.training.pretraining import pretrain
+
+    state = pretrain(config)
+    best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
+    output = config.train.output_dir
+    done = f"{len(state['epochs'])} of {config.train.num_epochs} epochs"
+    print(f"{done}; best: epoch {best['epoch']}, val_iou {best['val_iou']:.3f}")
+    print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
+    if config.pretrain.export_dir is not None:
+        print(f"exported: {config.pretrain.export_dir}/tiny.safetensors and tiny.json")
+
+
+def run_tune(config: Config) -> None:
+    """Run or continue a sweep; print the best trial against the base."""
+    from samray.training.tune import sweep
+
+    state = sweep(config)
+    kinds = ("finished", "stopped", "failed")
+    counts = {kind: sum(t["status"] == kind for t in state["trials"]) for kind in kinds}
+    print(", ".join(f"{number} {kind}" for kind, number in counts.items() if number))
+    for trial in state["trials"]:
+        if trial["reason"]:
+            print(f"  failed {trial['trial_id']}: {trial['reason']}")
+    chosen = " ".join(f"{key}={value}" for key, value in state["best_settings"].items())
+    print(f"best: {state['best']} ({chosen})")
+    base, best = state["test"]["base"], state["test"]["best"]
+    print("test mIoU     base    best   change")
+    for name in base["iou"]["strategy"]:
+        before, after = base["iou"]["strategy"][name], best["iou"]["strategy"][name]
+        print(f"  {name:<10} {before:6.3f}  {after:6.3f}   {after - before:+6.3f}")
+    output = config.tune.output_dir
+    print(f"report: {output}/report.html, figures: {output}/sweep.json")
+
+
+def run_promote(config: Config) -> None:
+    """Promote a model into the store, or roll back; print the scores of the guard."""
+    from samray.evaluation.promote import MIN_IMAGES, promote, roll_back
+
+    if config.promote.rollback:
+        version = roll_back(config)
+        print(f"{version.name}: current is {version.version} again")
+        return
+    version = promote(config)
+    metrics, guard = version.record["metrics"], version.record["guard"]
+    if guard["num_images"] < MIN_IMAGES:
+        print(f"note: {guard['num_images']} test photos are few to judge by; prepare more")
+    print("test mIoU over the prompt matrix")
+    for model in metrics:
+        low, high = metrics[model]["miou_ci95"]
+        print(f"  {model:<8} {metrics[model]['miou']:.3f}  ({low:.3f} to {high:.3f})")
+    for reason in guard["refused"]:
+        print(f"note: forced although {reason}")
+    if not version.record["same_dataset_as_trained_on"]:
+        print("note: the guard's dataset is not the one trained on; do its test photos overlap?")
+    print(f"{version.name}: current is {version.version}: {version.folder}")
+
+
+def run_models(config: Config) -> None:
+    """Print the models of a store and their versions."""
+    from samray.sam.store import ModelStore
+
+    (folder,) = required(config, "promote.store")
+    store = ModelStore(require_folder(resolve(folder, "--store"), "--store"))
+    names = [config.promote.name] if config.promote.name else store.names()
+    for name in names:
+        current, versions = store.current(name), store.require_versions(name)
+        print(name)
+        for version in versions:
+            mark = "*" if current and version.version == current.version else " "
+            record = version.record
+            base, tuned = (record["metrics"][model]["miou"] for model in ("base", "tuned"))
+            forced = "  forced" if record["guard"]["forced"] else ""
+            scores = f"test mIoU {base:.3f} -> {tuned:.3f}{forced}"
+            print(f"{mark} {version.version}  {record['model_type']}  {scores}")
+    if not names:
+        print("no models yet")
+
+
+def run_serve(config: Config) -> None:
+    """Serve until interrupted."""
+    from samray.serving.ingress import serve_here
+
+    serve_here(config.serve)
+
+
+def run_labelme(config: Config) -> None:
+    """Start labelme with an endpoint behind its AI tools."""
+    from samray.serving.labelme_client import start
+
+    start(config.labelme)
+
+
+def run_evaluate(config: Config) -> None:
+    """Compare base and tuned weights; print their scores."""
+    from samray.evaluation.evaluate import evaluate
+
+    evaluation = evaluate(config)
+    base, tuned = (evaluation[model]["iou"]["strategy"] for model in ("base", "tuned"))
+    print(f"{evaluation['split']} mIoU     base    tuned   change")
+    for name in base:
+        gain = tuned[name] - base[name]
+        print(f"  {name:<10} {base[name]:6.3f}   {tuned[name]:6.3f}   {gain:+6.3f}")
+    if not evaluation["same_dataset_as_trained_on"]:
+        print(
+            "note: the run was trained on another dataset; if that one held photos of this split, "
+            "these scores are too high"
+        )
+    output = config.evaluate.output_dir
+    print(f"report: {output}/report.html, figures: {output}/evaluation.json")
+
+
+def run_predict(config: Config) -> None:
+    """Segment one prompt in an image, or all objects of many images."""
+    settings = config.predict
+    if settings.prompts is None and (settings.points or settings.negative_points or settings.box):
+        from samray.prediction.predictor import predict
+
+        for kind, path in predict(config).items():
+            print(f"{kind}: {path}")
+        return
+    from samray.prediction.batch import predict_images
+
+    summary = predict_images(config)
+    earlier = f" ({summary['found']} were done before)" if summary["found"] else ""
+    print(f"{summary['images']} images{earlier}, {summary['objects']} objects")
+    print(f"{summary['skipped']} skipped, {len(summary['rejected'])} rejected")
+    output = config.predict.output_dir
+    _print_rejected(summary["rejected"], f"{output}/predictions.json")
+    print(f"results: {output}/predictions.json")
+
+
+def _print_rejected(rejected: list[dict[str, Any]], listed_in: str) -> None:
+    shown = 10
+    for problem in rejected[:shown]:
+        print(f"  rejected {problem['file']}: {problem['field']}: {problem['reason']}")
+    if len(rejected) > shown:
+        print(f"  and {len(rejected) - shown} more, all listed in {listed_in}")
