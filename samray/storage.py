@@ -19,8 +19,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import HTTPClientError, IncompleteReadError
+from boto3.exceptions import Boto3Error, RetriesExceededError, S3UploadFailedError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+)
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from cloudpathlib import S3Path
+from cloudpathlib.exceptions import CloudPathException
+from urllib3.exceptions import HTTPError
 
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 
@@ -213,35 +223,55 @@ def plain_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as exc:
-        if type(exc).__module__.partition(".")[0] not in _FOREIGN:
-            raise
-        if type(exc).__name__ == "S3UploadFailedError" and isinstance(exc.__context__, Exception):
-            exc = exc.__context__  # a failed upload hides what went wrong
-        code = getattr(exc, "response", {}).get("Error", {}).get("Code", type(exc).__name__)
-        if code in ("NoSuchKey", "404"):
+    except _S3_ERRORS as raised:
+        exc: BaseException = raised
+        if isinstance(exc, S3UploadFailedError) and exc.__context__ is not None:
+            exc = exc.__context__  # the failed request, whose error code boto3 hides
+        code = _error_code(exc)
+        if code in _MISSING_OBJECT:
             raise FileNotFoundError(2, "No such file or directory", what) from exc
         raise StorageError(f"{what}: {_s3_reason(exc, code)}") from exc
 
 
-_FOREIGN = ("botocore", "boto3", "s3transfer", "urllib3", "cloudpathlib")
+_S3_ERRORS = (BotoCoreError, ClientError, Boto3Error, HTTPError, CloudPathException)
+_UNREACHABLE = (
+    *(BotoConnectionError, HTTPClientError, IncompleteReadError),
+    *(RetriesExceededError, HTTPError),
+)
+# S3's error codes; a HEAD request has no body and gives the HTTP status instead.
+_MISSING_OBJECT = ("NoSuchKey", "404")
+_TIMED_OUT = ("RequestTimeout", "GatewayTimeout", "504")
+_NO_PERMISSION = "these credentials have no permission for it; ask for read, write and list"
+_REFUSED_CREDENTIALS = "the server refuses the AWS credentials ({code}); check or renew them"
+_REASONS = {
+    "NoSuchBucket": "there is no such bucket; create it or check the name",
+    "AccessDenied": _NO_PERMISSION,
+    "403": _NO_PERMISSION,
+    "InvalidAccessKeyId": _REFUSED_CREDENTIALS,
+    "SignatureDoesNotMatch": _REFUSED_CREDENTIALS,
+    "ExpiredToken": _REFUSED_CREDENTIALS,
+    "InvalidToken": _REFUSED_CREDENTIALS,
+}
 
 
-def _s3_reason(exc: Exception, code: str) -> str:
+def _error_code(exc: BaseException) -> str:
+    """The code in the server's answer, or the name of an exception that got no answer."""
+    if isinstance(exc, ClientError):
+        return str(exc.response.get("Error", {}).get("Code", "Unknown"))
+    return type(exc).__name__
+
+
+def _s3_reason(exc: BaseException, code: str) -> str:
     """What went wrong with S3, and what to do about it."""
-    advice = {
-        "NoSuchBucket": "there is no such bucket; create it or check the name",
-        "AccessDenied": "these credentials have no permission for it; ask for read, write and list",
-        "403": "these credentials have no permission for it; ask for read, write and list",
-        "NoCredentialsError": "found no AWS credentials; set AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    }
-    if code in advice:
-        return advice[code]
-    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
-        return f"the server refuses the AWS credentials ({code}); check or renew them"
+    if code in _REASONS:
+        return _REASONS[code].format(code=code)
+    if isinstance(exc, NoCredentialsError):
+        return (
+            "found no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "AWS_PROFILE"
+        )
     message = " ".join(str(exc).split())[:200]
-    if "onnect" in code or "Timeout" in code or "Streaming" in code or "Read" in code:
+    if isinstance(exc, _UNREACHABLE) or code in _TIMED_OUT:
         tries = os.environ["AWS_MAX_ATTEMPTS"]
         return (
             f"the S3 server cannot be reached, tried {tries} times ({message}); "

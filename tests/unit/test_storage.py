@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import botocore.exceptions as boto
 import pytest
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from urllib3.exceptions import ProtocolError
 
-from samray.errors import ConfigError, DatasetError
+from samray.errors import ConfigError, DatasetError, StorageError
 from samray.storage import (
     JOB_VARIABLE,
     free_bytes,
     make_folder,
+    plain_errors,
     read_json,
     require_folder,
     resolve,
@@ -187,3 +191,59 @@ def test_missing_json_is_a_dataset_error_that_names_the_file(tmp_path: Path) -> 
 
 def test_free_space_is_known_before_the_folder_is(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def answer(code: str) -> boto.ClientError:
+    return boto.ClientError({"Error": {"Code": code, "Message": "m"}}, "GetObject")
+
+
+URL = "http://127.0.0.1:9"
+UNREACHABLE = "the S3 server cannot be reached, tried "
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (answer("NoSuchBucket"), "there is no such bucket; create it or check the name"),
+        (answer("AccessDenied"), "these credentials have no permission for it; ask for read"),
+        (answer("403"), "these credentials have no permission for it; ask for read"),
+        (answer("ExpiredToken"), "the server refuses the AWS credentials (ExpiredToken); check"),
+        (answer("RequestTimeout"), UNREACHABLE),
+        (answer("SlowDown"), "S3 answered SlowDown (An error occurred (SlowDown)"),
+        (boto.NoCredentialsError(), "found no AWS credentials; set AWS_ACCESS_KEY_ID and "),
+        (boto.EndpointConnectionError(endpoint_url=URL), UNREACHABLE),
+        (boto.ConnectTimeoutError(endpoint_url=URL), UNREACHABLE),
+        (boto.ReadTimeoutError(endpoint_url=URL), UNREACHABLE),
+        (boto.ConnectionClosedError(endpoint_url=URL), UNREACHABLE),
+        (boto.IncompleteReadError(actual_bytes=1, expected_bytes=2), UNREACHABLE),
+        (boto.ResponseStreamingError(error="cut"), UNREACHABLE),
+        (RetriesExceededError(OSError("cut")), UNREACHABLE),
+        (ProtocolError("cut"), UNREACHABLE),
+        (boto.ProfileNotFound(profile="x"), "S3 answered ProfileNotFound (The config profile (x)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value)[:40],
+)
+def test_errors_of_boto3_become_one_line_with_advice(error: Exception, reason: str) -> None:
+    with pytest.raises(StorageError) as caught, plain_errors("s3://b/a"):
+        raise error
+    assert str(caught.value).startswith(f"s3://b/a: {reason}")
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("code", ["NoSuchKey", "404"])
+def test_an_object_that_does_not_exist_is_a_missing_file(code: str) -> None:
+    with pytest.raises(FileNotFoundError, match="s3://b/a"), plain_errors("s3://b/a"):
+        raise answer(code)
+
+
+def fail_to_upload() -> None:
+    try:
+        raise answer("NoSuchBucket")
+    except boto.ClientError:
+        raise S3UploadFailedError("Failed to upload a")  # noqa: B904 - as boto3 does
+
+
+def test_a_failed_upload_gives_the_reason_of_its_request() -> None:
+    with pytest.raises(StorageError, match="no such bucket"), plain_errors("s3://b/a"):
+        fail_to_upload()
