@@ -1,4 +1,4 @@
-"""Reports: pages from templates, and their pictures and charts as text that a page can hold."""
+"""Reports: HTML pages from templates, with images and charts embedded."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return one HTML page that needs no other file; values are escaped.
+    """Return a self-contained HTML page; values are escaped.
 
     Args:
         template: name of a file in `samray/templates`.
@@ -23,17 +23,17 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def jpeg_uri(content: bytes) -> str:
-    """Return a JPEG file as the `src` of an image."""
+    """Return a JPEG file as a data URI for the `src` of an image."""
     return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
 def histogram_svg(bins: list[str], counts: list[int], xlabel: str, num_marked: int = 0) -> str:
-    """Return bars as one SVG element.
+    """Return a bar chart as one SVG element.
 
     Args:
-        bins: what each bar counts.
-        counts: how many, same length.
-        num_marked: so many of the first bars are drawn in the colour of a warning, hatched.
+        bins: name of each bar.
+        counts: height of each bar.
+        num_marked: number of bars, from the left, to hatch in a warning colour.
     """
     import matplotlib as mpl  # slow to import, and only reports need it
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def histogram_svg(bins: list[str], counts: list[int], xlabel: str, num_marked: i
     bars = axes.bar(range(len(bins)), counts, width=0.85, color="#0072b2")
     for bar in bars[:num_marked]:
         bar.set(facecolor="#fbe3d0", edgecolor="#d55e00", hatch="///")
-    step = -(-len(bins) // 12)  # so that the names do not run into each other
+    step = -(-len(bins) // 12)  # keeps the names from overlapping
     axes.set_xticks(range(0, len(bins), step), bins[::step], rotation=45 if len(bins) > 6 else 0)
     axes.set(xlabel=xlabel)
     axes.tick_params(labelsize=8)
@@ -52,12 +52,12 @@ def histogram_svg(bins: list[str], counts: list[int], xlabel: str, num_marked: i
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    with mpl.rc_context({"svg.fonttype": "none"}):  # text as text: small, and it can be searched
+    with mpl.rc_context({"svg.fonttype": "none"}):  # text, not outlines: smaller and searchable
         return _svg(figure)
 
 
 def curves_svg(epochs: list[dict[str, Any]]) -> str:
-    """Return loss and validation IoU over the epochs as one SVG element.
+    """Return training loss and validation IoU over the epochs as one SVG element.
 
     Args:
         epochs: metrics of each epoch, as in run.json.
@@ -90,7 +90,7 @@ def curves_svg(epochs: list[dict[str, Any]]) -> str:
 
 
 def scatter_svg(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str) -> str:
-    """Return points of several groups over a logarithmic axis as one SVG element.
+    """Return a scatter plot of several groups, with a logarithmic x axis, as one SVG element.
 
     Args:
         groups: name -> (x, y) of each point.
@@ -111,7 +111,12 @@ def scatter_svg(groups: dict[str, list[tuple[float, float]]], xlabel: str, ylabe
 
 
 def lines_svg(lines: dict[str, list[float]], bold: str, xlabel: str, ylabel: str) -> str:
-    """Return lines over 1, 2, 3 ... as one SVG element, one of them drawn bold."""
+    """Return lines over x = 1, 2, 3, ... as one SVG element, one of them bold.
+
+    Args:
+        lines: name -> y values.
+        bold: name of the bold line.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""Ray: start or join it, and refuse at once what it cannot run."""
+"""Ray: start or join a cluster, and reject at once what it cannot run."""
 
 import logging
 import os
@@ -15,19 +15,19 @@ from samray.config import ScalingConfig
 from samray.errors import ClusterError, ConfigError
 from samray.storage import Place, make_folder, plain_errors, write_bytes
 
-# Tries for a local Ray, whose start now and then fails on a busy machine.
+# Attempts to start a local Ray, which sometimes fails on a busy machine.
 START_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each worker gets.
+    """The resources of each worker.
 
     Attributes:
-        num_workers: processes.
-        use_gpu: a GPU each, or the share of one that is configured.
-        cpus_per_worker: CPUs each, and threads on a CPU run.
-        room: how many such workers fit the cluster at once.
+        num_workers: number of processes.
+        use_gpu: whether each gets a GPU, or the configured share of one.
+        cpus_per_worker: CPUs of each, and its threads when it runs on CPUs.
+        room: number of such workers that fit the cluster at once.
     """
 
     num_workers: int
@@ -37,9 +37,9 @@ class Resources:
 
 
 def start() -> None:
-    """Join the cluster that RAY_ADDRESS names (set in every Ray job), else start Ray right here.
+    """Join the cluster at RAY_ADDRESS (set in every Ray job), else start a local Ray.
 
-    Without RAY_ADDRESS a local Ray of our own is started, never a stranger's joined.
+    Without RAY_ADDRESS no running Ray is joined, as it may belong to someone else.
     """
     if ray.is_initialized():
         return
@@ -60,14 +60,13 @@ def start() -> None:
 
 
 def plan_resources(scaling: ScalingConfig, num_trials: int = 1) -> Resources:
-    """Return what each worker gets, or say at once why the cluster cannot give it.
+    """Return the resources of each worker.
 
     Args:
-        num_trials: runs that share a single node's CPUs, where `cpus_per_worker` is unset.
+        num_trials: runs that share a single node's CPUs if `cpus_per_worker` is unset.
 
     Raises:
-        ClusterError: more CPUs or GPUs asked for than the cluster has; Ray itself would wait
-            for ever.
+        ClusterError: the cluster has too few CPUs or GPUs; Ray itself would wait forever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -100,17 +99,17 @@ def plan_resources(scaling: ScalingConfig, num_trials: int = 1) -> Resources:
 
 
 def pool_size(device: str, num_items: int) -> int:
-    """Actors for independent items: one a GPU, else one a CPU, no more than items."""
+    """Return the number of actors: one per GPU, else per CPU, at most one per item."""
     totals = ray.cluster_resources()
     gpus = _num_gpus() if device != "cpu" else 0
     return max(1, min(num_items, gpus or int(totals.get("CPU", 1))))
 
 
 def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -> ActorPool:
-    """Start actors for independent items and wait until all have loaded what they need.
+    """Start actors for independent items and wait until all are ready.
 
     Args:
-        device: auto, cpu or gpu; auto takes GPUs where the cluster has any.
+        device: auto, cpu or gpu; auto uses GPUs if the cluster has any.
     """
     num_gpus = gpus_per_actor(device)
     actors = [
@@ -122,10 +121,10 @@ def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -
 
 
 def gpus_per_actor(device: str) -> int:
-    """GPUs of an actor for independent items: one where the cluster has any and `device` allows.
+    """Return 1 if actors for independent items use a GPU, else 0.
 
     Raises:
-        ClusterError: device is gpu, and there is none.
+        ClusterError: `device` is gpu and the cluster has none.
     """
     num_gpus = 1 if device != "cpu" and _num_gpus() else 0
     if device == "gpu" and not num_gpus:
@@ -134,29 +133,29 @@ def gpus_per_actor(device: str) -> int:
 
 
 def quiet_ray_data() -> None:
-    """Set Ray Data up for tasks of ours, which have a progress bar of their own."""
-    import ray.data  # here, for it takes a second that most stages need not spend
+    """Configure Ray Data for samray's tasks, which have their own progress bar."""
+    import ray.data  # here, as it takes a second to import and most stages do not need it
 
-    # Our bar counts images; Ray Data's count blocks and come with a wall of log lines.
+    # samray's bar counts images; Ray Data's bars count blocks and log many lines.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # Else half of a small cluster waits for an operator that has nothing to do: with two CPUs,
-    # one task at a time.
+    # The reservation keeps half of a small cluster for an idle operator: with two CPUs, only one
+    # task would run at a time.
     context.op_resource_reservation_enabled = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def stop_pool(pool: ActorPool) -> None:
-    """Give the actors of an idle pool back at once."""
+    """Stop the actors of an idle pool at once."""
     while pool.has_free():
         ray.kill(pool.pop_idle())
 
 
 def actor_device() -> str:
-    """Torch's name of the device of the actor that calls this; one thread on a CPU."""
+    """Return torch's device of the calling actor; on a CPU, limit torch to one thread."""
     if ray.get_gpu_ids():
         return "cuda"
-    torch.set_num_threads(1)  # the other actors fill the other CPUs
+    torch.set_num_threads(1)  # the other actors use the other CPUs
     return "cpu"
 
 
@@ -165,10 +164,10 @@ def _num_gpus() -> int:
 
 
 def require_shared(folder: Place, what: str) -> None:
-    """Create an output folder and make sure that every node sees what is written there.
+    """Create an output folder and check that every node sees the files written to it.
 
     Raises:
-        ConfigError: naming the nodes that do not.
+        ConfigError: it cannot be created, or naming the nodes that do not see it.
     """
     make_folder(folder, what)
     token = folder / f".samray-{uuid.uuid4().hex}"
@@ -180,7 +179,7 @@ def require_shared(folder: Place, what: str) -> None:
 
 
 def require_visible(file: Place, what: str) -> None:
-    """Make sure that every node sees a file that this one sees.
+    """Check that every node sees a file that this node sees.
 
     Raises:
         ConfigError: naming the nodes that do not.
@@ -197,8 +196,8 @@ def require_visible(file: Place, what: str) -> None:
     blind = [name for name, check in checks.items() if not ray.get(check)]
     if blind:
         raise ConfigError(
-            f"{what}: {file.parent} is not shared: node {', '.join(blind)} cannot see what is "
-            "there; use a folder on a file system that every node mounts"
+            f"{what}: {file.parent} is not shared: node {', '.join(blind)} cannot see its "
+            "files; use a folder on a file system that every node mounts"
         )
 
 

@@ -98,13 +98,13 @@ class PrepareConfig(Section):
     @model_validator(mode="after")
     def _overlap_at_most_half_a_tile(self) -> Self:
         if self.overlap is not None and self.tile is None:
-            raise ValueError("overlap is for tiles; give prepare.tile (--tile), too")
+            raise ValueError("overlap is for tiles; add prepare.tile (--tile)")
         if self.tile is not None and self.overlap_pixels > self.tile // 2:
             raise ValueError(f"overlap {self.overlap} must be at most half of tile {self.tile}")
         return self
 
     @model_validator(mode="after")
-    def _leave_some_for_training(self) -> Self:
+    def _fractions_leave_a_training_split(self) -> Self:
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError(
                 "val_fraction + test_fraction must be below 1, or nothing is trained on"
@@ -145,9 +145,9 @@ class InspectConfig(Section):
     in two splits."""
 
     @model_validator(mode="after")
-    def _be_strict_about_a_report(self) -> Self:
+    def _strict_needs_a_report(self) -> Self:
         if self.strict and not self.report:
-            raise ValueError("strict (--strict) judges the report: add --report")
+            raise ValueError("strict (--strict) checks the report; add --report")
         return self
 
 
@@ -178,7 +178,7 @@ class MixtureConfig(Section):
     """Relative frequency of a box."""
 
     @model_validator(mode="after")
-    def _draw_something(self) -> Self:
+    def _not_all_zero(self) -> Self:
         if not self.center + self.random + self.bbox > 0:
             raise ValueError("one of center, random and bbox must be above 0")
         return self
@@ -343,9 +343,9 @@ class PromoteConfig(Section):
     """With `rollback`: the version to make current; unset: the one before."""
 
     @model_validator(mode="after")
-    def _know_where_to(self) -> Self:
+    def _version_needs_rollback(self) -> Self:
         if self.version and not self.rollback:
-            raise ValueError("version says where to go back to; add rollback (--rollback)")
+            raise ValueError("version is the one to roll back to; add rollback (--rollback)")
         return self
 
 
@@ -540,13 +540,13 @@ def with_settings(config: Config, settings: Mapping[str, Any], what: str) -> Con
 
 
 def save_config(config: Config, path: Place) -> None:
-    """Write the resolved config as YAML that `load_config` reads back."""
+    """Write the resolved config as YAML for `load_config`."""
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_bytes(path, content.encode())
 
 
 def resolve_model(config: Config, weights_given: bool) -> Config:
-    """Return the config with the settings that follow from whether weights are given.
+    """Return the config with the defaults that depend on whether weights are given.
 
     Raises:
         ConfigError: all three parts are frozen.
@@ -585,10 +585,10 @@ def setting(dotted: str) -> FieldInfo:
 
 
 def required(config: Config, *dotted_paths: str) -> list[str]:
-    """Return the values of settings that a stage cannot do without.
+    """Return the values of settings that a stage requires.
 
     Raises:
-        ConfigError: naming every one that is missing, as option and as setting.
+        ConfigError: naming each missing one, as option and as setting.
     """
     values, missing = [], []
     for dotted in dotted_paths:

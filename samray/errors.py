@@ -1,19 +1,22 @@
 """Everything samray raises on purpose.
 
     SamrayError
-     +- ConfigError       a setting, option or folder the user chose cannot work
+     +- ConfigError       a setting, option or folder is invalid
      +- AnnotationError   an annotation or its image cannot be used
-     +- DatasetError      a prepared dataset is missing, empty, damaged or the wrong one
-     +- EmptyMaskError    a mask has no pixel to point at
+     +- DatasetError      a prepared dataset is missing, empty, damaged or another one
+     +- EmptyMaskError    a mask has no pixel
      +- CheckpointError   weights or a run folder cannot be used
-     +- StorageError      a bucket, or what is in it, cannot be read or written
-     +- DownloadError     official weights could not be fetched whole
-     +- ClusterError      Ray has not what the run asks for
-     +- EndpointError     an endpoint does not answer, or refuses
-     +- TrainingError     training itself went wrong (a loss that is not a number)
+     +- StorageError      a bucket or an object in it cannot be read or written
+     +- DownloadError     official weights could not be downloaded
+     +- ClusterError      the Ray cluster lacks what the run asks for
+     +- EndpointError     an endpoint does not answer, or rejects a request
+     +- TrainingError     training failed (the loss is not a number)
+     +- SweepError        no trial of a sweep finished
+     +- StoreError        a store of models or a version cannot be used
+     +- GuardError        a model is not good enough to be promoted
 
-All are the user's to mend, so the command line prints their one line and ends with
-status 2; anything else is a bug of ours and keeps its traceback.
+The user can correct the cause of each, so the command line prints its one line and exits with
+status 2. Any other exception is a bug and keeps its traceback.
 """
 
 
@@ -22,15 +25,15 @@ class SamrayError(Exception):
 
 
 class ConfigError(SamrayError, ValueError):
-    """A setting, option or folder that the user chose cannot work."""
+    """A setting, option or folder that the user chose is invalid."""
 
 
 class AnnotationError(SamrayError, ValueError):
-    """One annotation, or the image it speaks of, cannot be used.
+    """One annotation, or the image it refers to, cannot be used.
 
     Args:
         field: where in the file, e.g. ``shapes[2].points``.
-        reason: what was expected, what came, and what to do.
+        reason: what was expected, what was found, and what to do.
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -39,28 +42,28 @@ class AnnotationError(SamrayError, ValueError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["AnnotationError"], tuple[str, str]]:
-        """Let it cross processes; the default would call it with the whole message alone."""
+        """Support pickling; the default would pass the whole message as the only argument."""
         return type(self), (self.field, self.reason)
 
 
 class DatasetError(SamrayError, ValueError):
-    """A dataset is missing, has nothing usable, is damaged or is not the expected one."""
+    """A dataset is missing, has no usable content, is damaged or is not the expected one."""
 
 
 class EmptyMaskError(SamrayError, ValueError):
-    """A mask has no pixel, so there is nothing to point at."""
+    """A mask has no pixel, so no prompt can be drawn from it."""
 
 
 class CheckpointError(SamrayError, ValueError):
-    """Weights or a run folder cannot be used."""
+    """Weights or a RUN folder cannot be used."""
 
 
 class StorageError(SamrayError, OSError):
-    """A bucket, or what is in it, cannot be read or written."""
+    """A bucket or an object in it cannot be read or written."""
 
 
 class DownloadError(SamrayError, OSError):
-    """Official weights could not be fetched whole."""
+    """Official weights could not be downloaded completely."""
 
 
 class ClusterError(SamrayError, RuntimeError):
@@ -68,10 +71,10 @@ class ClusterError(SamrayError, RuntimeError):
 
 
 class EndpointError(SamrayError, OSError):
-    """An endpoint that samray asks as a client does not answer, or refuses.
+    """An endpoint that samray calls as a client does not answer, or rejects the request.
 
     Args:
-        code: of its refusal, where it has one.
+        code: error code of the rejection, if any.
     """
 
     def __init__(self, message: str, code: str | None = None) -> None:
@@ -80,16 +83,16 @@ class EndpointError(SamrayError, OSError):
 
 
 class TrainingError(SamrayError, RuntimeError):
-    """Training cannot go on, e.g. the loss is no longer a number."""
+    """Training cannot continue, e.g. because the loss is not a number."""
 
 
 class SweepError(SamrayError, RuntimeError):
-    """No trial of a sweep came to an end."""
+    """No trial of a sweep finished."""
 
 
 class StoreError(SamrayError, ValueError):
-    """A store of models, or a version in it, cannot be used."""
+    """A store of models or a version in it cannot be used."""
 
 
 class GuardError(SamrayError, RuntimeError):
-    """A model is not good enough to replace what is there."""
+    """A model is not good enough to replace the current version."""

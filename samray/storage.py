@@ -1,8 +1,8 @@
-"""Where files are read and written, on disk or in S3; outputs appear whole or not at all.
+"""Files on disk or in S3: paths, reading, and writing outputs completely or not at all.
 
-A `Place` is a local path or an S3 one (cloudpathlib's, which has pathlib's methods). Paths are
-joined, listed and asked about by those methods; content is read and written by the functions here,
-each object in one request. Credentials and endpoint come the usual AWS ways, through boto3.
+A `Place` is a local path or an S3 path (cloudpathlib's, which has pathlib's methods). Use these
+methods to join, list and test paths; read and write content with the functions here, which send
+one request per object. boto3 finds credentials and endpoint in the usual AWS ways.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ Place = Path | S3Path
 # Ray sets this in the driver of `ray job submit`, whose working directory is Ray's own copy.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
-# boto3's own names. Twelve tries last about half a minute: a server may restart meanwhile.
+# boto3 reads these. Twelve attempts take about half a minute, enough for a server to restart.
 os.environ.setdefault("AWS_RETRY_MODE", "standard")
 os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")
-READ_TRIES = 5  # of a body that breaks off, which boto3 does not try again
+READ_TRIES = 5  # of a body whose connection breaks; boto3 does not retry that
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]+)(?P<key>/.*)?")
 
@@ -51,10 +51,10 @@ def resolve(path: str, what: str) -> Place:
     """Return a folder or file that the user named: an absolute local path, or one in S3.
 
     Args:
-        what: the option, for the message.
+        what: the option, for the error message.
 
     Raises:
-        ConfigError: it is neither, or is relative inside a Ray job.
+        ConfigError: it is neither, or it is relative inside a Ray job.
     """
     if "://" in path or path.lower().startswith("s3:"):
         match = _S3.fullmatch(path)
@@ -64,8 +64,8 @@ def resolve(path: str, what: str) -> Place:
         return S3Path(f"s3://{match['bucket']}/{key}".rstrip("/"))
     try:
         expanded = Path(path).expanduser()
-    except RuntimeError as exc:  # `~name` where nobody has that name
-        raise ConfigError(f"{what}: {path} has no home folder to start at ({exc})") from exc
+    except RuntimeError as exc:  # `~name` of a user that does not exist
+        raise ConfigError(f"{what}: {path} has no home folder ({exc})") from exc
     if not expanded.is_absolute() and os.environ.get(JOB_VARIABLE):
         raise ConfigError(
             f"{what}: {path} is relative, and a Ray job runs in Ray's own copy of the folder, "
@@ -75,7 +75,7 @@ def resolve(path: str, what: str) -> Place:
 
 
 def resolve_local(path: str, what: str) -> Path:
-    """As `resolve`, for what can be on disk alone."""
+    """As `resolve`, for what must be on disk."""
     place = resolve(path, what)
     if not isinstance(place, Path):
         raise ConfigError(f"{what}: {path} must be a local folder here; copy from or to it")
@@ -83,10 +83,11 @@ def resolve_local(path: str, what: str) -> Path:
 
 
 def require_folder(path: Place, what: str) -> Place:
-    """Return the path if it is a folder, else raise ConfigError.
+    """Return the path if it is a folder.
 
     Raises:
-        StorageError: the server does not answer, or refuses to.
+        ConfigError: it is a file, or does not exist.
+        StorageError: the server does not answer, or refuses access.
     """
     with plain_errors(f"{what}: {path}"):
         if not path.is_dir():
@@ -96,7 +97,7 @@ def require_folder(path: Place, what: str) -> Place:
 
 
 def make_folder(path: Place, what: str) -> Place:
-    """Create a folder and its parents, or raise ConfigError saying why not; S3 needs none."""
+    """Create a folder and its parents (S3 has none) and return it, or raise ConfigError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -105,7 +106,7 @@ def make_folder(path: Place, what: str) -> Place:
 
 
 def is_used(path: Place) -> bool:
-    """Whether there is a file, or a folder with anything in it."""
+    """Return whether the path is a file or a folder that is not empty."""
     with plain_errors(str(path)):
         if isinstance(path, Path):
             return path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -116,11 +117,11 @@ def read_bytes(path: Place, max_bytes: int | None = None) -> bytes:
     """Return a file's content.
 
     Args:
-        max_bytes: of a file that came from anywhere.
+        max_bytes: size limit, for a file from an untrusted source.
 
     Raises:
         AnnotationError: field `file`; it is larger than `max_bytes`.
-        OSError: it is not there, or cannot be read.
+        OSError: it does not exist or cannot be read.
     """
     if isinstance(path, Path):
         _require_small(path.stat().st_size if max_bytes else 0, max_bytes)
@@ -140,7 +141,7 @@ def read_bytes(path: Place, max_bytes: int | None = None) -> bytes:
 
 
 def read_head(path: Place, num_bytes: int = 4096) -> bytes:
-    """Return the beginning of a file."""
+    """Return the first `num_bytes` bytes of a file."""
     if isinstance(path, Path):
         with path.open("rb") as file:
             return file.read(num_bytes)
@@ -158,13 +159,14 @@ def _require_small(size: int, max_bytes: int | None) -> None:
 
 
 def local_copy(path: Place) -> Path:
-    """Return a file that can be mapped and read at random: itself, or a copy of the S3 object.
+    """Return a file for memory mapping and random access: itself, or a copy of the S3 object.
 
-    Copies are kept in `$SAMRAY_CACHE/s3`, by name and version of the object, for all processes
-    of the machine and for the next run.
+    Copies are kept in `$SAMRAY_CACHE/s3`, by name and version of the object, and shared by all
+    processes of the machine and later runs.
 
     Raises:
-        FileNotFoundError, StorageError: it is not there, or cannot be read.
+        FileNotFoundError: it does not exist.
+        StorageError: it cannot be read.
     """
     if isinstance(path, Path):
         return path
@@ -182,13 +184,13 @@ def local_copy(path: Place) -> Path:
 
 
 def cache_folder() -> Path:
-    """What samray keeps for next time: $SAMRAY_CACHE, else ~/.cache/samray."""
+    """Return the folder of samray's caches: $SAMRAY_CACHE, else ~/.cache/samray."""
     cache = os.environ.get("SAMRAY_CACHE") or "~/.cache/samray"
     return Path(cache).expanduser().absolute()
 
 
 def list_objects(folder: S3Path) -> Iterator[tuple[str, int, str]]:
-    """Yield the objects below an S3 folder: key from there, bytes, version."""
+    """Yield the objects below an S3 folder: relative key, size in bytes, ETag."""
     with plain_errors(str(folder)):
         prefix = f"{folder.key}/" if folder.key else ""
         pages = folder.client.client.get_paginator("list_objects_v2")
@@ -198,13 +200,13 @@ def list_objects(folder: S3Path) -> Iterator[tuple[str, int, str]]:
 
 
 def list_folder(folder: Place) -> list[str]:
-    """Return the names in a folder, sorted; none if it is not there."""
+    """Return the sorted names in a folder; none if it does not exist."""
     with plain_errors(str(folder)):
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def file_sizes(folder: Place) -> dict[str, int]:
-    """Return the bytes of each file in a folder, by name; none if it is not there."""
+    """Return the size in bytes of each file in a folder, by name; none if it does not exist."""
     if isinstance(folder, S3Path):
         return {name: size for name, size, _ in list_objects(folder) if "/" not in name}
     return {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
@@ -212,14 +214,14 @@ def file_sizes(folder: Place) -> dict[str, int]:
 
 @contextlib.contextmanager
 def plain_errors(what: str) -> Iterator[None]:
-    """Turn what boto3 raises into a StorageError that says what to do.
+    """Translate errors of boto3 into a StorageError that says what to do.
 
     Args:
-        what: path or option, the message's beginning.
+        what: path or option that the message begins with.
 
     Raises:
         FileNotFoundError: there is no such object.
-        StorageError: everything else that goes wrong with S3.
+        StorageError: any other failure of S3.
     """
     try:
         yield
@@ -282,7 +284,7 @@ def _s3_reason(exc: BaseException, code: str) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Place) -> Iterator[Path]:
-    """Give a temporary local path; what was written there appears at `path` on success."""
+    """Yield a temporary local path; on success the file written there appears at `path`."""
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="samray-") as folder:
             local = Path(folder, path.name)
@@ -298,12 +300,12 @@ def whole_file(path: Place) -> Iterator[Path]:
 
 
 def _upload(local: Path, path: S3Path) -> None:
-    with plain_errors(str(path)):  # in parts where it is large; the last one publishes it
+    with plain_errors(str(path)):  # a large file goes in parts and appears with the last one
         path.client.client.upload_file(str(local), path.bucket, path.key)
 
 
 def write_bytes(path: Place, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     if not isinstance(path, Path):
         with plain_errors(str(path)):
             path.client.client.put_object(Bucket=path.bucket, Key=path.key, Body=content)
@@ -313,14 +315,14 @@ def write_bytes(path: Place, content: bytes) -> None:
 
 
 def write_json(path: Place, content: Any) -> None:
-    """Write JSON whole or not at all; NaN is refused, since no other reader knows it."""
+    """Write JSON completely or not at all; NaN is rejected, as it is not valid JSON."""
     write_bytes(
         path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     )
 
 
 def read_json(path: Place) -> Any:
-    """Read a JSON file of ours.
+    """Read a JSON file that samray wrote.
 
     Raises:
         DatasetError: it is missing or damaged.
@@ -337,9 +339,9 @@ def read_json(path: Place) -> Any:
 
 @contextlib.contextmanager
 def whole_folder(path: Place) -> Iterator[Path]:
-    """Give a temporary local folder; it appears at `path` on success, replacing it.
+    """Yield a temporary local folder; on success it replaces `path`.
 
-    In S3 its files appear one by one, so something written afterwards must make it count.
+    In S3 its files appear one by one, so readers must rely on a file that is written afterwards.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="samray-") as folder:
@@ -353,7 +355,7 @@ def whole_folder(path: Place) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.exists():  # an unfinished leftover of a killed run; registered ones are not redone
+        if path.exists():  # left unfinished by a killed run; finished ones are never rewritten
             shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
@@ -363,11 +365,11 @@ def whole_folder(path: Place) -> Iterator[Path]:
 def copy_folder(
     source: Place, target: Place, names: Iterable[str] | None = None, link: bool = False
 ) -> None:
-    """Copy the files of a folder, whole or not at all.
+    """Copy the files of a folder, completely or not at all.
 
     Args:
-        names: of the files; unset: all.
-        link: on one disk share the bytes instead; for files that are never changed in place.
+        names: of the files; None: all.
+        link: use hard links on the same disk; only for files that are never changed in place.
     """
     with whole_folder(target) as temporary:
         for name in list_folder(source) if names is None else names:
@@ -376,12 +378,12 @@ def copy_folder(
                 if not link:
                     raise OSError
                 os.link(here, temporary / name)
-            except OSError:  # another disk, or a file system without links
+            except OSError:  # another disk, or a file system without hard links
                 shutil.copyfile(here, temporary / name)
 
 
 def remove_folder(path: Place) -> None:
-    """Remove a folder and all in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     if isinstance(path, Path):
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -391,7 +393,7 @@ def remove_folder(path: Place) -> None:
 
 
 def relative_path(file: Place, folder: Place) -> str:
-    """Return the way from a folder to a file, with forward slashes; its name if there is none."""
+    """Return a file's path relative to a folder, with forward slashes; else its name."""
     if isinstance(file, Path) and isinstance(folder, Path):
         return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
     if isinstance(file, S3Path) and isinstance(folder, S3Path) and file.bucket == folder.bucket:
@@ -400,7 +402,7 @@ def relative_path(file: Place, folder: Place) -> str:
 
 
 def free_bytes(path: Place) -> float:
-    """Free disk space where `path` is or will be; infinite in S3."""
+    """Return the free disk space at `path`, which need not exist, in bytes; infinite in S3."""
     if not isinstance(path, Path):
         return float("inf")
     while not path.exists():

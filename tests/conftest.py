@@ -1,4 +1,4 @@
-"""What the integration tests share: one Ray, one drawn dataset, one prepared one, one CLI."""
+"""Shared by the integration tests: Ray, a drawn dataset, a prepared one, S3, the CLI."""
 
 import contextlib
 import io
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from s3 import S3Server
 
-START_TRIES = 4  # on a busy machine Ray's start now and then fails
+START_TRIES = 4  # Ray's start sometimes fails on a busy machine
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray of 4 logical CPUs; `samray.cluster.start` finds it running and uses it."""
+    """A local Ray with 4 logical CPUs, which `samray.cluster.start` finds and uses."""
     import ray
 
-    ray.shutdown()  # of a Ray that a test has started without this fixture
+    ray.shutdown()  # a Ray that a test started without this fixture
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for attempt in range(1, START_TRIES + 1):
         try:
@@ -35,7 +35,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 drawn images with LabelMe JSON. Never change it: copy it."""
+    """24 drawn images with LabelMe JSON. Copy it before changing it."""
     from samray.data.sample_data import write_sample_data
 
     return write_sample_data(tmp_path_factory.mktemp("data") / "photos", 24, 3)
@@ -55,7 +55,7 @@ def prepared(ray_cluster: None, photos: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server; a test that kills it starts it again."""
+    """A real S3 server; a test that kills it must start it again."""
     server = S3Server(tmp_path_factory.mktemp("s3"))
     server.start()
     yield server
@@ -64,13 +64,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """`s3://...` of a new bucket, which this process may read and write."""
+    """`s3://...` of a new bucket that this process may read and write."""
     from cloudpathlib import S3Client
 
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SAMRAY_CACHE", str(tmp_path / "samray cache"))
-    monkeypatch.setattr(S3Client, "_default_client", None)  # it keeps the endpoint it began with
+    monkeypatch.setattr(S3Client, "_default_client", None)  # it keeps its first endpoint
     name = f"b{uuid.uuid4().hex[:12]}"
     s3_server.client().create_bucket(Bucket=name)
     return f"s3://{name}"

@@ -1,4 +1,4 @@
-"""A real S3 server for tests and for `make s3`: SeaweedFS, all of it on loopback.
+"""A real S3 server for tests and for `make s3`: SeaweedFS on loopback.
 
 `python tests/s3.py` starts one, prints what to export, and serves until Ctrl-C.
 """
@@ -24,7 +24,7 @@ SERVICES = ("master", "volume", "filer", "s3")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held until the last is found."""
+    """Return free ports; all are held open until the last is found."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in sockets:
@@ -33,10 +33,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class S3Server:
-    """One `weed server` with a state folder; it can be killed and started again.
+    """A `weed server` with a state folder; it can be killed and restarted.
 
     Attributes:
-        url: the endpoint, the same after each start.
+        url: the endpoint, the same after a restart.
     """
 
     def __init__(self, state: Path) -> None:
@@ -54,7 +54,7 @@ class S3Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start, and wait until objects can be written."""
+        """Start the server and wait until objects can be written."""
         state, options = self.state, []
         for service, (port, grpc) in self.ports.items():
             options += [f"-{service}.port={port}", f"-{service}.port.grpc={grpc}"]
@@ -91,7 +91,7 @@ class S3Server:
         self.process.wait()
 
     def stop(self) -> None:
-        """Ask it to end, give it a moment, then kill it: its own end waits for 16 seconds."""
+        """Terminate it, and kill it after 2 seconds, as its own shutdown waits for 16 seconds."""
         if self.process is None or self.process.poll() is not None:
             return
         self.process.terminate()
@@ -101,7 +101,7 @@ class S3Server:
             self.kill()
 
     def environment(self, credentials: tuple[str, str] = ADMIN) -> dict[str, str]:
-        """The usual AWS variables that lead to this server."""
+        """Return the AWS variables for this server."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": credentials[0],
@@ -110,7 +110,7 @@ class S3Server:
         }
 
     def client(self, credentials: tuple[str, str] = ADMIN) -> Any:
-        """A boto3 client for it."""
+        """Return a boto3 client for it."""
         import boto3
 
         return boto3.client(
@@ -145,7 +145,7 @@ def _answers(url: str, content: bytes) -> bool:
 
 def main() -> None:
     """Serve until interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it, and its server
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both stop this and the server
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="samray-s3-") as state:
         server = S3Server(Path(state))
@@ -154,7 +154,7 @@ def main() -> None:
         server.client().create_bucket(Bucket="samray")
         print("An S3 server with an empty bucket, s3://samray. In another terminal:\n")
         print("\n".join(f"export {name}={value}" for name, value in environment.items()))
-        print("\nCtrl-C ends it and deletes everything in it.", flush=True)
+        print("\nCtrl-C stops it and deletes everything in it.", flush=True)
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 while server.process and server.process.poll() is None:

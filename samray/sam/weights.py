@@ -1,7 +1,7 @@
-"""Where SAM weights come from, and what is in a weights file.
+"""SAM weights: downloading the published files and reading weights files.
 
-`fetch_official` brings one of Meta's three published files into a cache, once and verified;
-`load_state_dict` reads any SAM weights file people have, without ever running code from it.
+`fetch_official` downloads one of Meta's three published files into a cache, once and verified;
+`load_state_dict` reads any SAM weights file without running code from it.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from samray.storage import Place, cache_folder, local_copy
 
 @dataclass(frozen=True)
 class OfficialWeights:
-    """One published file: its name, its size in bytes and the sha256 of its content, in hex."""
+    """One published file: name, size in bytes, and sha256 of the content in hex."""
 
     file_name: str
     size_bytes: int
     sha256: str
 
 
-# Meta publishes names only. The digests stand in `micro_sam/util.py` of
+# Meta publishes no digests. These are from `micro_sam/util.py` of
 # computational-cell-analytics/micro-sam and agree with other independent projects.
 OFFICIAL_WEIGHTS: dict[str, OfficialWeights] = {
     "vit_b": OfficialWeights(
@@ -56,8 +56,8 @@ OFFICIAL_WEIGHTS: dict[str, OfficialWeights] = {
     ),
 }
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-TIMEOUT_SECONDS = (10, 60)  # to connect; between two pieces of the stream
-RETRY_SECONDS = (1.0, 2.0, 4.0)  # pauses between the attempts, of which there is one more
+TIMEOUT_SECONDS = (10, 60)  # to connect; between two chunks of the stream
+RETRY_SECONDS = (1.0, 2.0, 4.0)  # pauses between attempts, so there are four attempts
 CHUNK_BYTES = 256 * 1024
 WIDTH_TO_TYPE = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # channels of the patch embedding
 CONTAINERS = ("model", "model_state", "state_dict", "model_state_dict")
@@ -65,21 +65,21 @@ SAM_KEY = re.compile(r"((?:module\.|sam\.)*)(?:image_encoder|prompt_encoder|mask
 
 
 def fetch_official(model_type: str) -> Path:
-    """Meta's weights for `model_type`, downloaded once into the cache and verified.
+    """Return Meta's weights for `model_type`, downloaded once into the cache and verified.
 
     The cache is ``$SAMRAY_CACHE/weights``, else ``~/.cache/samray/weights``; the source is
-    `OFFICIAL_URL`, or the mirror that ``SAMRAY_WEIGHTS_URL`` names. Any number of processes
-    may call this at once: one downloads, the others wait for it.
+    `OFFICIAL_URL` or the mirror in ``SAMRAY_WEIGHTS_URL``. Several processes may call this at
+    once: one downloads, the others wait.
 
     Args:
         model_type: ``vit_b``, ``vit_l`` or ``vit_h``.
 
     Returns:
-        The whole file, whose sha256 is the published one.
+        The file, whose sha256 is the published one.
 
     Raises:
         ConfigError: there are no published weights for `model_type`.
-        DownloadError: no network, another file came, no space, or no writable cache.
+        DownloadError: no network, an unexpected file, no disk space, or no writable cache.
     """
     if model_type not in OFFICIAL_WEIGHTS:
         raise ConfigError(
@@ -89,7 +89,7 @@ def fetch_official(model_type: str) -> Path:
     official = OFFICIAL_WEIGHTS[model_type]
     path = cache_folder() / "weights" / official.file_name
     try:
-        if _is_verified(path, official):  # asked before locking: a cache may be read-only
+        if _is_verified(path, official):  # before locking, as the cache may be read-only
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
@@ -99,20 +99,20 @@ def fetch_official(model_type: str) -> Path:
             _say(f"waiting for another process that is fetching {path.name}")
             held = lock.acquire()
         with held:
-            if not _is_verified(path, official):  # the one we waited for may have brought it
+            if not _is_verified(path, official):  # another process may have downloaded it
                 _fetch_into(path, official)
         return path
     except DownloadError:
         raise
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+    except (OSError, NotImplementedError) as error:  # the latter: file system without locks
         raise DownloadError(
             f"{path.parent}: expected a folder to keep {official.file_name} in, got {error}; "
-            "free space or mend its permissions, or set SAMRAY_CACHE to another folder"
+            "free space or correct its permissions, or set SAMRAY_CACHE to another folder"
         ) from error
 
 
 def _is_verified(path: Path, official: OfficialWeights) -> bool:
-    """Whether `path` holds the published content, hashed only if it changed since last time."""
+    """Return whether `path` has the published content; hashed only after a change."""
     if not path.is_file() or path.stat().st_size != official.size_bytes:
         return False
     marker = _marker(path)
@@ -120,7 +120,7 @@ def _is_verified(path: Path, official: OfficialWeights) -> bool:
         return True
     if _sha256(path) != official.sha256:
         return False
-    with contextlib.suppress(OSError):  # in a read-only cache: hashed at each start instead
+    with contextlib.suppress(OSError):  # a read-only cache is hashed at each start instead
         marker.write_bytes(_stamp(path, official))
     return True
 
@@ -139,9 +139,9 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch_into(path: Path, official: OfficialWeights) -> None:
-    """Download to ``<path>.part``, verify, and only then let the file appear at `path`."""
+    """Download to ``<path>.part``, verify it, then rename it to `path`."""
     if path.exists():
-        _say(f"{path} is not the published file (its size or sha256 differs): fetching it anew")
+        _say(f"{path} is not the published file (its size or sha256 differs): fetching it again")
         path.unlink()
     part = path.with_name(f"{path.name}.part")
     url = (os.environ.get("SAMRAY_WEIGHTS_URL") or OFFICIAL_URL).rstrip("/") + f"/{path.name}"
@@ -160,20 +160,20 @@ def _fetch_into(path: Path, official: OfficialWeights) -> None:
         part.unlink()
         raise _failure(url, part, f"sha256 {official.sha256}", f"sha256 {received}")
     with part.open("rb+") as file:
-        os.fsync(file.fileno())  # else a power cut could leave the name without the content
+        os.fsync(file.fileno())  # else a power failure could leave the name without the content
     os.replace(part, path)
     _marker(path).write_bytes(_stamp(path, official))
 
 
 def _download(url: str, part: Path, official: OfficialWeights) -> None:
-    """Fill `part` up to the published size, going on after each cut connection."""
+    """Fill `part` up to the published size, resuming after each cut connection."""
     for pause in (*RETRY_SECONDS, None):
         try:
             _receive_rest(url, part, official)
             return
         except (_InterruptedError, requests.RequestException) as error:
             reason = _innermost(error)
-            if pause is None or isinstance(error, ValueError):  # so requests marks unusable URLs
+            if pause is None or isinstance(error, ValueError):  # requests' errors for invalid URLs
                 break
         _say(f"{reason}; trying again in {pause:.0f} s")
         time.sleep(pause)
@@ -181,16 +181,16 @@ def _download(url: str, part: Path, official: OfficialWeights) -> None:
 
 
 class _InterruptedError(Exception):
-    """The server let us down in a way that another attempt may mend."""
+    """A failure of the server or connection that may not happen again."""
 
 
 def _receive_rest(url: str, part: Path, official: OfficialWeights) -> None:
-    """Append the bytes that `part` lacks, never more than the published size."""
+    """Append the missing bytes to `part`, never beyond the published size."""
     size, expected = official.size_bytes, f"{official.size_bytes} bytes"
     here = _size(part) if _size(part) <= size else 0
     if here == size:
         return
-    headers = {"Accept-Encoding": "identity"}  # sizes and offsets are those of the plain file
+    headers = {"Accept-Encoding": "identity"}  # sizes and offsets refer to the plain file
     if here:
         headers["Range"] = f"bytes={here}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
@@ -206,7 +206,7 @@ def _receive_rest(url: str, part: Path, official: OfficialWeights) -> None:
                 here += len(chunk)
                 if here > size:
                     part.unlink()
-                    raise _failure(url, part, expected, "a stream that goes on after them")
+                    raise _failure(url, part, expected, "a longer stream")
                 file.write(chunk)
                 bar.update(len(chunk))
     if here < size:
@@ -214,16 +214,16 @@ def _receive_rest(url: str, part: Path, official: OfficialWeights) -> None:
 
 
 def _offset_of(response: requests.Response, here: int, part: Path) -> int:
-    """Where in the file the answer's body starts; an error if it is no piece of the file."""
+    """Return the offset of the response body in the file, or raise if it is not part of it."""
     status, shown = response.status_code, f"HTTP {response.status_code} {response.reason}"
     if status == 200:
-        return 0  # also from a server that ignores Range
+        return 0  # also the answer of a server that ignores Range
     if status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {here}-"):
         return here
-    if status in (206, 416):  # `part` cannot be continued, so the next attempt asks for all
+    if status in (206, 416):  # `part` cannot be resumed, so the next attempt starts over
         part.unlink(missing_ok=True)
-        raise _InterruptedError(f"{shown} when asked for the bytes from {here} on")
-    if status >= 500 or status in (408, 429):  # 408: too slow, 429: too many requests
+        raise _InterruptedError(f"{shown} for a request of the bytes from {here}")
+    if status >= 500 or status in (408, 429):  # 408 request timeout, 429 too many requests
         raise _InterruptedError(shown)
     raise _failure(response.url, part, "HTTP 200", shown)
 
@@ -238,7 +238,7 @@ def _failure(url: str, part: Path, expected: str, got: str) -> DownloadError:
 
 
 def _innermost(error: BaseException) -> str:
-    """``... Connection refused`` instead of the layers that requests and urllib3 wrap it in."""
+    """Return the message of the innermost error that requests and urllib3 wrapped."""
     inner: object = error
     while isinstance(inner, BaseException):
         error, inner = inner, getattr(inner, "reason", None) or next(iter(inner.args), None)
@@ -250,7 +250,7 @@ def _size(path: Path) -> int:
 
 
 def _shown(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)  # a mirror's user and password stay out of logs
+    return re.sub(r"//[^/@]*@", "//", url)  # without a mirror's user and password
 
 
 def _say(text: str) -> None:
@@ -258,22 +258,23 @@ def _say(text: str) -> None:
 
 
 def load_state_dict(path: Place | str) -> dict[str, torch.Tensor]:
-    """The SAM tensors in a weights file, under segment-anything's own names, on the CPU.
+    """Return the SAM tensors of a weights file, under segment-anything's names, on the CPU.
 
-    Reads ``.safetensors`` and whatever `torch.save` wrote: plain state dicts (Meta, MedSAM,
-    micro-sam's exports) and training checkpoints that hold one under a name in `CONTAINERS`.
-    The prefixes ``module.`` (DistributedDataParallel) and ``sam.`` (micro-sam's trainer) are
-    taken off. Code in the file is never run.
+    Reads ``.safetensors`` and files of `torch.save`: plain state dicts (Meta, MedSAM, micro-sam's
+    exports) and training checkpoints that hold one under a name in `CONTAINERS`. The prefixes
+    ``module.`` (DistributedDataParallel) and ``sam.`` (micro-sam's trainer) are removed. Code in
+    the file is never run.
 
     Args:
-        path: the weights file. The tensors may be mapped from it, so copy them into a model
-            before anything writes to the file.
+        path: the weights file. The tensors may be memory-mapped, so copy them into a model before
+            anything writes to the file.
 
     Returns:
-        Name to tensor, without gradients; anything that is no tensor is left out.
+        Name -> tensor, without gradients; other values are omitted.
 
     Raises:
-        CheckpointError: missing, damaged, not SAM's, or not readable without running code.
+        CheckpointError: the file is missing, damaged, not SAM's, or cannot be read without running
+            code.
     """
     path = Path(path) if isinstance(path, str) else path
     if not path.is_file():
@@ -299,7 +300,7 @@ def _unusable(path: Place, got: str, advice: str) -> CheckpointError:
 
 
 def _read_safely(path: Place, local: Path) -> Any:
-    """What the file holds, by loaders that cannot run code; their failures made plain."""
+    """Load the file with loaders that cannot run code; translate their errors."""
     try:
         with local.open("rb") as file:
             head = file.read(16)
@@ -311,7 +312,7 @@ def _read_safely(path: Place, local: Path) -> Any:
         if not is_zip and not head.startswith(b"\x80"):
             got = f"{_size(local)} bytes that begin with {head!r}"
             raise _unusable(path, got, "give one that torch.save wrote, or a .safetensors")
-        # Mapped, 2.5 GB need not fit twice in memory. Never weights_only=False: it runs code.
+        # Memory-mapped, as 2.5 GB may not fit twice. Never weights_only=False: it runs code.
         return torch.load(local, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
@@ -320,18 +321,18 @@ def _read_safely(path: Place, local: Path) -> Any:
         raise _unusable(
             path,
             f"one that holds more than tensors{f' ({refused[1]})' if refused else ''} and was NOT "
-            "run, for it could do anything",
-            "export it to a plain state dict where you trust it "
+            "run, as it could do anything",
+            "export it to a plain state dict if you trust it "
             "(micro-sam: micro_sam.util.export_custom_sam_model) and give that",
         ) from error
-    except Exception as error:  # a damaged file breaks the parsers in any way there is
+    except Exception as error:  # damaged files make the parsers raise any kind of error
         reason = _innermost(error).partition(". ")[0]
         got = f"{_size(local)} bytes that are truncated, damaged or unreadable ({reason})"
         raise _unusable(path, got, "copy or download it again") from error
 
 
 def _state_dict_in(loaded: Any) -> Mapping[Any, Any]:
-    """The state dict itself, taken out of the training checkpoint around it, if any."""
+    """Return the state dict, extracted from a training checkpoint if it is one."""
     if not isinstance(loaded, dict):
         return {f"a {type(loaded).__name__}": None}
     if not any(isinstance(value, torch.Tensor) for value in loaded.values()):
@@ -341,11 +342,11 @@ def _state_dict_in(loaded: Any) -> Mapping[Any, Any]:
 
 
 def model_type_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """Which of Meta's three models the tensors, named as by `load_state_dict`, belong to.
+    """Return which of Meta's three models the tensors of `load_state_dict` belong to.
 
     Returns:
-        ``vit_b``, ``vit_l`` or ``vit_h`` by the width of the patch embedding; None for
-        anything else (another image encoder, or no SAM around it).
+        ``vit_b``, ``vit_l`` or ``vit_h``, by the width of the patch embedding; None for any other
+        image encoder, or without the rest of SAM.
     """
     weight = state_dict.get("image_encoder.patch_embed.proj.weight")
     has_sam = any(name.startswith(("prompt_encoder.", "mask_decoder.")) for name in state_dict)
@@ -355,14 +356,13 @@ def model_type_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def digest_of(state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> str:
-    """A fingerprint of the tensors whose name starts with `prefix`, e.g. ``image_encoder.``.
+    """Return a digest of the tensors whose name starts with `prefix`, e.g. ``image_encoder.``.
 
     Returns:
-        sha256 in hex, the same for the same names, dtypes, shapes and bytes in any order and
-        on any device.
+        sha256 in hex over names, dtypes, shapes and bytes; independent of order and device.
 
     Raises:
-        CheckpointError: no name starts with `prefix`; all such digests would be equal.
+        CheckpointError: no name starts with `prefix`; such digests would all be equal.
     """
     names = sorted(name for name in state_dict if name.startswith(prefix))
     if not names:
@@ -374,6 +374,6 @@ def digest_of(state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> str:
     for name in names:
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        # As bytes, since numpy has no bfloat16; flat, since a scalar has no axis to split.
+        # As bytes, as numpy has no bfloat16; flat, as a scalar has no axis to view.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

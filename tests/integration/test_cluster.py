@@ -1,4 +1,4 @@
-"""A real two-node cluster on one machine: Ray jobs, and folders that not every node sees."""
+"""A real cluster of two nodes on one machine: Ray jobs, and folders that one node cannot see."""
 
 import contextlib
 import json
@@ -34,17 +34,17 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Two nodes; the second has an empty folder of its own where the first has `unshared`.
+    """Two nodes; on the second, `unshared` is an empty folder of its own.
 
-    Yields the environment in which `ray` and `samray` talk to it, and the unshared folder.
+    Yields the environment variables to reach the cluster, and the unshared folder.
     """
     unshared = tmp_path_factory.mktemp("unshared")
     own_folder = f"mount -t tmpfs none {unshared}"
     probe = subprocess.run(["unshare", "-m", "sh", "-c", own_folder], capture_output=True)
     if probe.returncode:
-        pytest.skip("giving a node a folder of its own needs the right to mount (root)")
+        pytest.skip("a separate folder for a node needs permission to mount (root)")
     gcs, dashboard, client, agent, second_agent = free_ports(5)
-    # Ray's sockets live here, and their paths may have no more than 107 characters.
+    # Ray's sockets are here, and their paths may have at most 107 characters.
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     environment = {
         **os.environ,
@@ -88,7 +88,7 @@ def cluster(tmp_path_factory):
 
 
 def wait_for_nodes(environment, count, log):
-    """Wait until the cluster lists `count` nodes, and its job agent answers."""
+    """Wait until the cluster lists `count` nodes and its job agent answers."""
     count_nodes = (
         "import ray, sys; ray.init(log_to_driver=False, logging_level='ERROR'); "
         f"sys.exit(sum(n['Alive'] for n in ray.nodes()) < {count})"
@@ -106,7 +106,7 @@ def wait_for_nodes(environment, count, log):
 
 
 def submit(environment, *words):
-    """Submit a job as the README says; again while Ray has no agent for it yet."""
+    """Submit a job as in the README; retry while Ray has no agent for it."""
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", *words]
     for _ in range(10):
         done = subprocess.run(
@@ -163,7 +163,7 @@ def test_a_job_refuses_relative_paths(cluster):
     assert "is relative, and a Ray job runs in Ray's own copy" in log
 
 
-def test_an_output_folder_that_a_node_does_not_see_is_refused_before_any_work(
+def test_an_output_folder_that_a_node_cannot_see_is_refused_before_any_work(
     cluster, photos, prepared_on_two_nodes
 ):
     environment, unshared = cluster
@@ -189,7 +189,7 @@ def test_ray_is_the_pinned_one():
 
 
 def test_the_endpoint_is_deployed_and_answers(cluster, photos, tmp_path):
-    """`serve deploy` with the shipped file, on a port of our own; and from another folder."""
+    """`serve deploy` with the shipped file, on a free port and from another folder."""
     environment, _ = cluster
     (port,) = free_ports(1)
     content = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())

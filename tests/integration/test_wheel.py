@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works away from the checkout."""
+"""The wheel: its content, and that it works outside the checkout."""
 
 import os
 import shutil
@@ -20,10 +20,10 @@ LEFT_OUT = shutil.ignore_patterns(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the checkout, for a build leaves files beside the sources."""
+    """The wheel of a copy of the checkout, as a build leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
-    assert (folder / "source" / "tests").is_dir()  # something to leave out
+    assert (folder / "source" / "tests").is_dir()  # must be left out
     assert (folder / "source" / "jobs").is_dir()
     words = ["wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
     build = subprocess.run(
@@ -47,7 +47,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_unpacked(unpacked: Path, cwd: Path, program: str, *words: str):
-    """Run a program that sees the unpacked wheel before the checkout."""
+    """Run a program that imports from the unpacked wheel, not the checkout."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = str(unpacked)
     return subprocess.run(
@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("/LICENSE") for name in names)
 
 
-def test_the_wheel_says_what_it_is(unpacked):
+def test_the_metadata_of_the_wheel(unpacked):
     (info,) = unpacked.glob("*.dist-info")
     metadata = message_from_bytes((info / "METADATA").read_bytes())
     assert (metadata["Name"], metadata["Version"]) == ("samray", samray.__version__)
@@ -107,7 +107,7 @@ def test_the_unpacked_wheel_works_in_an_empty_folder(unpacked, tmp_path):
 
 
 def test_every_module_and_the_template_come_from_the_wheel(unpacked, tmp_path):
-    """No module leans on a file or package of the checkout."""
+    """No module needs a file or package of the checkout."""
     program = """
 import importlib, pkgutil
 from importlib import resources

@@ -1,4 +1,4 @@
-"""Settings: every mistake at once, by its dotted path; what wins over what; what is saved."""
+"""Settings: all mistakes at once, by dotted path; which source wins; what is saved."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_three_mistakes_are_reported_at_once_with_dotted_paths(tmp_path: Path) -
     assert "train.seed: " in message
     assert "(got 'many')" in message
     assert "model.type: " in message
-    assert "'vit_h'" in message  # what would have been right
+    assert "'vit_h'" in message  # a valid value
     assert message.count("; ") == 2
 
 
@@ -76,11 +76,11 @@ def test_learning_rate_may_be_written_as_1e_5_which_yaml_reads_as_text(
 
 
 @pytest.mark.parametrize("text", [".inf", ".nan", "-1", "0"])
-def test_learning_rate_that_would_ruin_the_weights_is_refused(text: str) -> None:
+def test_invalid_learning_rate_is_refused(text: str) -> None:
     assert "train.learning_rate" in message_of(None, [f"train.learning_rate={text}"])
 
 
-def test_config_cannot_be_changed_behind_the_saved_copy() -> None:
+def test_config_cannot_be_changed_after_it_is_saved() -> None:
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):
         config.train.seed = 1

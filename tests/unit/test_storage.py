@@ -1,4 +1,4 @@
-"""Paths that cannot work are refused early; outputs appear whole or not at all."""
+"""Invalid paths are refused early; outputs appear completely or not at all."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from samray.storage import (
 
 
 class Killed(Exception):  # noqa: N818
-    """What ends a writer half way."""
+    """Interrupts a writer."""
 
 
 def write_half(path: Path) -> None:
@@ -76,7 +76,7 @@ def test_path_of_another_store_is_refused_and_makes_no_folder_of_its_name(
         resolve(path, "--data-dir")
 
 
-def test_home_of_nobody_is_refused_in_one_line() -> None:
+def test_home_of_an_unknown_user_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="--data-dir: ~no-such-user/data"):
         resolve("~no-such-user/data", "--data-dir")
 
@@ -93,12 +93,12 @@ def test_folder_that_is_missing_or_a_file_is_named(tmp_path: Path) -> None:
     assert make_folder(tmp_path / "a" / "b", "--output-dir").is_dir()
 
 
-def test_whole_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_whole_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     with whole_file(path) as temporary:
         temporary.write_bytes(b"new")
         assert not path.exists()
-        assert temporary.parent == tmp_path  # so that the rename is one step
+        assert temporary.parent == tmp_path  # so the rename is atomic
         assert temporary.name.startswith(".")
     assert contents(tmp_path) == {"model.bin": b"new"}
 
@@ -160,7 +160,7 @@ def test_nan_is_refused_by_json_and_the_old_file_stays(tmp_path: Path, value: fl
     assert contents(tmp_path) == before
 
 
-def test_json_keeps_the_letters_of_labels_readable(tmp_path: Path) -> None:
+def test_json_keeps_labels_readable(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     write_json(path, {"labels": ["Straße", "кот"], "path": Path("a").name})
     assert "Straße" in path.read_text(encoding="utf-8")
@@ -189,7 +189,7 @@ def test_missing_json_is_a_dataset_error_that_names_the_file(tmp_path: Path) -> 
         read_json(tmp_path / "gone.json")
 
 
-def test_free_space_is_known_before_the_folder_is(tmp_path: Path) -> None:
+def test_free_space_is_known_before_the_folder_exists(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") > 0
 
 

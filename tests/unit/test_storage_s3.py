@@ -1,4 +1,4 @@
-"""Places in S3, against a real server: what is read, written, listed, and how it fails."""
+"""Places in S3, against a real server: reading, writing, listing, and failures."""
 
 import json
 import pickle
@@ -32,8 +32,8 @@ from samray.storage import (
 )
 
 
-class Killed(Exception):  # noqa: N818 - a name for what ends a writer half way
-    """What ends a writer half way."""
+class Killed(Exception):  # noqa: N818
+    """Interrupts a writer."""
 
 
 def write_half(path: Path) -> None:
@@ -48,18 +48,18 @@ def folder(bucket):
 
 @pytest.fixture
 def patience(monkeypatch):
-    """One try: a test of failures need not wait for the retries."""
+    """One attempt, so that tests of failures do not wait for retries."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(S3Client, "_default_client", None)
 
 
-def test_a_name_is_made_plain(bucket):
+def test_a_path_is_normalised(bucket):
     assert str(resolve(f"{bucket}/a/./b//c/../d/", "x")) == f"{bucket}/a/b/d"
     assert str(resolve(bucket, "x")) == bucket
     assert str(resolve(f"{bucket}/../../a", "x")) == f"{bucket}/a"
 
 
-def test_what_is_written_is_read_back(folder):
+def test_written_files_are_read_back(folder):
     assert not is_used(folder)
     content = bytes(range(256)) * 40
     write_bytes(folder / "file.bin", content)
@@ -75,7 +75,7 @@ def test_what_is_written_is_read_back(folder):
     assert sizes == [("file.bin", len(content)), ("sub/file.json", 15)]
 
 
-def test_what_is_missing_is_a_missing_file(folder):
+def test_a_missing_object_is_a_missing_file(folder):
     with pytest.raises(FileNotFoundError, match="gone"):
         read_bytes(folder / "gone")
     with pytest.raises(FileNotFoundError, match="gone"):
@@ -94,7 +94,7 @@ def test_a_large_file_is_refused_before_its_body_is_read(folder):
     assert len(read_bytes(folder / "big", 3 * 2**20)) == 3 * 2**20
 
 
-def test_a_file_that_is_not_finished_does_not_appear(folder):
+def test_an_unfinished_file_does_not_appear(folder):
     with pytest.raises(Killed), whole_file(folder / "half.npy") as path:
         write_half(path)
     assert not is_used(folder)
@@ -128,7 +128,7 @@ def test_a_copy_is_kept_until_the_object_changes(folder):
     assert copy.stat().st_mtime_ns == written
     write_bytes(folder / "w.pth", b"two")
     assert local_copy(folder / "w.pth").read_bytes() == b"two"
-    assert copy.read_bytes() == b"one"  # who still has the old one mapped is not disturbed
+    assert copy.read_bytes() == b"one"  # processes that mapped the old copy keep it
 
 
 def test_places_travel_between_processes(folder):
@@ -136,7 +136,7 @@ def test_places_travel_between_processes(folder):
     assert read_bytes(pickle.loads(pickle.dumps(folder / "a"))) == b"1"
 
 
-def test_the_way_from_folder_to_file(folder, tmp_path):
+def test_relative_path_from_folder_to_file(folder, tmp_path):
     root = folder.parent
     assert relative_path(root / "images" / "a.jpg", root / "annotations") == "../images/a.jpg"
     assert relative_path(root / "a.jpg", tmp_path) == "a.jpg"
@@ -191,7 +191,7 @@ def test_failures_say_what_to_do(s3_server, bucket, folder, monkeypatch):
 
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no server listens
     monkeypatch.setattr(S3Client, "_default_client", None)
     with pytest.raises(StorageError, match=r"cannot be reached.*check AWS_ENDPOINT_URL"):
         require_folder(resolve(str(folder), "x"), "--data-dir")
@@ -199,7 +199,7 @@ def test_failures_say_what_to_do(s3_server, bucket, folder, monkeypatch):
 
 def test_other_errors_are_left_as_they_are():
     with pytest.raises(KeyError), plain_errors("x"):
-        raise KeyError("ours")
+        raise KeyError("other")
 
 
 def test_a_server_that_is_killed_and_comes_back_is_waited_for(s3_server, folder):

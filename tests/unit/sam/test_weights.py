@@ -1,4 +1,4 @@
-"""Fetching weights from a real server on loopback, and reading files that people have."""
+"""Downloading weights from a real server on loopback, and reading weights files."""
 
 import argparse
 import hashlib
@@ -26,7 +26,7 @@ FILE_NAME = "sam_vit_b_01ec64.pth"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT with Range support, and misbehaves as its attributes say."""
+    """Serves CONTENT with Range support, and fails as its attributes say."""
 
     daemon_threads = True
 
@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             piece = server.body[at : min(at + 65536, stop)]
             try:
                 self.wfile.write(piece)
-            except ConnectionError:  # the client hung up on us
+            except ConnectionError:  # the client closed the connection
                 return None
             server.bytes_sent += len(piece)
         return None
@@ -142,7 +142,7 @@ def test_fetched_once(server: Server, path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_hashed_once(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path.write_bytes(CONTENT)  # put there by hand
+    path.write_bytes(CONTENT)  # copied there by hand
     hashed = []
     sha256 = weights._sha256
     monkeypatch.setattr(weights, "_sha256", lambda path: hashed.append(path) or sha256(path))
@@ -160,7 +160,7 @@ def test_default_cache_is_in_home(monkeypatch: pytest.MonkeyPatch, server: Serve
 
 
 @pytest.mark.parametrize("damage", [CONTENT[:-1], b"\xff" + CONTENT[1:]])
-def test_corrupt_cached_file_is_fetched_anew(
+def test_corrupt_cached_file_is_fetched_again(
     server: Server, path: Path, damage: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     weights.fetch_official("vit_b")
@@ -203,7 +203,7 @@ def test_cut_connection_is_resumed(server: Server, path: Path, hides_length: boo
     assert len(CONTENT) <= server.bytes_sent <= len(CONTENT) + weights.CHUNK_BYTES
 
 
-def test_always_cut_gives_up_and_keeps_what_came(server: Server, path: Path) -> None:
+def test_always_cut_gives_up_and_keeps_the_part(server: Server, path: Path) -> None:
     server.cut_after = [600_000] * 4
     with pytest.raises(DownloadError, match=r"expected .* 3072000 bytes, got .*try again"):
         weights.fetch_official("vit_b")
@@ -273,7 +273,7 @@ def test_no_network(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch)
     url = server.url.replace("//", "//user:secret@")
     monkeypatch.setenv("SAMRAY_WEIGHTS_URL", url)
     try:
-        raise KeyError("something else")  # that a caller is just handling
+        raise KeyError("something else")  # an unrelated error that a caller handles
     except KeyError:
         with pytest.raises(DownloadError) as raised:
             weights.fetch_official("vit_b")
@@ -310,15 +310,15 @@ def test_content_length_of_another_file(server: Server, path: Path, body: bytes)
 
 def test_oversized_stream_is_cut_off(server: Server, path: Path) -> None:
     server.body, server.hides_length = CONTENT + b"x" * 50_000_000, True
-    with pytest.raises(DownloadError, match="3072000 bytes, got a stream that goes on"):
+    with pytest.raises(DownloadError, match="3072000 bytes, got a longer stream"):
         weights.fetch_official("vit_b")
-    assert server.bytes_sent < 30_000_000  # what the sockets had buffered, but not all
+    assert server.bytes_sent < 30_000_000  # only what the sockets had buffered
     assert not path.exists()
     assert not part_of(path).exists()
 
 
 def test_two_at_once_download_once(server: Server, path: Path) -> None:
-    server.delay = 0.7  # so that the second has to wait, and says so
+    server.delay = 0.7  # the second has to wait and prints a message
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(weights.fetch_official, ["vit_b"] * 2)) == [path] * 2
     assert_whole(path)
@@ -346,7 +346,7 @@ def test_timeouts_are_set(server: Server, path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DownloadError, match="timed out"):
         weights.fetch_official("vit_b")
     assert issubclass(DownloadError, OSError)
-    assert issubclass(requests.RequestException, OSError)  # hence the order of our handlers
+    assert issubclass(requests.RequestException, OSError)  # hence the order of the handlers
 
 
 def test_model_without_published_weights() -> None:
@@ -385,7 +385,7 @@ FORMS = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_loads_what_people_have(tmp_path: Path, form: str, zipped: bool) -> None:
+def test_loads_every_known_form(tmp_path: Path, form: str, zipped: bool) -> None:
     path = tmp_path / "weights.pth"
     torch.save(FORMS[form], path, _use_new_zipfile_serialization=zipped)
     loaded = weights.load_state_dict(path)
@@ -415,7 +415,7 @@ def refusal(path: Path) -> str:
 
 
 class Malicious:
-    """Unpickled by an ordinary loader, it makes a folder."""
+    """Creates a folder when it is unpickled by an ordinary loader."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -430,7 +430,7 @@ class Malicious:
 def test_malicious_pickle_does_not_run(
     tmp_path: Path, way: str | int, forced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if forced:  # the switch by which users make torch.load run pickles
+    if forced:  # users set it to make torch.load run pickles
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path, trap = tmp_path / "evil.pth", tmp_path / "trap"
     content = {"model": fake_sam(), "args": Malicious(trap)}
@@ -440,13 +440,13 @@ def test_malicious_pickle_does_not_run(
         torch.save(content, path, _use_new_zipfile_serialization=way == "zip")
     message = refusal(path)
     assert not trap.exists()
-    if way != 0:  # a pickle of protocol 0 looks like a text file and is not even read
+    if way != 0:  # a pickle of protocol 0 looks like a text file and is not read
         assert "holds more than tensors" in message
         assert "was NOT run" in message
     if way in ("zip", "legacy"):
         assert "posix.mkdir" in message or "nt.mkdir" in message
     pickle.loads(pickle.dumps(Malicious(trap)))
-    assert trap.exists()  # the trap does work
+    assert trap.exists()  # unpickled by an ordinary loader, it works
 
 
 def test_training_checkpoint_with_objects(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_damaged_inside(tmp_path: Path) -> None:
     refusal(path)
 
 
-def test_what_is_no_weights_file(tmp_path: Path) -> None:
+def test_file_that_is_no_weights_file(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing.pth")
     assert "a folder" in refusal(tmp_path)
     for name in ("empty.pth", "empty.safetensors"):
