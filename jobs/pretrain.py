@@ -1,4 +1,4 @@
-"""`python -m jobs.pretrain`: the same as `samray pretrain`."""
+"""`samray pretrain` as a job: `python -m jobs.pretrain --config YAML ...`."""
 
 import sys
 

@@ -141,8 +141,8 @@ class InspectConfig(Section):
     report: bool = False
     """Write report.html and report.json about the whole dataset instead of pictures."""
     strict: bool = False
-    """With `report`: fail, once it is written, if anything was rejected or warned about, or lies
-    in two splits."""
+    """With `report`: fail after writing it if anything was rejected or warned about, or is in
+    two splits."""
 
     @model_validator(mode="after")
     def _strict_needs_a_report(self) -> Self:
@@ -185,7 +185,7 @@ class MixtureConfig(Section):
 
 
 class PromptConfig(Section):
-    """The training prompts, drawn anew in every epoch."""
+    """The training prompts, drawn again in every epoch."""
 
     point_selection: PointSelection = "mixed"
     """Prompt of each instance: center, random or bbox; mixed draws one of these three for each;

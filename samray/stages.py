@@ -1,4 +1,7 @@
-"""What each stage runs and prints; the stages' modules are imported only when they run."""
+"""What each stage runs and prints.
+
+Each function imports its own modules, so that `samray --help` does not wait for torch and Ray.
+"""
 
 from typing import Any
 
@@ -31,7 +34,7 @@ def run_prepare(config: Config) -> None:
     if tiles := manifest["tiles"]:
         print(
             f"{tiles['num_tiles']} tiles with an instance; {tiles['num_instances_cut']} instances "
-            "do not lie whole in theirs"
+            "are cut by their tile"
         )
     kinds = ("unlabelled", "empty", "warnings", "rejected")
     print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
@@ -133,7 +136,7 @@ def run_promote(config: Config) -> None:
     version = promote(config)
     metrics, guard = version.record["metrics"], version.record["guard"]
     if guard["num_images"] < MIN_IMAGES:
-        print(f"note: {guard['num_images']} test photos are few to judge by; prepare more")
+        print(f"note: {guard['num_images']} test photos are few for a comparison; prepare more")
     print("test mIoU over the prompt matrix")
     for model in metrics:
         low, high = metrics[model]["miou_ci95"]
@@ -141,7 +144,10 @@ def run_promote(config: Config) -> None:
     for reason in guard["refused"]:
         print(f"note: forced although {reason}")
     if not version.record["same_dataset_as_trained_on"]:
-        print("note: the guard's dataset is not the one trained on; do its test photos overlap?")
+        print(
+            "note: the guard's dataset is not the one trained on; check that none of its test "
+            "photos was trained on"
+        )
     print(f"{version.name}: current is {version.version}: {version.folder}")
 
 
@@ -193,7 +199,7 @@ def run_evaluate(config: Config) -> None:
     if not evaluation["same_dataset_as_trained_on"]:
         print(
             "note: the run was trained on another dataset; if that one held photos of this split, "
-            "these scores are too high"
+            "these scores may be too high"
         )
     output = config.evaluate.output_dir
     print(f"report: {output}/report.html, figures: {output}/evaluation.json")
