@@ -174,7 +174,7 @@ def run_models(config: Config) -> None:
 
 def run_serve(config: Config) -> None:
     """Serve until interrupted."""
-    from samray.serving.ingress import serve_here
+    from samray.serving.app import serve_here
 
     serve_here(config.serve)
 
