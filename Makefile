@@ -1,9 +1,13 @@
-# make demo    set up if needed, then the whole way: draw photos, prepare, train, evaluate, predict
-# make test    set up if needed, then the everyday tests
-# make check   lint and types
-# make s3      a real S3 server on this machine, to try things with
-# make chromium  Debian's browser, which the test of the page drives (without it that test is skipped)
-# make venv    the set-up alone
+# make demo      set up if needed, then the whole way: draw photos, prepare, inspect, train, predict, evaluate
+# make test      set up if needed, then the everyday tests
+# make test-all  with the slow tests
+# make check     lint and types
+# make format    format and fix lint
+# make s3        a real S3 server on this machine, to try things with
+# make chromium  Debian's browser, which the test of the web page drives (without it that test is skipped)
+# make venv      the set-up alone; PIP_ARGS="..." passes options to pip
+# make wheel     build the package
+# make clean     remove what the commands above made, except .venv
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed

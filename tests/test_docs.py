@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from samray.config import Config, load_config
 from samray.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ROOT / "samray" / "tiny_weights" / "MODEL_CARD.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MAX_LINE = 120
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -35,7 +40,7 @@ def parts(page):
 
 def blocks(page, language=""):
     """Code blocks of a page; those of commands have no language."""
-    return [text for kind, text in parts(page) if kind == language]
+    return [textwrap.dedent(text) for kind, text in parts(page) if kind == language]
 
 
 def prose(page):
