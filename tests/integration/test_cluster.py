@@ -205,7 +205,7 @@ def test_the_endpoint_is_deployed_and_answers(cluster, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + START_SECONDS
     while True:
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):  # while it starts
             if requests.get(f"http://127.0.0.1:{port}/v1/readyz", timeout=30).status_code == 200:
                 break
         if time.monotonic() > deadline:
