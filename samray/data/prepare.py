@@ -69,7 +69,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard, as the JSON beside it describes it.
+    """A complete shard, as the JSON beside it describes it.
 
     Attributes:
         part: its name without extension.
@@ -170,7 +170,7 @@ def write_shard(chunk: Chunk, job: PrepareJob) -> None:
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
         size = temporary.stat().st_size
     content = {"settings": job.settings_digest, "num_bytes": size, "outcomes": outcomes}
-    write_json(data / f"{chunk.part}.json", content)  # last: it marks the shard as whole
+    write_json(data / f"{chunk.part}.json", content)  # last: it marks the shard as complete
 
 
 def _read_in_order(
@@ -243,7 +243,7 @@ def _run(
 
 
 def _earlier_shards(job: PrepareJob) -> list[Shard]:
-    """Each whole shard that an earlier call with these settings has left."""
+    """Each complete shard of an earlier call with these settings."""
     shards = []
     sizes = file_sizes(job.output / "data")
     for name in sizes:

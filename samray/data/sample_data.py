@@ -199,7 +199,7 @@ def _write_scenes(folder: Path, seed: int, num_images: int, start: int, count: i
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """A reader sees the whole file or none."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
