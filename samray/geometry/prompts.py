@@ -166,8 +166,9 @@ def tight_box(
 
     Args:
         mask: H x W bool with at least one True pixel.
-        noise: standard deviation as a share of the box's side, at most 20 pixels (Segment
-            Anything, appendix A). The box stays in the image and at least one pixel wide.
+        noise: standard deviation of each corner's shift, as a share of the box's side; a shift is
+            at most MAX_BOX_NOISE pixels (Segment Anything, appendix A). The box stays in the image
+            and at least one pixel wide.
 
     Returns:
         4 float32, XYXY.
