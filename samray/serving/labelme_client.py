@@ -122,10 +122,9 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
 
         def encode_image(self, image: np.ndarray) -> Upload:
             """Defer the upload to the first click, when an error can be shown."""
+            height, width = image.shape[:2]
             nothing = np.zeros((1, 1, 1), np.float32)
-            return Upload(
-                original_height=image.shape[0], original_width=image.shape[1], embedding=nothing
-            )
+            return Upload(original_height=height, original_width=width, embedding=nothing)
 
         def generate(self, request: Any) -> Any:
             """Answer points or a box with the best mask, cropped to its box."""
@@ -153,8 +152,7 @@ def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:
             x1, y1, x2, y2 = (int(value) for value in answer["bbox"])
             box = osam.types.BoundingBox(xmin=x1, ymin=y1, xmax=x2 - 1, ymax=y2 - 1)
             part = np.ascontiguousarray(mask[y1:y2, x1:x2])
-            score = answer["score"]
-            return [osam.types.Annotation(bounding_box=box, mask=part, score=score)]
+            return [osam.types.Annotation(bounding_box=box, mask=part, score=answer["score"])]
 
     return SamrayModel
 
