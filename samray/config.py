@@ -367,6 +367,9 @@ class ServeConfig(Section):
     """File with the token that clients must send; unset: $SAMRAY_TOKEN, else no token."""
     cors_origins: tuple[str, ...] = ()
     """Origin whose pages may send requests, such as https://annotate.example.org; repeatable."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that requests may address, for example behind a reverse proxy; unset: any with a
+    token, only this machine's without one."""
     label_studio_url: str | None = None
     """Address of Label Studio, the only one that /compat/labelstudio fetches images from."""
     label_studio_key_file: str | None = None
@@ -399,8 +402,13 @@ class ServeConfig(Section):
     """Largest image, in megapixels; checked in the file's header, before decoding."""
     max_in_flight: int = Field(64, ge=1)
     """Maximum number of requests waiting for masks; more are answered with status 429."""
+    max_mask_megapixels: float = Field(2000.0, gt=0)
+    """Maximum size of all masks of one request in megapixels: prompts x masks per prompt x image;
+    more is answered with status 413."""
     timeout_seconds: float = Field(60.0, gt=0)
     """Time limit for an answer, in seconds."""
+    grace_seconds: float = Field(30.0, ge=0)
+    """Time that requests in progress get after SIGTERM, in seconds."""
 
 
 class LabelmeConfig(Section):

@@ -5,6 +5,7 @@ Coordinates are (x, y) in pixels of the image as shown, with its EXIF orientatio
 
 import base64
 import binascii
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -17,10 +18,13 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import from_json
 
 IMAGE_ID = r"^sha256:[0-9a-f]{64}$"
 IMAGE_NAME = r"^[^/\\\x00-\x1f]+$"  # a file's own name, no path
 MAX_PROMPTS, MAX_POINTS = 256, 64  # a request, and each of its prompts
+MAX_JSON_BYTES = 2**20  # of a request without its image
+MAX_KEYS = 50  # of an object in a request
 
 # code -> (status, whether the same request may succeed later)
 CODES = {
@@ -165,6 +169,14 @@ class PredictRequest(_Strict):
     min_area: Annotated[int, Field(ge=0)] = 0
     """Parts of a mask smaller than this many pixels are removed; the largest is always kept."""
 
+    def masks_of(self, prompt: PromptRequest) -> int:
+        """Return how many masks a prompt of this request gets."""
+        multimask = self.multimask_output
+        if multimask is None:
+            one_point = len(prompt.point_coords) == 1 and prompt.box is None
+            multimask = one_point and prompt.mask_token is None
+        return 3 if multimask else 1
+
 
 class ModelAnswer(BaseModel):
     """Which model answered."""
@@ -236,9 +248,66 @@ class ErrorAnswer(BaseModel):
     error: ErrorContent
 
 
+def require_json(content_type: str) -> None:
+    """Refuse a body that is not declared as JSON: forms and text come from any web page.
+
+    Raises:
+        ApiError: unsupported_format.
+    """
+    if content_type != "application/json":
+        message = f"Content-Type must be application/json, not {content_type[:60]!r}"
+        raise ApiError("unsupported_format", message)
+
+
 def read_request(content: bytes | str) -> PredictRequest:
-    """Parse and check a `PredictRequest`; see `read_body`."""
-    return read_body(PredictRequest, content)
+    """Parse and check a `PredictRequest`; see `read_body`.
+
+    The image's base64 is cut out before parsing. What is left may have MAX_JSON_BYTES, and no
+    object of it more than MAX_KEYS keys: pydantic reports every unknown key, and five million of
+    them took 78 s and 1.5 GB.
+
+    Raises:
+        ApiError: too_large, bad_request or invalid_request.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    small, text = _without_image(content)
+    if len(small) > MAX_JSON_BYTES:
+        message = f"the JSON beside the image has {len(small)} bytes; at most {MAX_JSON_BYTES}"
+        raise ApiError("too_large", message)
+    _require_few_keys(small)
+    asked = read_body(PredictRequest, small)
+    if text is None or asked.image is None:
+        return asked
+    whole = read_body(ImageContent, b'{"base64":"' + text + b'"}')
+    return asked.model_copy(update={"image": whole})
+
+
+_BASE64 = re.compile(rb'"base64"\s*:\s*"')
+
+
+def _without_image(content: bytes) -> tuple[bytes, bytes | None]:
+    """Cut the image's base64 out of a large body: the body with a few bytes instead, the base64."""
+    match = _BASE64.search(content) if len(content) > MAX_JSON_BYTES else None
+    end = content.find(b'"', match.end()) if match else -1
+    if match is None or end < 0:
+        return content, None
+    return content[: match.end()] + b"AAAA" + content[end:], content[match.end() : end]
+
+
+def _require_few_keys(content: bytes) -> None:
+    try:
+        document = from_json(content)
+    except ValueError:
+        return  # reported by the model's own parser
+    if not isinstance(document, dict):
+        return
+    prompts = document.get("prompts")
+    prompts = prompts[:MAX_PROMPTS] if isinstance(prompts, list) else []
+    for place in (document, document.get("image"), *prompts):
+        if isinstance(place, dict) and len(place) > MAX_KEYS:
+            names = ", ".join(str(name)[:40] for name in list(place)[:5])
+            message = f"an object with {len(place)} keys ({names}, ...); at most {MAX_KEYS}"
+            raise ApiError("invalid_request", message)
 
 
 def read_body(model: type[Content], content: bytes | str) -> Content:

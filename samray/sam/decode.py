@@ -81,6 +81,7 @@ def predict_masks(
     original_size: tuple[int, int],
     mask_inputs: Sequence[Tensor | None] | None = None,
     multimask_output: bool | None = None,
+    max_prompts: int = MAX_PROMPTS,
 ) -> Iterator[tuple[int, PromptMasks]]:
     """Yield the masks of each prompt on one image, as `SamPredictor.predict_torch` gives them.
 
@@ -91,6 +92,7 @@ def predict_masks(
         mask_inputs: for each prompt the logits of an earlier answer, 1 x h x w, or None.
         multimask_output: three masks a prompt or one; unset: three for one point alone, which may
             mean part, object or group.
+        max_prompts: decoded at once.
 
     Yields:
         (place in `prompts`, its masks), each prompt once, layout by layout.
@@ -98,7 +100,7 @@ def predict_masks(
     img_size = sam.image_encoder.img_size
     for group, places in _groups_of_image(prompts, mask_inputs, original_size, img_size):
         multimask = group.ambiguous if multimask_output is None else multimask_output
-        for rows in prompt_chunks(len(places), original_size):
+        for rows in prompt_chunks(len(places), original_size, max_prompts):
             chunk = group.part(rows).to(image_embedding.device)
             low_res, predicted = decode_prompts(sam, image_embedding[None], chunk, multimask)
             for answer, row in enumerate(rows):
@@ -106,9 +108,11 @@ def predict_masks(
                 yield places[row], masks
 
 
-def prompt_chunks(number: int, original_size: tuple[int, ...]) -> list[range]:
+def prompt_chunks(
+    number: int, original_size: tuple[int, ...], max_prompts: int = MAX_PROMPTS
+) -> list[range]:
     """Cut prompts 0 .. number - 1 on an image of (H, W) into ranges that are decoded at once."""
-    size = max(1, min(MAX_PROMPTS, MAX_PIXELS // (original_size[0] * original_size[1])))
+    size = max(1, min(max_prompts, MAX_PIXELS // (original_size[0] * original_size[1])))
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 

@@ -5,8 +5,11 @@ import logging
 import os
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 import ray
 import requests
@@ -23,6 +26,7 @@ from samray.serving.replicas import Decoder, Encoder, ImageVault
 from samray.storage import require_folder, resolve
 
 LISTEN_SECONDS = 60
+NAME = "samray"  # of the application
 
 
 def build_app(settings: ServeConfig) -> serve.Application:
@@ -34,12 +38,15 @@ def build_app(settings: ServeConfig) -> serve.Application:
     return bind_app(settings, listen=False)  # Serve allows a builder one parameter only
 
 
-def bind_app(settings: ServeConfig, listen: bool) -> serve.Application:
+def bind_app(
+    settings: ServeConfig, listen: bool, log_socket: str | None = None
+) -> serve.Application:
     """Return the application.
 
     Args:
         listen: the Ingress listens at the settings' host and port itself; otherwise Serve's
             proxies do, which find it on any node of a cluster.
+        log_socket: UNIX socket that the access log is also sent to.
 
     Raises:
         ConfigError: no model can be served under these settings.
@@ -77,7 +84,9 @@ def bind_app(settings: ServeConfig, listen: bool) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1,  # until a dead one is noticed, clients get no answer
     )
-    application: serve.Application = ingress.bind(settings, token, decoder, vault, pictures, listen)
+    application: serve.Application = ingress.bind(
+        settings, token, decoder, vault, pictures, listen, log_socket
+    )
     return application
 
 
@@ -103,45 +112,85 @@ def serve_here(settings: ServeConfig) -> None:
                 "choose another --port"
             ) from exc
     alone = not os.environ.get("RAY_ADDRESS")
-    application = bind_app(settings, listen=alone)
     # The handlers never block, so they need no thread of their own; this raises throughput.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")  # it would choose its own ports
-    cluster.start()
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    options = {
-        "host": settings.host,
-        "port": settings.port,
-        "request_timeout_s": settings.timeout_seconds + 30,
-    }
-    try:
-        serve.start(
-            proxy_location="Disabled" if alone else "EveryNode",
-            http_options=options,
-            logging_config={"log_level": "WARNING"},
-        )
-        serve.run(application, name="samray", route_prefix="/")
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-        host = f"[{host}]" if ":" in host else host
-        address = f"http://{host}:{settings.port}/"
-        _wait_until_ready(address)
-        print(f"serving {address}  (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
-        print("stopped", flush=True)
-    finally:
-        if alone:
-            ray.shutdown()  # this process started it
-        else:
-            serve.shutdown()
+    with _access_log() if alone else contextlib.nullcontext() as log_socket:
+        application = bind_app(settings, listen=alone, log_socket=log_socket)
+        _say("starting Ray")
+        cluster.start()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        try:
+            _say("starting the endpoint's processes")
+            _deploy(application, settings, alone)
+            _serve_until_stopped(settings)
+        finally:
+            if alone:
+                ray.shutdown()  # this process started it
+            else:
+                serve.delete(NAME)  # and no other application of the cluster
+
+
+def _deploy(application: serve.Application, settings: ServeConfig, alone: bool) -> None:
+    serve.start(
+        proxy_location="Disabled" if alone else "EveryNode",
+        http_options={
+            "host": settings.host,
+            "port": settings.port,
+            "request_timeout_s": settings.timeout_seconds + 30,
+        },
+        logging_config={"log_level": "WARNING"},
+    )
+    serve.run(application, name=NAME, route_prefix="/")
+
+
+def _serve_until_stopped(settings: ServeConfig) -> None:
+    """Wait for Ctrl-C, which ends at once, or SIGTERM, after which answers in progress are sent."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
+    address = f"http://{host}:{settings.port}/"
+    _say("loading the models")
+    _wait_until_ready(address)
+    print(f"serving {address}  (Ctrl-C ends it)", flush=True)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with contextlib.suppress(KeyboardInterrupt):
+        stop.wait()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a second one ends at once
+        _say("stopping once the requests in progress are answered")
+        ingress = serve.get_deployment_handle("Ingress", app_name=NAME)
+        ingress.drain.remote().result(timeout_s=settings.grace_seconds + 10)
+    print("stopped", flush=True)
+
+
+@contextlib.contextmanager
+def _access_log() -> Iterator[str]:
+    """Print what the Ingress sends to the UNIX socket given, as it comes, on stderr."""
+    with tempfile.TemporaryDirectory(prefix="samray-") as folder:
+        path = os.path.join(folder, "log")
+        receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        receiver.bind(path)
+
+        def print_lines() -> None:
+            while line := receiver.recv(2**16):
+                print(line.decode(errors="replace"), file=sys.stderr, flush=True)
+
+        threading.Thread(target=print_lines, daemon=True).start()
+        yield path
+
+
+def _say(text: str) -> None:
+    print(f"samray serve: {text}", file=sys.stderr, flush=True)
 
 
 def _wait_until_ready(address: str) -> None:
+    session = requests.Session()
+    session.trust_env = False  # no proxy of http_proxy knows this machine's own address
     deadline = time.monotonic() + LISTEN_SECONDS
     while True:
         try:
-            if requests.get(f"{address}v1/readyz", timeout=60).status_code == 200:
+            if session.get(f"{address}v1/readyz", timeout=60).status_code == 200:
                 return
         except requests.ConnectionError:  # not listening yet
             if time.monotonic() > deadline:

@@ -7,15 +7,17 @@ in memory. No Ray.
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 import logging
 import os
 import secrets
+import socket
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -29,7 +31,37 @@ TOKEN_VARIABLE = "SAMRAY_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BODIES = 16  # of the largest size may be in memory at once; more are answered 429
 OPEN_PATHS = ("/", "/v1/healthz", "/v1/readyz", f"{labelstudio.PREFIX}/health")  # need no token
+MAX_LOG_BYTES = 60_000  # of a record, to fit a datagram
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+HUNG_UP = 499  # nginx's status in the log for a client that disconnected
 ACCESS_LOG = logging.getLogger("samray.access")  # a line of JSON a request, to stderr
+
+
+def open_access_log(socket_path: str | None) -> None:
+    """Write the access log to this process's stderr, and to a process that reads a UNIX socket.
+
+    stderr itself, not `sys.stderr`: Ray Serve puts a buffer of 1,000 lines in front of that.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(os.fdopen(os.dup(2), "w"))]
+    if socket_path is not None:
+        handlers.append(SocketHandler(socket_path))
+    ACCESS_LOG.handlers = handlers
+    ACCESS_LOG.setLevel(logging.INFO)
+    ACCESS_LOG.propagate = False
+
+
+class SocketHandler(logging.Handler):
+    """Sends each record as a datagram to a UNIX socket; nobody listening is no error."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record."""
+        with contextlib.suppress(OSError):
+            self.socket.sendto(self.format(record).encode()[:MAX_LOG_BYTES], self.path)
 
 
 class Policy:
@@ -52,10 +84,7 @@ class Policy:
         self.on_answer, self.on_refusal = on_answer, on_refusal
         self.max_body = int(settings.max_body_mb * 2**20)
         self.max_bodies, self.body_bytes = BODIES * self.max_body, 0
-        if not ACCESS_LOG.handlers:
-            ACCESS_LOG.addHandler(logging.StreamHandler())
-        ACCESS_LOG.setLevel(logging.INFO)
-        ACCESS_LOG.propagate = False
+        self.draining = False
 
     def cors_headers(self, scope: Any) -> list[tuple[bytes, bytes]]:
         """Return the headers that let pages of a listed origin read the answer; else none."""
@@ -77,11 +106,17 @@ class Policy:
         """
         headers = dict(scope["headers"])
         path = scope["path"]
+        if self.draining:
+            raise ApiError("not_ready", "the endpoint is being stopped")
+        if path not in OPEN_PATHS:
+            self._require_host(headers)
+        if scope["method"] not in SAFE_METHODS:
+            self._require_own_origin(headers)
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise ApiError("unsupported_format", "send the body uncompressed")
         if path not in OPEN_PATHS:
             if self.token is None:
-                client = (scope.get("client") or ("",))[0]
-                if client not in LOOPBACK:
-                    raise ApiError("forbidden", "without a token only this machine is served")
+                self._require_this_machine(scope, headers)
             else:
                 given = headers.get(b"authorization", b"")
                 scheme, _, credential = given.partition(b" ")
@@ -98,6 +133,32 @@ class Policy:
         if length.isdigit() and int(length) > self.max_body:
             raise ApiError("too_large", f"the body has more than {self.max_body} bytes")
 
+    def _require_host(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse a Host that is not ours: without a token, DNS rebinding would let any page in."""
+        allowed = {*self.settings.allowed_hosts}
+        if self.token is None:
+            allowed |= {*LOOPBACK, self.settings.host}
+        host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+        if allowed and host not in allowed:
+            raise ApiError(
+                "forbidden", f"Host {host[:100]!r} is not served; serve.allowed_hosts lists others"
+            )
+
+    def _require_own_origin(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse requests of pages from elsewhere on everything that computes or changes."""
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if not origin or origin in self.settings.cors_origins:
+            return
+        if urlsplit(origin).netloc != headers.get(b"host", b"").decode("latin-1"):
+            raise ApiError(
+                "forbidden", f"pages of {origin[:100]!r} may not ask; --cors-origin admits them"
+            )
+
+    def _require_this_machine(self, scope: Any, headers: dict[bytes, bytes]) -> None:
+        client = (scope.get("client") or ("",))[0]
+        if client not in LOOPBACK or b"x-forwarded-for" in headers or b"forwarded" in headers:
+            raise ApiError("forbidden", "without a token only this machine is served")
+
     def answered(self, scope: Any, request_id: str, status: int, seconds: float) -> None:
         """Count an answer, and write its line of the access log."""
         route = scope.get("route")
@@ -105,6 +166,7 @@ class Policy:
         self.on_answer(path, status)
         line = {
             "request_id": request_id,
+            "client": (scope.get("client") or ("",))[0],
             "method": scope["method"],
             "path": path,
             "status": status,
@@ -137,55 +199,95 @@ class Gate:
             await self.app(scope, receive, send)
             return
         policy = self.policy_of()
-        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = request_id or uuid.uuid4().hex  # Serve gives one to each that comes without
-        scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 0
-
-        async def send_on(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", []),
-                    *policy.cors_headers(scope),
-                ]
-            await send(message)
-
-        received, arrived = 0, False
-        deadline = asyncio.get_running_loop().time() + policy.settings.timeout_seconds
-
-        async def receive_some() -> Any:
-            nonlocal received, arrived
-            if arrived:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError as exc:
-                raise ApiError("too_slow", "the request took too long to arrive") from exc
-            arrived = not message.get("more_body", False)
-            size = len(message.get("body", b""))
-            received += size
-            policy.body_bytes += size
-            if received > policy.max_body:
-                raise ApiError("too_large", f"the body has more than {policy.max_body} bytes")
-            if policy.body_bytes > policy.max_bodies:
-                raise ApiError("too_busy", "too much is being sent at once; try again soon")
-            return message
-
+        request = Passage(scope, receive, send, policy)
+        started = time.perf_counter()
         try:
             if scope["method"] == "OPTIONS" and policy.cors_headers(scope):
-                await Response(status_code=204)(scope, receive, send_on)
+                await Response(status_code=204)(scope, receive, request.send)
                 return
             policy.require_allowed(scope)
-            await self.app(scope, receive_some, send_on)
+            await request.run(self.app)
         except ApiError as exc:
-            await policy.error_response(exc, request_id)(scope, receive, send_on)
+            response = policy.error_response(exc, request.id)
+            await response(scope, receive, request.send)
         finally:
-            policy.body_bytes -= received
+            policy.body_bytes -= request.received
             # Without a status so far, FastAPI's outermost layer will answer 500.
-            policy.answered(scope, request_id, status or 500, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            policy.answered(scope, request.id, request.status or 500, seconds)
+
+
+class Passage:
+    """One request on its way through the gate.
+
+    Attributes:
+        id: its X-Request-Id.
+        status: of the response, 0 before it starts.
+        received: bytes of the body so far.
+    """
+
+    def __init__(self, scope: Any, receive: Any, send: Any, policy: Policy) -> None:
+        self.scope, self._receive, self._send, self.policy = scope, receive, send, policy
+        # The listener, or Serve's proxy, has given each request one.
+        self.id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:128]
+        scope.setdefault("state", {})["request_id"] = self.id
+        self.status = self.received = 0
+        self.arrived, self.gone = asyncio.Event(), asyncio.Event()
+        self.deadline = asyncio.get_running_loop().time() + policy.settings.timeout_seconds
+
+    async def run(self, app: Any) -> None:
+        """Let the routes answer; cancel them when the client disconnects, so that work ends."""
+        scope = self.scope
+        if scope["method"] == "HEAD":  # the answer to GET, without its body
+            scope = {**scope, "method": "GET"}
+        work = asyncio.ensure_future(app(scope, self.receive, self.send))
+        watch = asyncio.ensure_future(self._watch(work))
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not self.gone.is_set():
+                raise
+            self.status = HUNG_UP
+        finally:
+            watch.cancel()
+
+    async def _watch(self, work: asyncio.Future[None]) -> None:
+        await self.arrived.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone.set()
+        work.cancel()
+
+    async def send(self, message: Any) -> None:
+        """Pass on a part of the response, with the headers for pages of listed origins."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            own = self.policy.cors_headers(self.scope)
+            message["headers"] = [*message.get("headers", []), *own]
+        elif self.scope["method"] == "HEAD":
+            message["body"] = b""
+        await self._send(message)
+
+    async def receive(self) -> Any:
+        """Pass on a part of the body, within the limits of time and size."""
+        if self.arrived.is_set():
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                message = await self._receive()
+        except TimeoutError as exc:
+            raise ApiError("too_slow", "the request took too long to arrive") from exc
+        if not message.get("more_body", False):
+            self.arrived.set()
+        size = len(message.get("body", b""))
+        self.received += size
+        self.policy.body_bytes += size
+        if self.received > self.policy.max_body:
+            raise ApiError("too_large", f"the body has more than {self.policy.max_body} bytes")
+        if self.policy.body_bytes > self.policy.max_bodies:
+            raise ApiError("too_busy", "too much is being sent at once; try again soon")
+        return message
 
 
 def read_token(settings: ServeConfig) -> str | None:

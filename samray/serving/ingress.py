@@ -15,12 +15,12 @@ from collections import OrderedDict
 from importlib import resources as package_files
 from typing import Any
 
+import ray
+import requests
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve._private.http_util import start_asgi_http_server
-from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
@@ -38,14 +38,19 @@ from samray.prediction.requests import (
     PredictAnswer,
     read_body,
     read_request,
+    require_json,
 )
 from samray.serving import labelstudio
 from samray.serving.catalogue import ModelRef, read_catalogue
-from samray.serving.gate import ACCESS_LOG, Gate, Policy
+from samray.serving.gate import ACCESS_LOG, Gate, Policy, open_access_log
+from samray.serving.listener import Listener
 from samray.serving.openapi import IMAGE_BODY, PREDICT_BODY, describe_api, errors
 from samray.serving.replicas import Call
 
-STORE_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0  # of the store and the decoder
+STUCK_SECONDS = 20.0
+METRICS_SECONDS = 5
+METRIC = re.compile(r"(# \w+ )?ray_samray_")  # Ray puts its name in front
 RETRY_SECONDS = 0.1
 FETCHES = 16  # concurrent fetches of images from Label Studio; more are answered 429
 KNOWN_PICTURES, KNOWN_SECONDS = 1024, 600  # URLs whose image is not fetched for each click
@@ -57,7 +62,9 @@ def _policy() -> Policy:
     return policy
 
 
-app = FastAPI(title="samray", version=__version__, docs_url=None, redoc_url=None)
+app = FastAPI(
+    title="samray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+)
 app.add_middleware(Gate, policy_of=_policy)
 
 
@@ -131,6 +138,27 @@ async def _picture_bytes(ingress: "Ingress", address: str, field: str) -> bytes:
     return await asyncio.wrap_future(fetch)
 
 
+def read_metrics() -> str:
+    """Collect the metrics named samray_* from the exporter of each node of the cluster.
+
+    Raises:
+        ApiError: bad_gateway; an exporter does not answer.
+    """
+    lines: dict[str, None] = {}  # in order, each once: nodes repeat the descriptions
+    session = requests.Session()
+    session.trust_env = False  # no proxy in between
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        try:
+            text = session.get(address, timeout=METRICS_SECONDS).text
+        except requests.RequestException as exc:
+            raise ApiError("bad_gateway", "a node's metrics cannot be read") from exc
+        lines |= dict.fromkeys(line for line in text.splitlines() if METRIC.match(line))
+    return "".join(f"{line}\n" for line in lines)
+
+
 @serve.deployment(max_ongoing_requests=512)
 @serve.ingress(app)
 class Ingress:
@@ -144,7 +172,9 @@ class Ingress:
         vault: DeploymentHandle,
         pictures: labelstudio.PictureSource | None,
         listen: bool,
+        log_socket: str | None,
     ) -> None:
+        open_access_log(log_socket)
         self.settings, self.pictures = settings, pictures
         self.decoder, self.vault = decoder, vault
         answers = Counter("samray_requests", "answers, by status", ("path", "status"))
@@ -158,12 +188,14 @@ class Ingress:
         self.catalogue: dict[str, ModelRef] = {}
         self.ready = False
         self.in_flight = 0
+        self.stuck = False
         # A pool of its own, so that a stalled Label Studio takes no threads from other requests.
         self.fetchers = concurrent.futures.ThreadPoolExecutor(FETCHES)
         self.fetching: list[concurrent.futures.Future[bytes]] = []
         self.known: OrderedDict[str, tuple[str, tuple[int, int], float]] = OrderedDict()
         loop = asyncio.get_event_loop()
         self.watching = loop.create_task(self._watch_models())
+        self.listener: Listener | None = None
         self.listening = loop.create_task(self._listen()) if listen else None
 
     async def _listen(self) -> None:
@@ -174,20 +206,25 @@ class Ingress:
         """
         while serve.get_replica_context().servable_object is None:
             await asyncio.sleep(0.01)  # until Serve has finished creating this replica
-        options = HTTPOptions(host=self.settings.host, port=self.settings.port)
-        # SO_REUSEPORT: after a kill, old connections hold the port for another minute.
-        serving, _ = await start_asgi_http_server(
+        self.listener = Listener(
             self._asgi_app,  # type: ignore[attr-defined]  # Serve's decorator sets it
-            options,
-            event_loop=asyncio.get_running_loop(),
-            enable_so_reuseport=True,
+            self.settings.host,
+            self.settings.port,
+            self.settings.grace_seconds,
         )
-        await serving
+        await self.listener.run()
 
     def check_health(self) -> None:
-        """Let Serve replace a replica that stopped listening."""
-        if self.listening is not None and self.listening.done():
+        """Let Serve replace a replica that stopped listening by itself."""
+        if self.listening is not None and self.listening.done() and not self.policy.draining:
             raise RuntimeError("this replica does not listen any more")
+
+    async def drain(self) -> None:
+        """Refuse new requests, and return once those in progress are answered, or time is up."""
+        self.policy.draining = True
+        if self.listener is not None and self.listening is not None:
+            self.listener.stop()
+            await asyncio.wait([self.listening], timeout=self.settings.grace_seconds)
 
     async def _watch_models(self) -> None:
         """Read which models there are; a store is polled."""
@@ -208,7 +245,18 @@ class Ingress:
                 if "" not in told:
                     ACCESS_LOG.exception("models could not be read; the last known ones stay")
                 told.add("")
-            await asyncio.sleep(STORE_POLL_SECONDS)
+            self.stuck = bool(self.catalogue) and await self._decoder_is_stuck()
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _decoder_is_stuck(self) -> bool:
+        """Whether a Decoder works on one piece for longer than any piece should take."""
+        ref = next(iter(self.catalogue.values()))
+        try:
+            async with asyncio.timeout(STUCK_SECONDS):
+                seconds: float = await self._decoder(ref, "").busy_seconds.remote()
+        except (TimeoutError, RayActorError):
+            return True
+        return seconds > STUCK_SECONDS
 
     async def _can_load(self, ref: ModelRef, told: set[str]) -> bool:
         """Let a Decoder load a new version; a broken one is logged once and blocks no other."""
@@ -243,7 +291,14 @@ class Ingress:
         """Answer 200 once a model is loaded."""
         if not self.ready:
             raise ApiError("not_ready", "models are still being loaded")
+        if self.stuck:
+            raise ApiError("not_ready", "the decoder does not finish its work")
         return {"status": "ready"}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors(502))
+    async def metrics(self) -> PlainTextResponse:
+        """Return samray's metrics of all nodes, in Prometheus' text format."""
+        return PlainTextResponse(await asyncio.to_thread(read_metrics))
 
     @app.get("/v1/models", responses=errors())
     async def models(self) -> dict[str, list[dict[str, Any]]]:
@@ -311,6 +366,7 @@ class Ingress:
                 raise ApiError("invalid_request", message, "request")
             asked = await asyncio.to_thread(read_request, text)
         else:
+            require_json(kind)
             asked = await asyncio.to_thread(read_request, await request.body())
         given = [raw is not None, asked.image is not None, asked.image_id is not None]
         if sum(given) != 1:
@@ -345,6 +401,8 @@ class Ingress:
     @app.post(f"{labelstudio.PREFIX}/predict", include_in_schema=False)
     async def label_studio_predict(self, request: Request) -> dict[str, list[dict[str, Any]]]:
         """Answer the regions drawn with a smart tool with one mask."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        require_json(kind)
         body = await request.body()
         asked = await asyncio.to_thread(read_body, labelstudio.PredictionRequest, body)
         regions = asked.regions()

@@ -39,6 +39,7 @@ from samray.serving.app import build_app, serve_here
 from samray.serving.gate import BODIES
 
 ROOT = Path(__file__).parents[2]
+JSON = {"Content-Type": "application/json"}
 
 
 def checkpoint_like_shipped(folder, shift=0.0):
@@ -371,7 +372,7 @@ def test_all_mistakes_at_once(url, photo):
 def test_numbers_that_are_none(url, photo, text):
     image = base64.b64encode(photo).decode()
     body = f'{{"image": {{"base64": "{image}"}}, "prompts": [{{"point_coords": [[{text}, 1]]}}]}}'
-    response = call(url, "POST", "/v1/predict", data=body)
+    response = call(url, "POST", "/v1/predict", data=body, headers=JSON)
     assert response.status_code in (400, 422)
     assert response.json()["error"]["code"] in ("bad_request", "invalid_request")
 
@@ -383,7 +384,10 @@ def test_what_is_no_image(url, photo):
     refusal(predict(url, b"hello", prompts=[point()]), 415, "unsupported_format")
     refusal(predict(url, photo[:300], prompts=[point()]), 400, "invalid_image")
     refusal(call(url, "POST", "/v1/images", data=b""), 415, "unsupported_format")
-    refusal(call(url, "POST", "/v1/predict", data=b"{"), 400, "bad_request")
+    cut = call(url, "POST", "/v1/predict", data=b"{", headers=JSON)
+    refusal(cut, 400, "bad_request")
+    unnamed = call(url, "POST", "/v1/predict", data=b"{}", headers={"Content-Type": "text/plain"})
+    refusal(unnamed, 415, "unsupported_format")
     refusal(call(url, "POST", "/v1/images", files={"picture": ("x", b"x")}), 400, "bad_request")
     refusal(call(url, "POST", "/v1/images", files={"request": "{}"}), 422, "invalid_request")
     not_base64 = call(
@@ -556,6 +560,11 @@ def test_requests_are_counted_and_logged(url, photo):
         missing = [word for word in wanted if word not in text]
         assert time.monotonic() < deadline, missing
         time.sleep(1)
+    own = call(url, "GET", "/metrics")
+    assert own.status_code == 200
+    assert all(word in own.text for word in wanted)
+    assert "ray_node" not in own.text
+    refusal(call(url, "GET", "/metrics", token=None), 401, "unauthorized")
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     lines = [
         json.loads(line[line.index("{") :])
@@ -620,7 +629,10 @@ def test_a_flood_is_refused_and_health_still_answers(url, photo):
         }
     )
     with concurrent.futures.ThreadPoolExecutor(80) as pool:
-        flood = [pool.submit(call, url, "POST", "/v1/predict", data=body) for _ in range(160)]
+        flood = [
+            pool.submit(call, url, "POST", "/v1/predict", data=body, headers=JSON)
+            for _ in range(160)
+        ]
         time.sleep(1)
         started = time.monotonic()
         assert call(url, "GET", "/v1/healthz", token=None).status_code == 200
@@ -632,6 +644,44 @@ def test_a_flood_is_refused_and_health_still_answers(url, photo):
     assert refused.headers["Retry-After"] == "1"
     assert refusal(refused, 429, "too_busy")["retryable"] is True
     assert predict(url, photo, prompts=[point()]).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def large_photo():
+    """2.9 megapixels of one colour: few bytes, much work for each mask."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1700, 1700), (90, 120, 60)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_a_request_that_asks_for_too_much_is_refused_before_any_work(url, large_photo):
+    image_id = call(url, "POST", "/v1/images", data=large_photo).json()["image_id"]
+    started = time.monotonic()
+    answer = predict(url, image_id=image_id, prompts=[point()] * 256)
+    error = refusal(answer, 413, "too_large")
+    assert time.monotonic() - started < 20
+    assert "768 masks" in error["message"]
+    one_each = predict(
+        url, image_id=image_id, prompts=[point()] * 2, multimask_output=False, mask_format="none"
+    )
+    assert one_each.status_code == 200
+
+
+def test_clicks_are_answered_beside_an_expensive_request(url, large_photo, photos):
+    """The Decoder works in pieces: whoever asks for 300 masks of 2.9 megapixels stops nobody."""
+    image_id = call(url, "POST", "/v1/images", data=large_photo).json()["image_id"]
+    images = [
+        call(url, "POST", "/v1/images", data=path.read_bytes()).json()["image_id"]
+        for path in sorted((photos / "images").iterdir())[:6]
+    ]  # on both Decoders
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        expensive = pool.submit(predict, url, image_id=image_id, prompts=[point()] * 100)
+        time.sleep(0.5)
+        clicks = [pool.submit(predict, url, image_id=i, prompts=[point()]) for i in images]
+        for click in clicks:
+            assert click.result().status_code == 200
+        assert not expensive.done()
+        assert expensive.result().status_code == 200
 
 
 def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path, photo):
@@ -650,7 +700,8 @@ def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path, photo):
             with pytest.raises(requests.ConnectionError):
                 requests.get(f"http://{own}:{port}/v1/healthz", timeout=60)
         with socket.create_connection(("127.0.0.1", port), 60) as slow:
-            slow.sendall(b"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+            head = b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+            slow.sendall(head + b"\r\nabc")
             answer = read_answer(slow)
         assert b" 408 " in answer.splitlines()[0]
         assert b'"code":"too_slow"' in answer
@@ -670,9 +721,18 @@ def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path, photo):
         for answer in late:
             refusal(answer, 503, "timed_out")
         assert requests.post(f"{url}/v1/predict", json=click, timeout=60).status_code == 200
-        process.send_signal(signal.SIGTERM)  # as systemd and containers do; as Ctrl-C
+        few = {**heavy, "prompts": [point()] * 8}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            last = pool.submit(requests.post, f"{url}/v1/predict", json=few, timeout=90)
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)  # as systemd and containers do
+            assert last.result().status_code == 200
         assert process.wait(120) == 0
         text = (tmp_path / "log").read_text()
+        asked = 1 + len(sent) + 1 + 1
+        assert text.count('"path": "/v1/predict"') == asked  # a line each on stderr
+        assert '"client": "127.0.0.1"' in text
+        assert "loading the models" in text
         assert f"serving {url}/" in text
         assert "Traceback" not in text
         with pytest.raises(requests.ConnectionError):

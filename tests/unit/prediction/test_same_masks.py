@@ -3,6 +3,7 @@
 The file was written before the five ways were made one, `samray.sam.decode.predict_masks`.
 """
 
+import asyncio
 import hashlib
 import json
 from pathlib import Path
@@ -93,7 +94,8 @@ def endpoint_masks(sam, image, size):
     def ask(prompts, earlier):
         request = PredictRequest(prompts=prompts, mask_format="rle", min_area=9)
         call = Call("sha256:0", ref, request)
-        results = decoder._decode(sam, embedding, size, call, earlier)["results"]
+        answer = asyncio.run(decoder._decode(sam, embedding, size, call, earlier))
+        results = answer["results"]
         return [mask for result in results for mask in result["masks"]]
 
     asked = [

@@ -1,5 +1,7 @@
 """What the endpoint's processes keep in memory, without a cluster."""
 
+import asyncio
+
 import numpy as np
 
 from samray.config import ServeConfig
@@ -34,7 +36,7 @@ def test_a_kept_answer_holds_no_memory_but_its_own():
     prompts = [PromptRequest(point_coords=[(10 + n, 20)]) for n in range(8)]
     ref = ModelRef("tiny", "1", None, "digest", "tiny")
     call = Call("sha256:0", ref, PredictRequest(prompts=prompts, mask_format="none"))
-    answer = decoder._decode(sam, embedding, (60, 80), call, [None] * 8)
+    answer = asyncio.run(decoder._decode(sam, embedding, (60, 80), call, [None] * 8))
     assert len(answer["results"]) == 8
     assert len(decoder.logits.entries) == 24
     for logits, size in decoder.logits.entries.values():
