@@ -16,9 +16,10 @@ import numpy as np
 from samray.config import PrepareConfig
 from samray.data.annotation import MAX_JSON_BYTES, Annotation
 from samray.data.coco import CocoImage, coco_annotation, is_coco
-from samray.data.discovery import RawFiles, find_by_stem, find_image, find_listed_image
+from samray.data.discovery import RawFiles
 from samray.data.labelme import IGNORED_LABELS, embedded_image, read_annotation
 from samray.data.outcome import FileWarning, Outcome, PreparedImage, Rejection
+from samray.data.pairing import find_by_stem, find_image, find_listed_image
 from samray.errors import AnnotationError, StorageError
 from samray.geometry.drawing import draw_masks, encode_picture, shrink
 from samray.geometry.images import decode_and_stretch, read_image_file
@@ -173,9 +174,8 @@ def _claim_by_stem(entry: Entry, files: RawFiles) -> str | None:
     """The image of a JSON that cannot be used, so that it does not count as unannotated."""
     if entry.kind != "labelme":
         return None
-    path = PurePosixPath(entry.name)
     try:
-        return find_by_stem(path.parent, path.stem, files)
+        return find_by_stem(entry.name, PurePosixPath(entry.name).stem, files)
     except AnnotationError:
         return None
 

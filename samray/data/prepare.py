@@ -29,7 +29,7 @@ from samray.config import Config, PrepareConfig, required, save_config
 from samray.data.annotation import MAX_JSON_BYTES
 from samray.data.coco import LISTS, CocoImage, looks_like_coco, read_coco
 from samray.data.dataset import FORMAT, SCHEMA, dataset_digest
-from samray.data.discovery import RawFiles, find_files
+from samray.data.discovery import RawFiles, find_files, fold
 from samray.data.intake import Entry, Rules, is_current, read_entry
 from samray.data.outcome import Outcome, PreparedImage, Rejection
 from samray.data.splits import SplitRule
@@ -196,7 +196,7 @@ def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[Rejection]]:
     problems: list[Rejection] = []
     for name in list(files.annotations):
         # A JSON with the stem of an image is LabelMe's; in S3 each look costs a request.
-        has_image = PurePosixPath(name).stem in files.by_stem
+        has_image = fold(PurePosixPath(name).stem) in files.by_stem
         if has_image or not looks_like_coco(read_head(files.root / name)):
             continue
         try:
@@ -208,6 +208,7 @@ def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[Rejection]]:
             problems.append(Rejection.of(name, problem, 0))
             continue
         files.annotations.remove(name)
+        files.coco.append(name)
         images += found
         problems += [Rejection(name, *fault) for fault in faults]
     return images, problems
@@ -408,15 +409,17 @@ def _manifest(
 
 
 def _dropped(outcomes: list[Outcome]) -> dict[str, str]:
-    """Annotations whose image an earlier one has annotated already: {annotation: that one}."""
-    first: dict[str, str] = {}
-    dropped = {}
-    for outcome in outcomes:
-        if outcome.image and outcome.annotation:
-            owner = first.setdefault(outcome.image.name, outcome.annotation)
-            if owner != outcome.annotation:
-                dropped[outcome.annotation] = owner
-    return dropped
+    """Annotations whose image another one annotates: {annotation: that one}.
+
+    The JSON beside the image with its stem is kept, else the first one.
+    """
+    owners: dict[str, str] = {}
+    pairs = [(o.image.name, o.annotation) for o in outcomes if o.image and o.annotation]
+    for image, annotation in pairs:
+        beside = PurePosixPath(image).with_suffix("") == PurePosixPath(annotation).with_suffix("")
+        if beside or image not in owners:
+            owners[image] = annotation
+    return {a: owners[image] for image, a in pairs if owners[image] != a}
 
 
 def _rejected(
@@ -513,6 +516,7 @@ def _prepare_job(
     splits = json.dumps(settings.model_dump(mode="json", include=split_keys), sort_keys=True)
     contents = [f"{entry.name}\0{entry.stamp}" for entry in entries]
     contents += [f"{name}\0{stamp}" for name, stamp in files.stamps.items()]
+    contents += [*files.unread, *(f"{name}\0{problem}" for name, problem in files.skipped)]
     if settings.split_file:
         contents.append(str(read_bytes(resolve(settings.split_file, "--split-file"))))
     overlays = entries[: settings.num_samples] if settings.visualize else []

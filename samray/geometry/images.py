@@ -14,7 +14,17 @@ from samray.storage import Place, read_bytes
 # Detected by content, not by extension. Pillow's other formats are off, so that fewer parsers see
 # untrusted bytes.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # JPEG's reader also opens MPO, of phones
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".pjpeg", ".pjp",
+    ".png", ".bmp", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# Pictures that people have and samray does not read: named in errors, so that nobody looks for a
+# file that is there.
+UNREAD_EXTENSIONS = (
+    ".heic", ".heif", ".avif", ".gif", ".jp2", ".j2k", ".jpx", ".jxl", ".svg", ".psd", ".tga",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".exr", ".hdr", ".ico",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".dcm", ".nii", ".czi", ".nd2", ".lif", ".svs", ".npy",
+)  # fmt: skip
 MAX_MEGAPIXELS = 170.0  # the upper limit of any setting
 MAX_FILE_BYTES = 2**30
 MAX_ASPECT = 256  # the short side of thinner images would scale to less than a pixel

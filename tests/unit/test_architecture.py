@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 HOUSE = """
 .           errors storage config charts cluster*
 geometry    shapes masks polygons images tiles prompts frames drawing
-data        annotation labelme coco discovery outcome intake prepare* splits dataset export \
-            sample_data
+data        annotation labelme coco discovery pairing outcome intake prepare* splits dataset \
+            export sample_data
 sam         model tiny weights shipped checkpoint store embeddings decode
 inspection  preview report problems duplicates
 evaluation  metrics scoring evaluate* promote*
