@@ -66,6 +66,9 @@ class PrepareConfig(Section):
     group_by: str | None = None
     """Images to keep in one split: `folder` for those of a folder, or a regular expression for
     those whose paths give the same match (its first group, else the whole match)."""
+    split_folders: bool = True
+    """Folders named train, val (valid, validation) and test are the splits, if train and another
+    one hold annotated images; `split_file` and `group_by` override it."""
     val_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of the images, chosen by hash, in the validation split, which selects the best
     checkpoint."""

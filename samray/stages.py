@@ -39,6 +39,8 @@ def run_prepare(config: Config) -> None:
     kinds = ("unlabelled", "empty", "warnings", "rejected")
     print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
     _print_rejected(manifest["rejected"], "manifest.json")
+    for note in manifest["notes"]:
+        print(f"note: {note}")
     print(f"prepared dataset: {config.prepare.output_dir}/manifest.json")
 
 

@@ -20,7 +20,7 @@ from samray.errors import AnnotationError, DatasetError, StorageError
 from samray.geometry.masks import decode_rle
 from samray.storage import Place, local_copy, read_json
 
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "val", "test")
 
 SCHEMA = pa.schema(
@@ -180,7 +180,10 @@ class PreparedDataset:
         records = [self.images[image] for image in self.manifest["splits"][name]]
         records = [record for record in records if record.instances]
         if not records:
-            raise DatasetError(f"{self.folder}: the {name} split has no instance")
+            raise DatasetError(
+                f"{self.folder}: the {name} split has no instance; prepare more images, or choose "
+                "its members with --split-file"
+            )
         return records
 
     def image_bytes(self, record: ImageRecord) -> bytes:

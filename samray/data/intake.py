@@ -22,6 +22,7 @@ from samray.data.outcome import FileWarning, Outcome, PreparedImage, Rejection
 from samray.data.pairing import find_by_stem, find_image, find_listed_image
 from samray.errors import AnnotationError, StorageError
 from samray.geometry.drawing import draw_masks, encode_picture, shrink
+from samray.geometry.duplicates import fingerprint_of, pack
 from samray.geometry.images import decode_and_stretch, read_image_file
 from samray.geometry.masks import CroppedMask, encode_rle, rasterize_instance, require_inside
 from samray.geometry.shapes import Shape
@@ -124,6 +125,7 @@ def read_entry(
         num_instances=len(instances),
         instances_digest=_instances_digest(instances, size),
         stretch=stretch,
+        fingerprint="" if entry.kind == "image" else pack(fingerprint_of(pixels)),
     )
     rows = _rows(outcome.image, raw, pixels, instances, rules.settings)
     return outcome, [row | {"annotation": outcome.annotation, "source": name} for row in rows]

@@ -56,6 +56,7 @@ class PreparedImage:
         tiles: names of the tiles it was cut into; None if it is one row of the shard.
         num_cut: instances of which a part lies outside their tile.
         stretch: the values that became 0 and 255, if it has 16 or 32 bits a pixel.
+        fingerprint: `geometry.duplicates.pack`; empty for an image without annotation.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PreparedImage:
     tiles: list[str] | None = None
     num_cut: int = 0
     stretch: tuple[float, float] | None = None
+    fingerprint: str = ""
 
 
 @dataclass

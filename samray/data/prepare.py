@@ -374,12 +374,13 @@ def _manifest(
     _require_clean(rejected, job.settings)
     _require_instances(kept, rejected, job.files)
     rule.require_known(annotated, [outcome.claims for outcome in outcomes if outcome.claims])
-    splits, leaks = rule.assign(annotated)
+    assigned = rule.assign(annotated)
     rows = {image.name: image.tiles or [image.name] for image in annotated}
     splits = {
-        split: [row for name in names for row in rows[name]] for split, names in splits.items()
+        split: [row for name in names for row in rows[name]]
+        for split, names in assigned.members.items()
     }
-    warnings = [warning for outcome in kept for warning in outcome.warnings] + leaks
+    warnings = [warning for outcome in kept for warning in outcome.warnings] + assigned.warnings
     return {
         "format": FORMAT,
         "samray_version": __version__,
@@ -394,6 +395,8 @@ def _manifest(
         "filtered": dict(sorted(_total(outcome.filtered for outcome in kept).items())),
         "not_instances": dict(sorted(_total(outcome.not_instances for outcome in kept).items())),
         "splits": splits,
+        "splits_by": assigned.by,
+        "notes": assigned.notes,
         "tiles": _tile_counts(images, job.settings),
         "stretched": {image.name: list(image.stretch) for image in images if image.stretch},
         "unlabelled": [o.image.name for o in kept if o.image and o.annotation is None],
@@ -510,7 +513,7 @@ def _prepare_job(
 ) -> PrepareJob:
     shard_keys = {"labels", "join_groups", "images_per_shard", "max_megapixels", "visualize"}
     shard_keys |= {"num_samples", "tile", "overlap"}
-    split_keys = {"group_by", "val_fraction", "test_fraction"}
+    split_keys = {"group_by", "split_folders", "val_fraction", "test_fraction"}
     deciding = settings.model_dump(mode="json", include=shard_keys)
     shards = _digest([json.dumps([deciding, label_map, FORMAT], sort_keys=True)])
     splits = json.dumps(settings.model_dump(mode="json", include=split_keys), sort_keys=True)

@@ -88,8 +88,8 @@ def find_problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list
         kinds["problem", *LEAK_KIND].append(_leak(group))
     levels = (("problem", manifest["rejected"]), ("warning", manifest["warnings"]))
     for level, entry in ((level, entry) for level, entries in levels for entry in entries):
-        if entry["reason"].startswith("is the same photo as"):
-            continue  # identical files are a group of `leaks`, with all their copies
+        if re.match(r"(\(\w+\) )?is (nearly )?the same photo as", entry["reason"]):
+            continue  # a group of `leaks`, with all its copies
         reason = re.sub(LABEL_IN_BRACKETS, "", entry["reason"])  # a label may hold any word
         text = re.sub(r"\[\d+\]", "", entry["field"]) + ": " + reason
         found = (kind[1:] for kind in KINDS if re.search(kind[0], text))

@@ -19,10 +19,10 @@ from samray.config import Config, required
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.errors import AnnotationError, DatasetError
 from samray.geometry.drawing import cut_out, encode_picture, shrink
+from samray.geometry.duplicates import fingerprint, near_duplicates
 from samray.geometry.frames import points_to_input
 from samray.geometry.images import decode_image
 from samray.geometry.masks import CroppedMask, decode_crop, nearest_overlaps, outline_of
-from samray.inspection.duplicates import fingerprint, near_duplicates
 from samray.inspection.problems import find_notes, find_problems
 from samray.sam.model import TINY_SIZE
 from samray.storage import make_folder, require_folder, resolve, write_bytes, write_json

@@ -643,9 +643,54 @@ def test_side_files_may_be_in_the_home_folder(mixed, tmp_path, monkeypatch):
 
 
 def test_a_split_without_an_image_is_refused(mixed, tmp_path):
-    with pytest.raises(DatasetError, match=r"val split would be empty.*--split-file"):
-        run(mixed, tmp_path / "p", "prepare.val_fraction=1e-6", "prepare.test_fraction=0")
+    (tmp_path / "s.json").write_text('{"train": ["good.png", "joined.png", "bad_shapes.png"]}')
+    with pytest.raises(DatasetError, match=r"split would be empty.*--split-file"):
+        run(mixed, tmp_path / "p", "prepare.val_fraction=1e-6", split_file=str(tmp_path / "s.json"))
     assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_few_photos_and_split_folders_are_prepared_and_reported(tmp_path, run_cli):
+    """One photo; five; then the folders of a Roboflow export with copies of training photos."""
+    data = tmp_path / "data"
+    for number in range(5):
+        draw(data / f"{number}.png", number)
+        annotate(data / f"{number}.json", f"{number}.png", [shape("a", SQUARE)])
+        if number in (0, 4):
+            output = tmp_path / f"few{number}"
+            status, out, err = run_cli("prepare", "--data-dir", data, "--output-dir", output)
+            assert (status, err) == (0, "")
+            sizes = [len(n) for n in PreparedDataset(output).manifest["splits"].values()]
+            assert sizes == ([1, 0, 0] if number == 0 else [3, 1, 1])
+            assert ("`samray train` needs val photos" in out) == (number == 0)
+            assert ("filled in the order of the hashes" in out) == (number == 4)
+    with pytest.raises(DatasetError, match="the val split has no instance; prepare more images"):
+        PreparedDataset(tmp_path / "few0").split("val")
+
+    roboflow = tmp_path / "roboflow"
+    for split, seeds in (("train", (0, 1, 2)), ("valid", (3, 4)), ("test", (5, 0))):
+        for seed in seeds:
+            blobs = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+            path = roboflow / split / f"{seed}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            quality = 60 if split == "train" else 95
+            Image.fromarray(blobs).resize((64, 48), 3).save(path, quality=quality)
+            annotate(path.with_suffix(".json"), path.name, [shape("a", SQUARE)])
+    output = tmp_path / "folders"
+    status, out, err = run_cli("prepare", "--data-dir", roboflow, "--output-dir", output)
+    assert (status, err) == (0, "")
+    manifest = PreparedDataset(output).manifest
+    assert manifest["splits_by"] == "folders"
+    assert manifest["splits"] == {
+        "train": ["train/0.jpg", "train/1.jpg", "train/2.jpg"],
+        "val": ["valid/3.jpg", "valid/4.jpg"],
+        "test": ["test/0.jpg", "test/5.jpg"],
+    }
+    assert "the folders test/, train/, valid/ are the splits" in out
+    (warning,) = manifest["warnings"]
+    assert {"test/0.jpg", "train/0.jpg"} <= set(warning["reason"].split()) | {warning["file"]}
+    assert "near-duplicates in another split" in out
+    hashed = run(roboflow, tmp_path / "hashed", "prepare.split_folders=false")
+    assert hashed["splits_by"] != "folders"
 
 
 def test_a_rotated_photo_is_annotated_as_it_is_shown(tmp_path):

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 # A folder imports only from folders above it; `*` marks the files that may import Ray.
 HOUSE = """
 .           errors storage config charts cluster*
-geometry    shapes masks polygons images tiles prompts frames drawing
+geometry    shapes masks polygons images tiles prompts frames drawing duplicates
 data        annotation labelme coco discovery pairing outcome intake prepare* splits dataset \
             export sample_data
 sam         model tiny weights shipped checkpoint store embeddings decode
-inspection  preview report problems duplicates
+inspection  preview report problems
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
 training    losses batches step loop finetuning encode* train* tune* search_space* sweep_report \

@@ -22,6 +22,7 @@ FULL = Outcome(
         tiles=["a/1.tif@0,0.png"],
         num_cut=1,
         stretch=(12.0, 4095.5),
+        fingerprint="f4E=",
     ),
     num_shapes=6,
     labels={"nut": 2, "bolt": 1},
@@ -31,13 +32,14 @@ FULL = Outcome(
     rejected=[Rejection("a/1.json", "shapes[5].points", "covers no pixel", 1)],
     warnings=[FileWarning("a/1.json", "group_id", "joins 5 of 6 shapes")],
 )
-# As the first release with `dataset.FORMAT` 2 wrote it; the order counts, too.
+# As the first release with `dataset.FORMAT` 3 wrote it; the order counts, too.
 KEYS = [
     "entry", "stamp", "image_path", "found", "not_found", "image_stamp", "annotation", "claims",
     "image", "num_shapes", "labels", "filtered", "joined", "not_instances", "rejected", "warnings",
 ]  # fmt: skip
 IMAGE_KEYS = [
     "name", "image_digest", "num_instances", "instances_digest", "tiles", "num_cut", "stretch",
+    "fingerprint",
 ]  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def test_a_stored_outcome_reads_back_equal():
         assert json.dumps(asdict(again)) == json.dumps(asdict(outcome))
 
 
-def test_the_keys_of_the_stored_json_are_those_of_format_2():
+def test_the_keys_of_the_stored_json_are_those_of_format_3():
     stored = asdict(FULL)
     assert list(stored) == KEYS
     assert list(stored["image"]) == IMAGE_KEYS

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from samray.config import PrepareConfig
 from samray.data.outcome import PreparedImage
 from samray.data.splits import SplitRule, split_of_hash
 from samray.errors import ConfigError, DatasetError
+from samray.geometry.duplicates import pack
 
 
 def sha(text: str) -> str:
@@ -67,29 +69,29 @@ def test_formula_by_hand_on_known_hashes() -> None:
 
 
 def test_shares_come_out_as_asked_over_many_images() -> None:
-    splits, _ = rule(val_fraction=0.1, test_fraction=0.3).assign(many(3000))
+    splits = rule(val_fraction=0.1, test_fraction=0.3).assign(many(3000)).members
     shares = {split: len(names) / 3000 for split, names in splits.items()}
     assert shares == pytest.approx({"train": 0.6, "val": 0.1, "test": 0.3}, abs=0.03)
 
 
 def test_adding_images_moves_none_and_order_does_not_matter() -> None:
     few, more = many(40), many(200)
-    before = where(rule().assign(few)[0])
-    after = where(rule().assign(more[::-1])[0])
+    before = where(rule().assign(few).members)
+    after = where(rule().assign(more[::-1]).members)
     assert {name: after[name] for name in before} == before
     assert len(after) == 200
 
 
 def test_same_photo_under_two_names_is_in_one_split() -> None:
     copies = [replace(image, name=f"copy/{image.name}") for image in many(60)]
-    splits, warnings = rule().assign(many(60) + copies)
-    found = where(splits)
+    splits = rule().assign(many(60) + copies)
+    found = where(splits.members)
     assert all(found[f"copy/{image.name}"] == found[image.name] for image in many(60))
-    assert warnings == []
+    assert splits.warnings == []
 
 
 def test_members_are_sorted_and_every_image_is_in_one_split() -> None:
-    splits, _ = rule().assign(many(60)[::-1])
+    splits = rule().assign(many(60)[::-1]).members
     assert all(names == sorted(names) for names in splits.values())
     found = [name for names in splits.values() for name in names]
     assert sorted(found) == [image.name for image in many(60)]
@@ -97,7 +99,7 @@ def test_members_are_sorted_and_every_image_is_in_one_split() -> None:
 
 def test_group_by_folder_keeps_folders_together() -> None:
     grouped = images(*(f"patient {p}/{n}.jpg" for p in range(40) for n in range(5)))
-    splits, _ = rule(group_by="folder").assign(grouped)
+    splits = rule(group_by="folder").assign(grouped).members
     found = where(splits)
     for p in range(40):
         assert len({found[f"patient {p}/{n}.jpg"] for n in range(5)}) == 1
@@ -111,7 +113,7 @@ def test_group_by_regex_keeps_groups_together_by_its_group_or_all_of_it(
     pattern: str, group: str
 ) -> None:
     grouped = images(*(f"{n}/patient{p}_{n}.jpg" for p in range(40) for n in range(5)))
-    found = where(rule(group_by=pattern).assign(grouped)[0])
+    found = where(rule(group_by=pattern).assign(grouped).members)
     for p in range(40):
         expected = split_of_hash(sha(group.format(p)), 0.2, 0.2)
         assert {found[f"{n}/patient{p}_{n}.jpg"] for n in range(5)} == {expected}
@@ -142,7 +144,7 @@ def test_split_file_wins_over_hash_and_group_by_path_or_file_name(
 ) -> None:
     given = from_file(tmp_path, content, suffix, group_by="folder")
     names = images("x/a.jpg", "x/b.jpg", "x/c.jpg", "y/z/d.jpg")
-    assert given.assign(names)[0] == {
+    assert given.assign(names).members == {
         "train": ["x/a.jpg", "x/b.jpg"],
         "val": ["x/c.jpg"],
         "test": ["y/z/d.jpg"],
@@ -227,7 +229,7 @@ def test_split_of_background_images_only_counts_as_empty(tmp_path: Path) -> None
 @pytest.mark.parametrize("val_fraction", [0.0, 0.5])
 def test_fraction_of_zero_allows_an_empty_split(val_fraction: float) -> None:
     given = rule(val_fraction=val_fraction, test_fraction=0)
-    splits, _ = given.assign(many(30))
+    splits = given.assign(many(30)).members
     assert splits["test"] == []
     assert (splits["val"] == []) == (val_fraction == 0)
     assert splits["train"]
@@ -243,6 +245,141 @@ def test_same_photo_put_into_two_splits_by_file_is_warned_about(tmp_path: Path) 
     given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["b.jpg"], "test": ["copy.jpg"]})
     listed = images("a.jpg", "b.jpg", "copy.jpg")
     listed[2].image_digest = listed[0].image_digest
-    _, (warning,) = given.assign(listed)
+    (warning,) = given.assign(listed).warnings
     assert warning.file == "copy.jpg"
     assert warning.reason == "is the same photo as a.jpg, but test and train have one each"
+
+
+def in_folders(*folders: str, count: int = 3) -> list[PreparedImage]:
+    return images(*(f"{folder}/{number}.jpg" for folder in folders for number in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "valid", "test"),
+        ("Train", "VAL", "Test"),
+        ("images/train", "images/validation", "images/test"),
+        ("train/images", "valid/images", "test/images"),
+        ("my set/train", "my set/val", "my set/test"),
+        ("train2017", "val2017", "test2017"),
+    ],
+)
+def test_folders_named_as_splits_are_the_splits(train: str, val: str, test: str) -> None:
+    splits = rule().assign(in_folders(train, val, test))
+    assert splits.by == "folders"
+    expected = {"train": train, "val": val, "test": test}
+    assert splits.members == {
+        split: [f"{folder}/{number}.jpg" for number in range(3)]
+        for split, folder in expected.items()
+    }
+    (note,) = splits.notes
+    assert "are the splits (prepare.split_folders=false" in note
+    assert splits.warnings == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"split_folders": False}, {"group_by": "folder"}, {"val_fraction": 0, "test_fraction": 0}],
+    ids=str,
+)
+def test_folders_named_as_splits_are_overridden_by_settings(settings: dict[str, Any]) -> None:
+    listed = in_folders("train", "valid", "test", count=30)
+    splits = rule(**settings).assign(listed)
+    assert splits.by in ("hashes", "groups", "order of hashes")
+    assert len({n.split("/")[0] for n in splits.members["train"]} - {"train"}) > 0
+
+
+def test_folders_named_as_splits_are_overridden_by_a_split_file(tmp_path: Path) -> None:
+    listed = in_folders("train", "test", count=2)
+    wanted = {
+        "train": ["test/0.jpg"],
+        "val": ["test/1.jpg"],
+        "test": ["train/0.jpg", "train/1.jpg"],
+    }
+    assert from_file(tmp_path, wanted).assign(listed).members == wanted
+
+
+def test_train_alone_is_a_folder_like_any_other() -> None:
+    """A class of toy trains; or a test folder whose pictures are not annotated, as of contests."""
+    for others in (in_folders("car", count=30), images("test/1.jpg", num_instances=0)):
+        assert rule().assign(in_folders("train", count=30) + others).by == "hashes"
+
+
+def test_missing_split_folder_leaves_the_split_empty_and_says_what_follows() -> None:
+    splits = rule().assign(in_folders("train", "test"))
+    assert splits.members["val"] == []
+    assert splits.notes[1].startswith("val is empty, and `samray train` needs val photos")
+    without_test = rule().assign(in_folders("train", "val"))
+    assert "`samray evaluate` needs test photos" in without_test.notes[1]
+
+
+def test_images_outside_of_the_split_folders_are_split_by_hash() -> None:
+    more = many(60)
+    splits = rule().assign(in_folders("train", "val") + more)
+    found = where(splits.members)
+    for image in more:
+        assert found[image.name] == split_of_hash(image.image_digest, 0.2, 0.2)
+    assert "60 images outside of them are split by hash" in splits.notes[0]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 7, 10, 19])
+@pytest.mark.parametrize("salt", range(12))
+def test_few_photos_fill_every_split(count: int, salt: int) -> None:
+    few = images(*(f"{salt}/{number}.jpg" for number in range(count)))
+    splits = rule().assign(few)
+    sizes = {split: len(names) for split, names in splits.members.items()}
+    assert min(sizes.values()) >= 1
+    assert sum(sizes.values()) == count
+    if splits.by == "order of hashes":
+        share = max(1, int(count * 0.2))
+        assert (sizes["val"], sizes["test"]) == (share, share)
+        assert "filled in the order of the hashes" in splits.notes[0]
+        ordered = sorted(few, key=lambda image: image.image_digest)
+        assert splits.members["val"] == sorted(image.name for image in ordered[:share])
+        assert rule().assign(few[::-1]).members == splits.members
+    else:
+        assert splits.notes == []
+        hashed = {i.name: split_of_hash(i.image_digest, 0.2, 0.2) for i in few}
+        assert where(splits.members) == hashed
+
+
+def test_three_photos_fill_three_splits_of_any_shares() -> None:
+    for val, test in ((0.01, 0.98), (0.45, 0.45), (0.98, 0.01), (0.3, 0.69)):
+        members = rule(val_fraction=val, test_fraction=test).assign(many(3)).members
+        assert [len(members[split]) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_photos_are_all_trained_on(count: int) -> None:
+    splits = rule().assign(many(count))
+    assert len(splits.members["train"]) == count
+    assert any("`samray train` needs val photos" in note for note in splits.notes)
+    copies = [replace(many(1)[0], name=f"copy {number}.jpg") for number in range(5)]
+    assert len(rule().assign(copies).members["train"]) == 5, "copies are one photo"
+
+
+def test_few_groups_stay_together_and_too_few_are_refused() -> None:
+    grouped = in_folders("a", "b", "c")
+    found = where(rule(group_by="folder").assign(grouped).members)
+    assert all(len({found[f"{folder}/{n}.jpg"] for n in range(3)}) == 1 for folder in "abc")
+    assert {found[f"{folder}/0.jpg"] for folder in "abc"} == {"train", "val", "test"}
+    with pytest.raises(DatasetError, match="other groups with --group-by"):
+        rule(group_by="folder").assign(in_folders("a", count=9))
+
+
+def test_near_duplicates_in_two_splits_are_warned_about(tmp_path: Path) -> None:
+    cells = np.random.default_rng(0).normal(size=(3, 480))
+    cells[2] = cells[0] + 0.1 * cells[1]  # nearly the first
+    names = {"train": ["a.jpg"], "val": ["b.jpg"], "test": ["c.jpg"]}
+    listed = images("a.jpg", "b.jpg", "c.jpg")
+    for image, row in zip(listed, cells, strict=True):
+        image.fingerprint = pack(row)
+    splits = from_file(tmp_path, names).assign(listed)
+    (warning,) = splits.warnings
+    assert warning.file == "a.jpg"
+    assert warning.reason == "(train) is nearly the same photo as c.jpg (test)"
+    assert "1 photos have near-duplicates in another split" in splits.notes[0]
+    together = {"train": ["a.jpg", "c.jpg"], "val": ["b.jpg"]}
+    settings = {"test_fraction": 0}
+    assert from_file(tmp_path, together, **settings).assign(listed).warnings == []

@@ -321,14 +321,14 @@ def real_warnings(images, *words):
         rule.listed = {name: split for name, split, *_ in images if split}
     else:
         rule = SplitRule(load_config(None, list(words)).prepare)
-    splits, warnings = rule.assign(
+    splits = rule.assign(
         [
             PreparedImage(name, str(hash(file)), num_instances=1, instances_digest="")
             for name, split, file, *_ in images
             if split
         ]
     )
-    return splits, [asdict(warning) for warning in warnings]
+    return splits.members, [asdict(warning) for warning in splits.warnings]
 
 
 def test_a_tile_is_recommended_that_brings_small_objects_to_16_pixels(tmp_path):

@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from samray.errors import AnnotationError
-from samray.inspection.duplicates import BLOCK, fingerprint, near_duplicates
+from samray.geometry.duplicates import (
+    BLOCK,
+    fingerprint,
+    fingerprint_of,
+    near_duplicates,
+    pack,
+    unpack,
+)
+from samray.geometry.images import decode_image
 
 
 def scene(seed, size=(300, 400)):
@@ -79,3 +87,13 @@ def test_chains_and_blocks_join_to_one_group():
 def test_a_damaged_file_is_refused():
     with pytest.raises(AnnotationError, match="cannot be decoded"):
         fingerprint(saved(scene(1))[:500])
+
+
+def test_fingerprint_of_a_decoded_image_and_its_text_are_nearly_the_same_vector():
+    for seed in range(5):
+        raw = saved(scene(seed), "JPEG", quality=90)
+        exact = fingerprint(raw)
+        for vector in (fingerprint_of(decode_image(raw)), unpack(pack(exact))):
+            assert float(vector @ exact) > 0.99
+    flat = fingerprint_of(np.full((20, 30, 3), 7, np.uint8))
+    assert not unpack(pack(flat)).any()
