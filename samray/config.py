@@ -56,6 +56,9 @@ class PrepareConfig(Section):
     """Folder of images and their LabelMe or COCO JSON files, in any layout."""
     output_dir: str | None = None
     """Folder of the prepared dataset to write."""
+    link_root: str | None = None
+    """Local folder; symbolic links of `data_dir` that lead into it are followed, as in a dataset of
+    links into a store; unset: links out of `data_dir` are not."""
     labels: tuple[str, ...] | None = None
     """Labels to keep, as they are named after `label_map`; unset: all."""
     label_map: str | None = None
@@ -76,6 +79,8 @@ class PrepareConfig(Section):
     """Share of the images, chosen by hash, in the test split, which only evaluation reads."""
     join_groups: bool = True
     """Join shapes of the same label and group_id into one instance; false: one instance each."""
+    crowd_as_instances: bool = False
+    """Take COCO annotations with `iscrowd` 1 as instances; CVAT writes brush masks so."""
     images_per_shard: int = Field(32, ge=1)
     """Images per Parquet shard; each shard is one parallel task."""
     tile: int | None = Field(None, ge=64)

@@ -18,10 +18,11 @@ from samray.geometry.masks import decompress_runs
 from samray.geometry.polygons import MAX_OUTLINE
 from samray.geometry.shapes import Shape
 
-LISTS = ("images", "annotations", "categories")  # a COCO file has all of them
+Id = int | str  # "17", 17 and 17.0 are one id; pandas, MATLAB and VIA write them so
 _FIRST_KEY = re.compile(
     rb'^(?:\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories)"'
 )
+_LABELME_KEY = re.compile(rb'"(shapes|imagePath|imageData)"\s*:')
 MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
 
 
@@ -31,19 +32,19 @@ class CocoImage:
 
     Attributes:
         source: the JSON's path from the dataset's root.
-        image_id: COCO's number of the image.
+        image_id: COCO's id of the image.
         file_name: where the file says the image is.
         size: (H, W).
         entries: (index in the file's `annotations`, entry).
-        labels: category id -> name.
+        labels: category id -> name; None if several categories have the id.
     """
 
     source: str
-    image_id: int
+    image_id: Id
     file_name: str
     size: tuple[int, int]
     entries: tuple[tuple[int, dict[str, Any]], ...]
-    labels: dict[int, str]
+    labels: dict[Id, str | None]
 
     @property
     def name(self) -> str:
@@ -51,20 +52,21 @@ class CocoImage:
         return f"{self.source}#{self.image_id}"
 
 
-def looks_like_coco(head: bytes) -> bool:
-    """Whether the beginning of a JSON is COCO's: LabelMe files begin with other keys."""
-    return _FIRST_KEY.match(head) is not None
+def may_be_coco(head: bytes) -> bool:
+    """Whether a JSON with this beginning must be read as a whole to know that it is not COCO's."""
+    return _FIRST_KEY.match(head) is not None or not _LABELME_KEY.search(head)
 
 
 def is_coco(raw: bytes) -> bool:
-    """Whether a whole file is COCO's, not just its beginning."""
-    if not looks_like_coco(raw[:4096]):
-        return False
+    """Whether a file is COCO's by its content: an object with lists of images and annotations."""
+    looks_like_it = _FIRST_KEY.match(raw) is not None
+    if not looks_like_it and not (b'"images"' in raw and b'"annotations"' in raw):
+        return False  # without parsing it: LabelMe files embed images
     try:
-        read_coco(raw, "")
-    except AnnotationError as problem:
-        return problem.field not in LISTS
-    return True
+        document = read_json_object(raw)
+    except AnnotationError:  # damaged
+        return looks_like_it
+    return all(isinstance(document.get(key), list) for key in ("images", "annotations"))
 
 
 def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str, str, int]]]:
@@ -77,33 +79,33 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         AnnotationError: the file is not a COCO instance file.
     """
     document = read_json_object(raw)
-    for key in LISTS:
+    for key in ("images", "annotations", "categories"):
         if not isinstance(document.get(key), list):
-            raise AnnotationError(key, "a COCO instance file has a list here")
-    labels = {
-        entry["id"]: entry["name"].strip()
-        for entry in document["categories"]
-        if isinstance(entry, dict) and _is_int(entry.get("id")) and _is_name(entry.get("name"))
-    }
+            raise AnnotationError(key, "a COCO instance file has a list here; export it again")
+    labels = _read_categories(document["categories"])
     problems: list[tuple[str, str, int]] = []
-    by_image: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    by_image: dict[Id, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for place, entry in enumerate(document["annotations"]):
-        if not isinstance(entry, dict) or not _is_int(entry.get("image_id")):
-            problems.append((f"annotations[{place}].image_id", "must be a whole number", 1))
+        image_id = _id(entry.get("image_id")) if isinstance(entry, dict) else None
+        if image_id is None:
+            problems.append((f"annotations[{place}].image_id", "must be a number or text", 1))
         else:
-            by_image[entry["image_id"]].append((place, entry))
-    images: list[CocoImage] = []
-    seen: set[int] = set()
+            by_image[image_id].append((place, entry))
+    listed: dict[Id, dict[tuple[str, tuple[int, int]], int]] = defaultdict(dict)
     for place, entry in enumerate(document["images"]):
         try:
             image_id, file_name, size = _read_image(f"images[{place}]", entry)
-            if image_id in seen:
-                raise AnnotationError(f"images[{place}].id", f"{image_id!r:.60} occurs twice")
         except AnnotationError as problem:
             problems.append((problem.field, problem.reason, 0))
             continue
-        seen.add(image_id)
+        listed[image_id].setdefault((file_name, size), place)
+    images: list[CocoImage] = []
+    for image_id, found in listed.items():
         entries = tuple(by_image.pop(image_id, ()))
+        if len(found) > 1:  # two files pasted together: nothing says which annotation is whose
+            problems += _shared_id(image_id, found, len(entries))
+            continue
+        ((file_name, size),) = found
         images.append(CocoImage(source, image_id, file_name, size, entries, labels))
     for image_id, orphans in by_image.items():
         field = f"annotations[{orphans[0][0]}].image_id"
@@ -111,74 +113,132 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
     return images, problems
 
 
-def coco_annotation(image: CocoImage) -> Annotation:
+def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annotation:
     """Check one image's annotations; each instance becomes a shape of kind `rle`.
 
     Polygons are filled by pycocotools, RLE is taken as it is; a crowd is not a single object and
-    is counted in `not_instances`.
+    is counted in `not_instances`, unless `crowd_as_instances`.
     """
     annotation = Annotation(image.file_name, image.size, len(image.entries))
+    seen: dict[tuple[str, bytes], int] = {}
     for place, entry in image.entries:
         where = f"annotations[{place}]"
-        if entry.get("iscrowd") == 1:
+        crowd = entry.get("iscrowd") is True or _whole(entry.get("iscrowd")) == 1
+        if crowd and not crowd_as_instances:
             annotation.not_instances.append((f"{where}.iscrowd", "crowd"))
             continue
         try:
             label = _read_label(f"{where}.category_id", entry.get("category_id"), image.labels)
-            rle = _read_segmentation(f"{where}.segmentation", entry.get("segmentation"), image.size)
+            rle, short = _read_segmentation(
+                f"{where}.segmentation", entry.get("segmentation"), image.size
+            )
+            first = seen.setdefault((label, rle), place)
+            if first != place:
+                reason = f"({label!r:.60}) is a duplicate of annotations[{first}]; remove one"
+                raise AnnotationError(where, reason)
         except AnnotationError as problem:
             annotation.problems.append(problem)
             continue
+        annotation.warnings += [
+            (field, "is a part of fewer than three points; left out") for field in short
+        ]
         x, y, w, h = coco.toBbox({"counts": rle, "size": list(image.size)}).tolist()
         corners = np.array([[x, y], [max(x, x + w - 1), max(y, y + h - 1)]])
         annotation.shapes.append(Shape(place, label, "rle", corners, None, rle=rle))
     return annotation
 
 
-def _read_image(where: str, entry: Any) -> tuple[int, str, tuple[int, int]]:
-    if not isinstance(entry, dict) or not _is_int(entry.get("id")):
-        raise AnnotationError(f"{where}.id", "must be a whole number")
+def _read_categories(entries: list[Any]) -> dict[Id, str | None]:
+    """{id: name} of the usable categories; None for an id that several names share."""
+    labels: dict[Id, str | None] = {}
+    for entry in entries:
+        if isinstance(entry, dict) and _is_name(entry.get("name")):
+            category_id, name = _id(entry.get("id")), entry["name"].strip()
+            if category_id is not None:
+                labels[category_id] = name if labels.get(category_id, name) == name else None
+    return labels
+
+
+def _shared_id(
+    image_id: Id, found: dict[tuple[str, tuple[int, int]], int], num_annotations: int
+) -> list[tuple[str, str, int]]:
+    """Problems of images that have one id; the first counts their annotations."""
+    names = ", ".join(repr(name)[:60] for name, _ in list(found)[:3])
+    reason = (
+        f"{image_id!r:.60} is the id of {len(found)} images ({names}), so nothing says whose its "
+        "annotations are; export the files again, one by one"
+    )
+    return [
+        (f"images[{place}].id", reason, 0 if number else num_annotations)
+        for number, place in enumerate(found.values())
+    ]
+
+
+def _read_image(where: str, entry: Any) -> tuple[Id, str, tuple[int, int]]:
+    image_id = _id(entry.get("id")) if isinstance(entry, dict) else None
+    if image_id is None:
+        raise AnnotationError(f"{where}.id", "must be a number or text")
     file_name = entry.get("file_name")
-    if not isinstance(file_name, str) or not file_name:
+    if not _is_name(file_name):
         raise AnnotationError(f"{where}.file_name", "must name the image's file")
     size = []
     for key in ("height", "width"):
-        value = entry.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1e6:
-            reason = f"must be a number of pixels, not {value!r:.60}"
+        value = _whole(entry.get(key))
+        if value is None or not 1 <= value <= 1e6:
+            reason = f"must be a number of pixels, not {entry.get(key)!r:.60}"
             raise AnnotationError(f"{where}.{key}", reason)
         size.append(value)
     if size[0] * size[1] > MAX_PIXELS:
         reason = f"{size[1]} x {size[0]} pixels are more than any image that can be read"
         raise AnnotationError(f"{where}.width", reason)
-    return entry["id"], file_name.replace("\\", "/"), (size[0], size[1])
+    return image_id, file_name.replace("\\", "/"), (size[0], size[1])
 
 
-def _read_label(where: str, category_id: Any, labels: dict[int, str]) -> str:
-    if not _is_int(category_id):
-        raise AnnotationError(where, f"must be a whole number, not {category_id!r:.60}")
+def _read_label(where: str, value: Any, labels: dict[Id, str | None]) -> str:
+    category_id = _id(value)
+    if category_id is None:
+        raise AnnotationError(where, f"must be a whole number or text, not {value!r:.60}")
     if category_id not in labels:
         raise AnnotationError(where, f"{category_id!r:.60} is not the id of a category with a name")
-    return labels[category_id]
+    label = labels[category_id]
+    if label is None:
+        raise AnnotationError(where, f"{category_id!r:.60} is the id of categories of two names")
+    return label
 
 
-def _read_segmentation(where: str, segmentation: Any, size: tuple[int, int]) -> bytes:
-    """Return compressed RLE counts.
+def _read_segmentation(
+    where: str, segmentation: Any, size: tuple[int, int]
+) -> tuple[bytes, list[str]]:
+    """Return compressed RLE counts, and the parts of too few points beside good ones.
 
     Raises:
         AnnotationError: it is neither polygons nor RLE, or covers no pixel.
     """
+    short: list[str] = []
     if isinstance(segmentation, dict):
         counts = _read_counts(where, segmentation, size)
         rle = coco.frPyObjects({"counts": counts, "size": list(size)}, *size)
     elif isinstance(segmentation, list) and segmentation:
-        parts = [_read_polygon(f"{where}[{n}]", part) for n, part in enumerate(segmentation)]
+        places = {f"{where}[{n}]": part for n, part in enumerate(segmentation)}
+        short = [field for field, part in places.items() if _is_short(part)]
+        if len(short) == len(places):
+            short = []  # none is good: say so of the first
+        parts = [_read_polygon(field, places[field]) for field in places if field not in short]
         rle = coco.merge(coco.frPyObjects(parts, *size))
     else:
         raise AnnotationError(where, "must be polygons or RLE; a box alone is no mask")
     if coco.area(rle) == 0:
         raise AnnotationError(where, "covers no pixel of the image")
-    return bytes(rle["counts"])
+    return bytes(rle["counts"]), short
+
+
+def _is_short(part: Any) -> bool:
+    """Whether a part is two points or fewer: tools leave such parts of a cut or a click."""
+    return (
+        isinstance(part, list)
+        and len(part) in (0, 2, 4)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in part)
+    )
 
 
 def _read_polygon(where: str, part: Any) -> list[float]:
@@ -223,6 +283,23 @@ def _is_name(value: Any) -> bool:
     # Half of a surrogate pair is valid JSON but cannot be encoded as UTF-8.
     text = isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
     return text and bool(value.strip())
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a value stands for: 17, 17.0 or "17"; None if it is none."""
+    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,17})(\.0+)?", value, re.ASCII):
+        return int(value.partition(".")[0])
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value if _is_int(value) else None
+
+
+def _id(value: Any) -> Id | None:
+    """An id in one form, so that "17", 17 and 17.0 are equal; None if the value is no id."""
+    number = _whole(value)
+    if number is None and _is_name(value) and len(value) <= 200 and value.isprintable():
+        return str(value)
+    return number
 
 
 def _is_int(value: Any) -> bool:

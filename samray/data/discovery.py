@@ -112,9 +112,15 @@ def _files_on_disk(
         reason = f"cannot be read ({exc.strerror}); change its permissions, or move it away"
         skip(exc.filename, "folder", reason)
 
-    waiting, seen = [str(root)], {allowed[0]}
+    waiting, seen = [str(root)], {allowed[0]}  # each folder once: links may lead in circles
     while waiting:
-        for folder, subfolders, names in os.walk(waiting.pop(), onerror=unreadable):
+        start = waiting.pop()
+        for folder, subfolders, names in os.walk(start, onerror=unreadable):
+            if link_root is not None and folder != start:
+                if (real := os.path.realpath(folder)) in seen:
+                    subfolders.clear()
+                    continue
+                seen.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for link in (os.path.join(folder, name) for name in subfolders):
                 if not Path(link).is_symlink():
@@ -122,7 +128,7 @@ def _files_on_disk(
                 target = os.path.realpath(link)
                 if target in seen or not any(_is_inside(target, top) for top in allowed[1:]):
                     skip(link, "folder", _LINKED_FOLDER)
-                else:  # each once: links may lead in circles
+                else:
                     seen.add(target)
                     waiting.append(link)
             for name in names:

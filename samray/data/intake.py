@@ -49,7 +49,7 @@ class Entry:
     @classmethod
     def of_coco(cls, image: CocoImage) -> "Entry":
         """Wrap one image's part of a COCO file."""
-        content = json.dumps(asdict(image), sort_keys=True, default=str)
+        content = json.dumps(asdict(image), default=str)
         return cls(image.name, "coco", hashlib.sha256(content.encode()).hexdigest(), image)
 
 
@@ -97,7 +97,7 @@ def read_entry(
         StorageError: S3 does not answer; it is not the entry's fault.
     """
     try:
-        annotation = _read_annotation(entry, files)
+        annotation = _read_annotation(entry, files, rules)
     except AnnotationError as problem:
         outcome, _ = _begin_outcome(entry, None, files)
         outcome.rejected.append(Rejection.of(entry.name, problem, 0))
@@ -182,7 +182,7 @@ def _claim_by_stem(entry: Entry, files: RawFiles) -> str | None:
         return None
 
 
-def _read_annotation(entry: Entry, files: RawFiles) -> Annotation:
+def _read_annotation(entry: Entry, files: RawFiles, rules: Rules) -> Annotation:
     """Read and check an entry's annotation; one without shapes for an image alone.
 
     Raises:
@@ -190,7 +190,7 @@ def _read_annotation(entry: Entry, files: RawFiles) -> Annotation:
         StorageError: S3 does not answer.
     """
     if entry.coco is not None:
-        return coco_annotation(entry.coco)
+        return coco_annotation(entry.coco, rules.settings.crowd_as_instances)
     if entry.kind == "image":
         return Annotation(image_path="", size=None, num_shapes=0)
     try:
@@ -198,12 +198,19 @@ def _read_annotation(entry: Entry, files: RawFiles) -> Annotation:
     except StorageError:
         raise
     except OSError as exc:
-        raise AnnotationError("file", str(exc.strerror)) from exc
-    if is_coco(raw):
-        raise AnnotationError(
-            "file", "is COCO's but has an image's name; rename it, e.g. to instances.json"
-        )
-    return read_annotation(raw)
+        raise AnnotationError("file", _cannot_be_read(exc)) from exc
+    try:
+        return read_annotation(raw)
+    except AnnotationError as problem:
+        if problem.field == "shapes" and is_coco(raw):
+            raise AnnotationError(
+                "file", "is COCO's but has an image's name; rename it, e.g. to instances.json"
+            ) from problem
+        raise
+
+
+def _cannot_be_read(exc: OSError) -> str:
+    return f"cannot be read ({exc.strerror or exc}); check its permissions"
 
 
 def _read_image(
@@ -232,7 +239,7 @@ def _read_image(
             raise AnnotationError("imageData", exc.reason) from exc
         raise AnnotationError("image", f"{found} {exc.reason}") from exc
     except OSError as exc:
-        raise AnnotationError("file", str(exc.strerror)) from exc
+        raise AnnotationError("file", _cannot_be_read(exc)) from exc
     height, width = pixels.shape[:2]
     if annotation.size not in (None, (height, width)):
         assert annotation.size is not None

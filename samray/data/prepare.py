@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,13 +27,13 @@ from tqdm import tqdm
 from samray import __version__, cluster
 from samray.config import Config, PrepareConfig, required, save_config
 from samray.data.annotation import MAX_JSON_BYTES
-from samray.data.coco import LISTS, CocoImage, looks_like_coco, read_coco
+from samray.data.coco import CocoImage, is_coco, may_be_coco, read_coco
 from samray.data.dataset import FORMAT, SCHEMA, dataset_digest
 from samray.data.discovery import RawFiles, find_files, fold
 from samray.data.intake import Entry, Rules, is_current, read_entry
 from samray.data.outcome import Outcome, PreparedImage, Rejection
 from samray.data.splits import SplitRule
-from samray.errors import AnnotationError, ConfigError, DatasetError
+from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.storage import (
     Place,
     file_sizes,
@@ -45,6 +45,7 @@ from samray.storage import (
     read_json,
     require_folder,
     resolve,
+    resolve_local,
     whole_file,
     write_json,
 )
@@ -124,13 +125,13 @@ def prepare(config: Config) -> dict[str, Any]:
         raise ConfigError(f"--output-dir: {output} lies inside --data-dir; choose another folder")
     label_map = _read_label_map(settings)
     rule = SplitRule(settings)
-    files = find_files(root)
+    link_root = settings.link_root and resolve_local(settings.link_root, "prepare.link_root")
+    if link_root:
+        require_folder(link_root, "prepare.link_root")
+    files = find_files(root, link_root or None)
     coco, problems = _take_coco(files)
     if not files.annotations and not coco and not problems:
-        raise DatasetError(
-            f"{root}: no LabelMe JSON or COCO file in it or below ({len(files.images)} images); "
-            "check --data-dir"
-        )
+        raise _no_annotation(files)
     entries = [Entry(name, "labelme", files.stamps[name]) for name in files.annotations]
     entries += [Entry.of_coco(image) for image in coco]
     job = _prepare_job(files, entries, output, settings, label_map)
@@ -142,7 +143,7 @@ def prepare(config: Config) -> dict[str, Any]:
         print(f"{output} is already prepared from the same inputs; nothing to do")
         return finished
     cluster.start()
-    cluster.require_visible(root / (files.annotations or files.images)[0], "--data-dir")
+    cluster.require_visible(root / next(iter(files.stamps)), "--data-dir")
     cluster.require_shared(output, "--output-dir")
     generation = finished["generation"] + 1 if finished else 1
     outcomes, shards = _run(entries, job, generation)
@@ -196,14 +197,20 @@ def _take_coco(files: RawFiles) -> tuple[list[CocoImage], list[Rejection]]:
     problems: list[Rejection] = []
     for name in list(files.annotations):
         # A JSON with the stem of an image is LabelMe's; in S3 each look costs a request.
-        has_image = fold(PurePosixPath(name).stem) in files.by_stem
-        if has_image or not looks_like_coco(read_head(files.root / name)):
+        if fold(PurePosixPath(name).stem) in files.by_stem:
             continue
         try:
-            found, faults = read_coco(read_bytes(files.root / name, MAX_JSON_BYTES), name)
+            if not may_be_coco(read_head(files.root / name)):
+                continue
+            raw = read_bytes(files.root / name, MAX_JSON_BYTES)
+            if not is_coco(raw):
+                continue  # some other JSON: read as a LabelMe file
+            found, faults = read_coco(raw, name)
+        except StorageError:
+            raise
+        except OSError:
+            continue  # its task says why it cannot be read
         except AnnotationError as problem:
-            if problem.field in LISTS:
-                continue  # some other JSON: rejected as a LabelMe file
             files.annotations.remove(name)
             problems.append(Rejection.of(name, problem, 0))
             continue
@@ -396,7 +403,7 @@ def _manifest(
         "not_instances": dict(sorted(_total(outcome.not_instances for outcome in kept).items())),
         "splits": splits,
         "splits_by": assigned.by,
-        "notes": assigned.notes,
+        "notes": assigned.notes + _notes(kept, job.files),
         "tiles": _tile_counts(images, job.settings),
         "stretched": {image.name: list(image.stretch) for image in images if image.stretch},
         "unlabelled": [o.image.name for o in kept if o.image and o.annotation is None],
@@ -409,6 +416,41 @@ def _manifest(
         "generation": generation,
         "digest": dataset_digest(images, splits),
     }
+
+
+def _notes(kept: list[Outcome], files: RawFiles) -> list[str]:
+    """Sentences for the user about what is left out as a whole."""
+    notes = []
+    if crowds := _total(outcome.not_instances for outcome in kept)["crowd"]:
+        notes.append(_of_crowds(crowds))
+    if files.unread:
+        kinds = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in files.unread}))
+        notes.append(
+            f"{len(files.unread)} images are of formats that are not read ({kinds}); convert them "
+            "to PNG or JPEG"
+        )
+    return notes
+
+
+def _of_crowds(number: int) -> str:
+    return (
+        f"{number} annotations are crowds (iscrowd 1), as CVAT writes brush masks, and are no "
+        "instances; prepare.crowd_as_instances=true makes each one an instance"
+    )
+
+
+def _no_annotation(files: RawFiles) -> DatasetError:
+    counts = f"{len(files.images)} images"
+    if files.unread:
+        counts += f", {len(files.unread)} of formats that are not read"
+    hint = ""
+    if files.skipped:
+        name, problem = files.skipped[0]
+        hint = f"; {len(files.skipped)} items are not read, the first: {name}: {problem}"
+    return DatasetError(
+        f"{files.root}: no LabelMe JSON or COCO file in it or below ({counts}); "
+        f"check --data-dir{hint}"
+    )
 
 
 def _dropped(outcomes: list[Outcome]) -> dict[str, str]:
@@ -447,6 +489,11 @@ def _total(counts: Iterable[dict[str, int]]) -> Counter[str]:
     return total
 
 
+def _shortened(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts for a message: the first labels, and of each the first letters."""
+    return {f"{label:.60}": count for label, count in list(counts.items())[:20]}
+
+
 def _tile_counts(images: list[PreparedImage], settings: PrepareConfig) -> dict[str, int] | None:
     if settings.tile is None:
         return None
@@ -465,12 +512,14 @@ def _require_instances(
     if any(outcome.labels for outcome in kept):
         return
     hint = ""
+    if crowds := _total(outcome.not_instances for outcome in kept)["crowd"]:
+        hint = f"; {_of_crowds(crowds)}"
     if rejected:
         first = rejected[0]
-        hint = f"; {len(rejected)} problems, the first: "
+        hint += f"; {len(rejected)} problems, the first: "
         hint += f"{first['file']}: {first['field']}: {first['reason']}"
     if filtered := _total(outcome.filtered for outcome in kept):
-        hint += f"; filtered out: {dict(filtered)}"
+        hint += f"; filtered out: {_shortened(filtered)}"
     raise DatasetError(f"{files.root}: no instance is usable{hint}")
 
 
@@ -512,7 +561,7 @@ def _prepare_job(
     label_map: dict[str, str | None],
 ) -> PrepareJob:
     shard_keys = {"labels", "join_groups", "images_per_shard", "max_megapixels", "visualize"}
-    shard_keys |= {"num_samples", "tile", "overlap"}
+    shard_keys |= {"num_samples", "tile", "overlap", "crowd_as_instances"}
     split_keys = {"group_by", "split_folders", "val_fraction", "test_fraction"}
     deciding = settings.model_dump(mode="json", include=shard_keys)
     shards = _digest([json.dumps([deciding, label_map, FORMAT], sort_keys=True)])

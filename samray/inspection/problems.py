@@ -73,7 +73,8 @@ NOTES = (
     ("filtered", "Shapes left out by label",
      "Nothing, if --labels and --label-map are as intended."),
     ("not_instances", "Shapes that cover no area",
-     "Nothing, if they are marks; objects must be outlined to be learned."),
+     "Nothing, if they are marks; objects must be outlined to be learned. Crowds are taken as "
+     "objects with prepare.crowd_as_instances=true."),
 )  # fmt: skip
 
 

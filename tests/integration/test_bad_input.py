@@ -304,6 +304,101 @@ def test_nothing_from_outside_the_folder_gets_into_the_dataset(
     assert not any("diary" in path.name for path in written)
 
 
+def coco_file(path: Path, *file_names: str, **entries: object) -> None:
+    """A COCO file with a square in each image of 60 x 50 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    square = {"category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]} | entries
+    document = {
+        "type": "instances",
+        "images": [
+            {"id": n, "file_name": name, "width": 60, "height": 50}
+            for n, name in enumerate(file_names)
+        ],
+        "annotations": [square | {"id": n, "image_id": n} for n in range(len(file_names))],
+        "categories": [{"id": 1, "name": "nut"}],
+    }
+    path.write_text(json.dumps(document))
+
+
+def noise(path: Path, seed: int = 0, size: tuple[int, int] = (50, 60), **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_folders_without_a_usable_pair_end_with_the_reason(tmp_path, run_cli, ray_cluster):
+    """JSON alone, a damaged file alone, crowds alone, links alone, other formats alone."""
+
+    def prepared(data: Path, *words: str) -> tuple[int, str, str]:
+        output = tmp_path / f"{data.name} prepared{len(words)}"
+        return run_cli("prepare", "--data-dir", data, "--output-dir", output, *ALL_TRAIN, *words)
+
+    data = tmp_path / "coco alone"
+    coco_file(data / "c.json", "a.png", "b.png")
+    refused(prepared(data), "no instance is usable; 2 problems", "there is no image 'a.png'")
+
+    data = tmp_path / "damaged coco"
+    coco_file(data / "c.json", "a.png")
+    cut(data / "c.json")
+    refused(prepared(data), "no instance is usable", "c.json: file: is not JSON")
+
+    data = tmp_path / "no categories"
+    noise(data / "a.png")
+    coco_file(data / "c.json", "a.png")
+    document = json.loads((data / "c.json").read_text())
+    del document["categories"]
+    (data / "c.json").write_text(json.dumps(document))
+    message = refused(prepared(data), "c.json: categories: a COCO instance file has a list here")
+    assert "LabelMe" not in message
+
+    data = tmp_path / "labelme alone"
+    data.mkdir()
+    (data / "a.json").write_text('{"shapes": [], "imagePath": "a.png"}')
+    refused(prepared(data), "no instance is usable", "there is no image named a.*")
+
+    data = tmp_path / "crowds"
+    noise(data / "a.png")
+    coco_file(data / "c.json", "a.png", iscrowd=1)
+    refused(prepared(data), "1 annotations are crowds", "prepare.crowd_as_instances=true")
+    assert prepared(data, "prepare.crowd_as_instances=true")[0] == 0
+
+    data = tmp_path / "links"
+    noise(tmp_path / "store/a.png")
+    coco_file(tmp_path / "store/c.json", "a.png")
+    data.mkdir()
+    for name in ("a.png", "c.json"):
+        (data / name).symlink_to(tmp_path / "store" / name)
+    refused(prepared(data), "no LabelMe JSON or COCO file", "is a link out", "prepare.link_root")
+    assert prepared(data, f"prepare.link_root={tmp_path / 'store'}")[0] == 0
+
+    data = tmp_path / "gif"
+    noise(data / "a.gif")
+    refused(prepared(data), "0 images, 1 of formats that are not read")
+    coco_file(data / "c.json", "a.gif")
+    refused(prepared(data), "a.gif is there, but samray does not read .gif; convert it to PNG")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_listed(few, tmp_path, run_cli, ray_cluster):
+    (few / "annotations/sample_00001.json").chmod(0)
+    coco_file(few / "c.json", "a.png")
+    (few / "c.json").chmod(0)
+    noise(few / "locked/a.png")
+    (few / "locked").chmod(0)
+    output = tmp_path / "prepared"
+    words = ["prepare", "--data-dir", few, "--output-dir", output, *ALL_TRAIN]
+    try:
+        assert run_cli(*words)[0] == 0
+    finally:
+        (few / "locked").chmod(0o700)
+    manifest = json.loads((output / "manifest.json").read_text())
+    rejected = {(r["file"], r["field"]): r["reason"] for r in manifest["rejected"]}
+    assert set(rejected) == {
+        ("annotations/sample_00001.json", "file"), ("c.json", "file"), ("locked", "folder"),
+    }  # fmt: skip
+    assert all("cannot be read (Permission denied)" in reason for reason in rejected.values())
+
+
 # ---- prepare: no usable input --------------------------------------------------------------
 
 

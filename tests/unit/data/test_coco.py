@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from samray.data.coco import CocoImage, coco_annotation, looks_like_coco, read_coco
+from samray.data.coco import CocoImage, coco_annotation, is_coco, may_be_coco, read_coco
 from samray.errors import AnnotationError
 from samray.geometry.masks import rasterize_instance
 
@@ -92,8 +92,8 @@ def test_labels_are_the_categories_names_and_crowds_are_counted() -> None:
 def test_a_bad_annotation_is_one_problem_and_the_others_are_used(
     entry: dict[str, Any], field: str, said: str
 ) -> None:
-    good = {"segmentation": [SQUARE]}
-    annotation = coco_annotation(only_image(document(good, entry, good)))
+    good, other = {"segmentation": [SQUARE]}, {"segmentation": [SQUARE[:6]]}
+    annotation = coco_annotation(only_image(document(good, entry, other)))
     assert len(annotation.shapes) == 2
     (problem,) = annotation.problems
     assert problem.field == f"annotations[1]{field}"
@@ -156,24 +156,122 @@ def test_too_long_an_outline_is_refused() -> None:
 def test_what_belongs_to_no_image_is_listed() -> None:
     images = [
         {"id": 7, "file_name": "a.png", "height": 40, "width": 60},
-        {"id": 7, "file_name": "b.png", "height": 40, "width": 60},
         {"id": 8, "file_name": "c.png", "height": 0, "width": 60},
         {"id": 9, "height": 40, "width": 60},
         "x",
     ]
-    others = {"image_id": 8}, {"image_id": 8}, {"image_id": "7"}
+    others = {"image_id": 8}, {"image_id": 8}, {"image_id": None}, {"image_id": 1.5}
     found, problems = read_coco(
         document({"segmentation": [SQUARE]}, *others, images=images), "c.json"
     )
     assert [image.name for image in found] == ["c.json#7"]
     assert [(field, count) for field, _, count in problems] == [
         ("annotations[3].image_id", 1),
-        ("images[1].id", 0),
-        ("images[2].height", 0),
-        ("images[3].file_name", 0),
-        ("images[4].id", 0),
+        ("annotations[4].image_id", 1),
+        ("images[1].height", 0),
+        ("images[2].file_name", 0),
+        ("images[3].id", 0),
         ("annotations[1].image_id", 2),
     ]
+
+
+IMAGE = {"id": 7, "file_name": "a.png", "height": 40, "width": 60}
+
+
+def test_images_of_one_id_are_refused_as_nothing_says_whose_the_annotations_are() -> None:
+    """Two exports pasted together: the first image got the second's annotations."""
+    images = [IMAGE, {**IMAGE, "id": 8, "file_name": "b.png"}, {**IMAGE, "file_name": "c.png"}]
+    raw = document(
+        {"segmentation": [SQUARE]},
+        {"segmentation": [SQUARE]},
+        {"segmentation": [SQUARE], "image_id": 8},
+        images=images,
+    )
+    found, problems = read_coco(raw, "c.json")
+    assert [image.file_name for image in found] == ["b.png"]
+    assert [(field, count) for field, _, count in problems] == [
+        ("images[0].id", 2),
+        ("images[2].id", 0),
+    ]
+    assert "7 is the id of 2 images ('a.png', 'c.png')" in problems[0][1]
+    found, problems = read_coco(document({}, images=[IMAGE, IMAGE]), "c.json")
+    assert (len(found), problems) == (1, []), "the same entry twice is one image"
+
+
+@pytest.mark.parametrize("one", [7, 7.0, "7", "7.0"])
+@pytest.mark.parametrize("other", [7, 7.0, "7"])
+def test_ids_and_sizes_may_be_texts_and_floats(one: Any, other: Any) -> None:
+    raw = document(
+        {"segmentation": [SQUARE], "image_id": other, "category_id": one},
+        images=[{"id": one, "file_name": "a.png", "height": 40.0, "width": "60"}],
+        categories=[{"id": other, "name": "cat"}],
+    )
+    image = only_image(raw)
+    assert (image.name, image.size) == ("instances.json#7", SIZE)
+    assert [shape.label for shape in coco_annotation(image).shapes] == ["cat"]
+
+
+def test_ids_that_are_words_are_kept_and_others_refused() -> None:
+    raw = document({"segmentation": [SQUARE], "image_id": "a-07"}, images=[{**IMAGE, "id": "a-07"}])
+    assert len(coco_annotation(only_image(raw)).shapes) == 1
+    for value in (None, True, 1.5, "", " ", "a\nb", [7], {}, float("nan"), "x" * 300):
+        found, problems = read_coco(document(images=[{**IMAGE, "id": value}]), "c.json")
+        assert found == []
+        assert problems == [("images[0].id", "must be a number or text", 0)]
+    for value in ("007", "7"):  # leading zeros make another id
+        found, problems = read_coco(document({}, images=[{**IMAGE, "id": value}]), "c.json")
+        assert len(problems) == (value == "007")
+
+
+def test_category_id_of_two_names_is_refused() -> None:
+    categories = [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4, "name": "cow"}]
+    raw = document(
+        {"segmentation": [SQUARE]}, {"segmentation": [SQUARE], "category_id": 4},
+        categories=[*categories, categories[2]],
+    )  # fmt: skip
+    annotation = coco_annotation(only_image(raw))
+    assert [shape.label for shape in annotation.shapes] == ["cow"]
+    assert "categories of two names" in annotation.problems[0].reason
+
+
+def test_the_same_annotation_again_is_refused() -> None:
+    mask = np.zeros(SIZE, np.uint8)
+    (found,) = masks_of(document({"segmentation": [SQUARE]}))
+    mask[found] = 1
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    again = {"segmentation": {"size": list(SIZE), "counts": rle["counts"].decode()}}
+    other = {"segmentation": [SQUARE], "category_id": 4}
+    raw = document({"segmentation": [SQUARE]}, {"segmentation": [SQUARE]}, other, again)
+    annotation = coco_annotation(only_image(raw))
+    assert [shape.label for shape in annotation.shapes] == ["cat", "dog"]
+    assert [problem.field for problem in annotation.problems] == [
+        "annotations[1]",
+        "annotations[3]",
+    ]
+    assert "is a duplicate of annotations[0]" in annotation.problems[0].reason
+
+
+@pytest.mark.parametrize("short", [[], [3, 4], [3, 4, 5, 6]], ids=str)
+def test_part_of_two_points_beside_good_ones_is_left_out_with_a_warning(short: list) -> None:
+    raw = document({"segmentation": [short, SQUARE, short]})
+    annotation = coco_annotation(only_image(raw))
+    assert annotation.problems == []
+    assert [field for field, _ in annotation.warnings] == [
+        "annotations[0].segmentation[0]",
+        "annotations[0].segmentation[2]",
+    ]
+    (found,) = masks_of(raw)
+    (expected,) = masks_of(document({"segmentation": [SQUARE]}))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("iscrowd", [1, True, 1.0, "1"])
+def test_crowds_are_instances_if_the_setting_says_so(iscrowd: Any) -> None:
+    image = only_image(document({"segmentation": [SQUARE], "iscrowd": iscrowd}))
+    assert coco_annotation(image).shapes == []
+    assert len(coco_annotation(image).not_instances) == 1
+    annotation = coco_annotation(image, crowd_as_instances=True)
+    assert (len(annotation.shapes), annotation.not_instances) == (1, [])
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
@@ -182,8 +280,29 @@ def test_a_file_without_a_list_is_no_coco(key: str) -> None:
         read_coco(document(**{key: {}}), "c.json")
 
 
-def test_the_first_key_distinguishes_coco_from_labelme() -> None:
-    assert looks_like_coco(document())
-    assert looks_like_coco(b'\xef\xbb\xbf\n{ "annotations": [')
-    assert not looks_like_coco(b'{"version": "5.0", "images": []')
-    assert not looks_like_coco(b"")
+def test_coco_is_recognised_by_its_content_at_any_order_of_keys() -> None:
+    content = json.loads(document({"segmentation": [SQUARE]}))
+    for first in ({"type": "instances"}, {"videos": []}, {"version": "5.0"}, {"description": "x"}):
+        for keys in (list(content), list(content)[::-1]):
+            raw = json.dumps(first | {key: content[key] for key in keys}).encode()
+            assert may_be_coco(raw[:4096])
+            assert is_coco(raw)
+    del content["categories"]
+    assert is_coco(json.dumps(content).encode()), "and then refused as COCO, not as LabelMe"
+    assert is_coco(b"\xef\xbb\xbf" + document())
+    assert is_coco(document()[:-9]), "damaged"
+
+
+def test_other_json_is_no_coco() -> None:
+    labelme = b'{"version": "5.0", "flags": {}, "shapes": [], "imagePath": "a.png"}'
+    assert not may_be_coco(labelme)
+    for raw in (
+        labelme,
+        b"",
+        b"[]",
+        b'{"images": []}',
+        b'{"images": {}, "annotations": []}',
+        b'{"x": ["images", "annotations"]}',
+        b'{"version": "images", "annotations"',
+    ):
+        assert not is_coco(raw)

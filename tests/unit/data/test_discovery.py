@@ -1,6 +1,8 @@
 """Which files of a folder are read; never one outside of it, and none is left out in silence."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,22 @@ def test_files_are_listed_sorted_with_paths_from_the_root(tmp_path: Path) -> Non
     assert files.images == ["b/x.JPG", "z.png"]
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "JPeG"])
+@pytest.mark.parametrize(
+    "extension",
+    [
+        "jpg",
+        "jpeg",
+        "png",
+        "bmp",
+        "tif",
+        "tiff",
+        "webp",
+        "JPeG",
+        "jfif",
+        "jpe",
+        "JFIF",
+    ],
+)
 def test_every_image_extension_is_seen_in_any_case(tmp_path: Path, extension: str) -> None:
     assert lay_out(tmp_path, f"a.{extension}").images == [f"a.{extension}"]
 
@@ -87,3 +104,53 @@ def test_file_name_that_is_not_utf_8_is_skipped_and_named(tmp_path: Path) -> Non
     ((name, problem),) = files.skipped
     assert "caf" in name
     assert "is not UTF-8; rename it" in problem.reason
+
+
+def test_pictures_of_other_formats_are_known_but_not_read(tmp_path: Path) -> None:
+    files = lay_out(tmp_path, "a.HEIC", "x/b.gif", "c.png", "d.txt")
+    assert (files.images, files.unread) == (["c.png"], ["a.HEIC", "x/b.gif"])
+    assert "a.HEIC" not in files.stamps
+    assert files.unusable["x/b.gif"].startswith("is there, but samray does not read .gif; convert")
+
+
+def test_links_into_the_link_root_are_followed_once(tmp_path: Path) -> None:
+    store, root = tmp_path / "store", tmp_path / "data"
+    lay_out(store, "blobs/1f", "folder/b.json", "folder/b.jpg")
+    lay_out(tmp_path / "other", "c.jpg")
+    lay_out(root, "real.jpg")
+    (root / "a.jpg").symlink_to(store / "blobs/1f")
+    (root / "folder").symlink_to(store / "folder")
+    (root / "folder again").symlink_to(store / "folder")
+    (store / "folder" / "circle").symlink_to(store)
+    (root / "c.jpg").symlink_to(tmp_path / "other/c.jpg")
+    files = find_files(root, store)
+    assert files.images == ["a.jpg", "folder/b.jpg", "real.jpg"]
+    assert files.annotations == ["folder/b.json"]
+    skipped = {name: problem.field for name, problem in files.skipped}
+    assert skipped["c.jpg"] == "file"
+    assert skipped["folder again"] == "folder"
+    assert find_files(root).images == ["real.jpg"]
+    assert "prepare.link_root" in find_files(root).unusable["a.jpg"]
+
+
+def test_folder_that_may_not_be_read_is_listed() -> None:
+    """As another user if this one is root, whom no permission stops."""
+    root = Path(tempfile.mkdtemp())
+    try:
+        lay_out(root, "a.json", "locked/b.json")
+        root.chmod(0o755)
+        (root / "locked").chmod(0)
+        uid = os.geteuid()
+        if uid == 0:
+            os.seteuid(65534)
+        try:
+            files = find_files(root)
+        finally:
+            os.seteuid(uid)
+        assert files.annotations == ["a.json"]
+        ((name, problem),) = files.skipped
+        assert (name, problem.field) == ("locked", "folder")
+        assert "cannot be read (Permission denied)" in problem.reason
+    finally:
+        (root / "locked").chmod(0o700)
+        shutil.rmtree(root)
