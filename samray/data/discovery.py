@@ -108,7 +108,7 @@ def _files_on_disk(
 
     def unreadable(exc: OSError) -> None:
         if Path(exc.filename) == root:
-            raise ConfigError(f"--data-dir: {root} cannot be read ({exc.strerror})") from exc
+            raise ConfigError(f"{root}: cannot be read ({exc.strerror})") from exc
         reason = f"cannot be read ({exc.strerror}); change its permissions, or move it away"
         skip(exc.filename, "folder", reason)
 

@@ -30,6 +30,7 @@ MAX_FILE_BYTES = 2**30
 MAX_ASPECT = 256  # the short side of thinner images would scale to less than a pixel
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 STRETCH_PERCENTILES = (0.1, 99.9)
+GDAL_NODATA = 42113  # TIFF tag: the value of pixels without a measurement, as text
 
 
 def read_image_file(path: Place) -> bytes:
@@ -46,7 +47,8 @@ def decode_image(raw: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarr
     """Return the image as shown, with its EXIF orientation applied.
 
     Grey images of 16 or 32 bits, integer or float, are stretched linearly from their 0.1 and
-    99.9 percentiles to 0..255. Of 16-bit colour channels, the upper 8 bits are used.
+    99.9 percentiles to 0..255. Pixels of GDAL's nodata value become 0 and do not count for the
+    percentiles. Of 16-bit colour channels, the upper 8 bits are used.
 
     Args:
         raw: a whole JPEG, PNG, BMP, TIFF or WebP file.
@@ -66,9 +68,10 @@ def decode_and_stretch(
 ) -> tuple[np.ndarray, tuple[float, float] | None]:
     """As `decode_image`; also return the values that became 0 and 255 in a 16 or 32-bit image."""
     with _opened(raw, max_megapixels) as picture:
+        nodata = _nodata(picture)
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
-            return _stretch(np.asarray(upright))
+            return _stretch(np.asarray(upright), nodata)
         return np.asarray(upright.convert("RGB")), None
 
 
@@ -114,9 +117,10 @@ def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
     """
     with _opened(raw, MAX_MEGAPIXELS) as picture:
         picture.draft("L", (4 * side, 4 * side))  # has no effect on formats other than JPEG
+        nodata = _nodata(picture)
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
-            upright = Image.fromarray(_stretch(np.asarray(upright))[0])
+            upright = Image.fromarray(_stretch(np.asarray(upright), nodata)[0])
         small = upright.convert("L").resize((side, side), Image.Resampling.BOX)
         return np.asarray(small, dtype=np.float32)
 
@@ -161,13 +165,37 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
             ) from exc
 
 
-def _stretch(deep: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """H x W of 16 or 32 bits, integer or float -> H x W x 3 uint8, and the values of 0 and 255."""
-    if not np.isfinite(deep).all():
+def _nodata(picture: Image.Image) -> float | None:
+    """The value that GDAL has marked as no measurement, or None."""
+    text = getattr(picture, "tag_v2", {}).get(GDAL_NODATA)
+    try:
+        return float(str(text).strip("\0 "))
+    except ValueError:
+        return None
+
+
+def _stretch(
+    deep: np.ndarray, nodata: float | None
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """H x W of 16 or 32 bits, integer or float -> H x W x 3 uint8, and the values of 0 and 255.
+
+    Pixels of the value `nodata` become 0; the values are None if all pixels are such.
+    """
+    measured = np.ones(deep.shape, bool)
+    if nodata is not None:  # -3.4e38 is written with more digits than a float32 holds
+        with np.errstate(over="ignore"):
+            value = np.float32(nodata) if deep.dtype.kind == "f" else nodata
+        measured = ~np.isnan(deep) if np.isnan(nodata) else deep != value
+    values = deep[measured]
+    if not np.isfinite(values).all():
         raise AnnotationError("image", "has values that are not finite; replace them")
-    low, high = np.percentile(deep, STRETCH_PERCENTILES)
+    if not values.size:
+        return np.zeros((*deep.shape, 3), np.uint8), None
+    low, high = np.percentile(values, STRETCH_PERCENTILES)
     least = 1.0 if deep.dtype.kind in "iu" else np.finfo(np.float32).tiny
-    scaled = (deep.astype(np.float64) - low) * (255.0 / max(high - low, least))
+    scaled = (np.where(measured, deep, low).astype(np.float64) - low) * (
+        255.0 / max(high - low, least)
+    )
     grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2), (float(low), float(high))
 

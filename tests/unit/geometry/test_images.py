@@ -10,10 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from samray.errors import AnnotationError
-from samray.geometry.images import MAX_FILE_BYTES, decode_image, read_image_file
+from samray.geometry.images import (
+    MAX_FILE_BYTES,
+    decode_and_stretch,
+    decode_image,
+    read_image_file,
+)
 
 ORIENTATION = 0x0112
 # What a viewer does with the stored pixels, by the EXIF standard; axes are (row, column).
@@ -217,3 +222,37 @@ def test_file_too_large_for_a_photograph_is_not_read(tmp_path: Path) -> None:
         file.truncate(MAX_FILE_BYTES + 1)  # sparse: takes no disk space
     with pytest.raises(AnnotationError, match=r"has 1024 MiB; at most 1024"):
         read_image_file(path)
+
+
+@pytest.mark.parametrize("nodata", ["-9999", "-3.4028234663852886e+38", "nan", "0", "-inf"])
+def test_pixels_without_a_measurement_do_not_count_for_the_stretch(nodata):
+    """One -9999 of a satellite image made all other pixels nearly white."""
+    deep = np.linspace(200, 300, 48 * 64, dtype=np.float32).reshape(48, 64)
+    plain = decode_image(float_tiff(deep))
+    hole = deep.copy()
+    hole[:20, :30] = np.float32(float(nodata))
+    decoded, stretch = decode_and_stretch(float_tiff(hole, nodata + "\0"), 100)
+    assert not decoded[:20, :30].any()
+    assert decoded[25:].std() > 20
+    assert stretch[0] >= 200
+    assert np.abs(decoded[25:].astype(int) - plain[25:]).max() < 40
+    empty, stretch = decode_and_stretch(float_tiff(np.full_like(deep, float(nodata)), nodata), 100)
+    assert (empty.any(), stretch) == (False, None)
+
+
+def test_nodata_that_is_no_number_is_ignored():
+    deep = np.linspace(200, 300, 48 * 64, dtype=np.float32).reshape(48, 64)
+    assert np.array_equal(decode_image(float_tiff(deep, "none")), decode_image(float_tiff(deep)))
+    deep[0, 0] = np.nan
+    with pytest.raises(AnnotationError, match="not finite"):
+        decode_image(float_tiff(deep, "-9999"))
+
+
+def float_tiff(pixels, nodata=None):
+    buffer = io.BytesIO()
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    if nodata is not None:
+        tags[42113] = nodata
+        tags.tagtype[42113] = 2
+    Image.fromarray(pixels).save(buffer, format="TIFF", tiffinfo=tags)
+    return buffer.getvalue()
