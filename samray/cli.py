@@ -5,6 +5,7 @@ choices, help and default come from the field in `samray.config`.
 """
 
 import argparse
+import io
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,9 @@ class Stage:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # labels may hold letters that its encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="samray",
         description="Fine-tune Segment Anything on your polygons, across a Ray cluster.",

@@ -28,7 +28,7 @@ def run_prepare(config: Config) -> None:
 
     manifest = prepare(config)
     splits = ", ".join(f"{name} {len(members)}" for name, members in manifest["splits"].items())
-    labels = ", ".join(f"{label} {count}" for label, count in manifest["labels"].items())
+    labels = ", ".join(f"{_short(label)} {n}" for label, n in manifest["labels"].items())
     counts = f"{manifest['num_images']} images, {manifest['num_instances']} instances"
     print(f"{counts} ({labels}); {splits}")
     if tiles := manifest["tiles"]:
@@ -42,6 +42,12 @@ def run_prepare(config: Config) -> None:
     for note in manifest["notes"]:
         print(f"note: {note}")
     print(f"prepared dataset: {config.prepare.output_dir}/manifest.json")
+
+
+def _short(label: str) -> str:
+    """A label on one line of the terminal."""
+    label = " ".join(label.split())
+    return label if len(label) <= 60 else f"{label[:57]}..."
 
 
 def run_export(config: Config) -> None:

@@ -306,7 +306,7 @@ def _warn_of_a_group_of_nearly_all(groups: Groups, outcome: Outcome) -> None:
     for (label, *_), shapes in groups.items():
         if len(shapes) >= 5 and len(shapes) > 0.8 * total:
             reason = (
-                f"joins {len(shapes)} of {total} shapes ('{label}') to one instance; "
+                f"joins {len(shapes)} of {total} shapes ({label!r:.60}) to one instance; "
                 "if that is a slip, set prepare.join_groups=false"
             )
             outcome.warnings.append(FileWarning(outcome.entry, "group_id", reason))

@@ -22,6 +22,7 @@ AREAL_SHAPES = {
     "polygon": (3,),
     "rectangle": (2, 4),  # four in X-AnyLabeling's files
     "oriented_rectangle": (4,),
+    "quadrilateral": (4,),  # of X-AnyLabeling: four free points
     "circle": (2,),
     "mask": (2,),
 }

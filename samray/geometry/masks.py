@@ -5,7 +5,9 @@ the mask. labelme's `shape_to_mask` differs at most at the outline and beside it
 has the same pixels whether it lies inside the image or extends beyond it.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -216,6 +218,9 @@ def outline_of(pixels: np.ndarray, tolerance: float = 1.0) -> list[np.ndarray]:
 def _outline(shape: Shape) -> np.ndarray:
     """N x 2 points of the shape's polygon; for a mask, its box."""
     points = shape.points
+    if shape.kind == "mask":
+        x, y, width, height = _png_box(shape)
+        return np.array([[x, y], [x + width - 1, y + height - 1]])
     if shape.kind == "rectangle":  # two opposite corners in any order, or all four
         (x1, y1), (x2, y2) = points.min(axis=0), points.max(axis=0)
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
@@ -230,28 +235,45 @@ def _outline(shape: Shape) -> np.ndarray:
 
 def _paste_png(canvas: np.ndarray, shape: Shape, origin: tuple[int, int]) -> None:
     """Add a mask shape's PNG to the canvas, cut off at the canvas's border."""
-    assert shape.png is not None
-    where = f"shapes[{shape.index}].mask"
-    x1, y1 = np.floor(shape.points.min(axis=0)).astype(int)
-    x2, y2 = np.floor(shape.points.max(axis=0)).astype(int)
-    try:
-        with Image.open(io.BytesIO(shape.png), formats=("PNG",)) as picture:
-            if picture.size != (x2 - x1 + 1, y2 - y1 + 1):
-                raise AnnotationError(
-                    where,
-                    f"is a PNG of {picture.width} x {picture.height} pixels; its points span "
-                    f"{x2 - x1 + 1} x {y2 - y1 + 1}",
-                )
-            if picture.width * picture.height > 170e6:
-                raise AnnotationError(where, "is a PNG of more than 170 megapixels")
-            pixels = np.asarray(picture.convert("L")) > 0
-    except AnnotationError:
-        raise
-    # Pillow's parsers raise almost anything on damaged files, and an error of its own on bombs.
-    except Exception as exc:
-        raise AnnotationError(where, "is not a whole PNG") from exc
+    x1, y1, width, height = _png_box(shape)
+    with _opened_png(shape) as picture:
+        # A palette's index says what is inside, not its colour: 1 may be black.
+        single = picture if len(picture.getbands()) == 1 else picture.convert("L")
+        pixels = np.asarray(single)[:height, :width] != 0
     left, top = x1 - origin[0], y1 - origin[1]
     h, w = canvas.shape
     inside = pixels[max(0, -top) : max(0, h - top), max(0, -left) : max(0, w - left)]
     top, left = max(0, top), max(0, left)
     canvas[top : top + inside.shape[0], left : left + inside.shape[1]] |= inside
+
+
+def _png_box(shape: Shape) -> tuple[int, int, int, int]:
+    """Where a mask shape's PNG lies: x, y, width and height, as in labelme 7.1.
+
+    A shape that was dragged has points between pixels: its PNG lies at the rounded corner. One
+    with whole numbers is cut off at the second corner.
+    """
+    with _opened_png(shape) as picture:
+        width, height = picture.size
+    corners = shape.points.round().astype(int)
+    (x1, y1), (x2, y2) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+    if (corners == shape.points).all():
+        width, height = min(width, x2 - x1 + 1), min(height, y2 - y1 + 1)
+    return x1, y1, width, height
+
+
+@contextlib.contextmanager
+def _opened_png(shape: Shape) -> Iterator[Image.Image]:
+    """Open a mask shape's PNG; any failure inside is an AnnotationError."""
+    assert shape.png is not None
+    where = f"shapes[{shape.index}].mask"
+    try:
+        with Image.open(io.BytesIO(shape.png), formats=("PNG",)) as picture:
+            if picture.width * picture.height > 170e6:
+                raise AnnotationError(where, "is a PNG of more than 170 megapixels")
+            yield picture
+    except AnnotationError:
+        raise
+    # Pillow's parsers raise almost anything on damaged files, and an error of its own on bombs.
+    except Exception as exc:
+        raise AnnotationError(where, "is not a whole PNG") from exc

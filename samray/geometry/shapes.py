@@ -12,11 +12,11 @@ class Shape:
     Attributes:
         index: in the file's `shapes` (COCO: `annotations`).
         label: without white space around it.
-        kind: polygon, rectangle (2 or 4 points), oriented_rectangle, circle or mask; rle if it
-            comes from COCO.
+        kind: polygon, rectangle (2 or 4 points), oriented_rectangle, quadrilateral, circle or
+            mask; rle if it comes from COCO.
         points: N x 2 float64, (x, y) pixels of the image as shown.
         group_id: shapes of one label and one group are one instance; None stands alone.
-        png: for a mask, the PNG file that fills the box between its two points.
+        png: for a mask, the PNG file whose top left pixel is at the first of its two points.
         rle: compressed COCO counts of the whole frame; the points are its box.
     """
 

@@ -399,6 +399,29 @@ def test_what_may_not_be_read_is_listed(few, tmp_path, run_cli, ray_cluster):
     assert all("cannot be read (Permission denied)" in reason for reason in rejected.values())
 
 
+def test_long_and_foreign_labels_end_no_prepare(tmp_path):
+    """stdout in ASCII, as in cron jobs and minimal containers."""
+    data = tmp_path / "data"
+    for number, label in enumerate(("пчела 🐝", "x" * 5000, "two\nlines")):
+        noise(data / f"{number}.png", number)
+        square = {"label": label, "points": [[1, 1], [9, 1], [9, 9]], "shape_type": "polygon"}
+        document = {"shapes": [square], "imagePath": f"{number}.png"}
+        (data / f"{number}.json").write_text(json.dumps(document))
+    program = "import sys; from samray.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["prepare", "--data-dir", data, "--output-dir", tmp_path / "p", *ALL_TRAIN]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert "\\u043f" in done.stdout
+    assert "two lines 1" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 300
+
+
 # ---- prepare: no usable input --------------------------------------------------------------
 
 

@@ -141,6 +141,7 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
         (shape(shape_type="rectangle"), ".points", "needs 2 or 4"),
         (shape(shape_type="oriented_rectangle"), ".points", "needs 4"),
         (shape(shape_type="circle"), ".points", "needs 2"),
+        (shape(shape_type="quadrilateral"), ".points", "needs 4"),
         (shape(shape_type="blob"), ".shape_type", "samray reads polygon, rectangle, "),
         (shape(shape_type=["polygon"]), ".shape_type", "samray reads"),
         (shape(shape_type={"a": 1}), ".shape_type", "samray reads"),
