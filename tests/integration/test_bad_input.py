@@ -399,7 +399,7 @@ def test_what_may_not_be_read_is_listed(few, tmp_path, run_cli, ray_cluster):
     assert all("cannot be read (Permission denied)" in reason for reason in rejected.values())
 
 
-def test_long_and_foreign_labels_end_no_prepare(tmp_path):
+def test_long_and_foreign_labels_end_no_prepare(tmp_path, ray_cluster):
     """stdout in ASCII, as in cron jobs and minimal containers."""
     data = tmp_path / "data"
     for number, label in enumerate(("пчела 🐝", "x" * 5000, "two\nlines")):
@@ -411,7 +411,11 @@ def test_long_and_foreign_labels_end_no_prepare(tmp_path):
     words = ["prepare", "--data-dir", data, "--output-dir", tmp_path / "p", *ALL_TRAIN]
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
-        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        env={
+            **os.environ,
+            "PYTHONIOENCODING": "ascii",
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
         capture_output=True,
         text=True,
         timeout=300,

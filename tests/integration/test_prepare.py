@@ -359,8 +359,8 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     named = json.loads(names(4)[1].read_text())
     names(4)[1].write_text(json.dumps({**named, "imagePath": "gone.jpg"}))
     assert run(data, output, small)["rejected"] == []
-    for folder in ("b", "c"):
-        draw(data / folder / f"{names(4)[1].stem}.png", 6)
+    for extension in ("png", "bmp"):
+        draw(data / "images" / f"{names(4)[1].stem}.{extension}", 6)
     names(4)[0].unlink()
     manifest = run(data, output, small)
     assert [item["file"] for item in manifest["rejected"]] == ["annotations/sample_00004.json"]

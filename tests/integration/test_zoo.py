@@ -98,6 +98,8 @@ RGB = Image.fromarray(noise())
 DEEP = Image.fromarray(np.linspace(900, 3000, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype("u2"))
 image_case(".jpg", RGB, "JPEG")
 image_case(".JPEG", RGB, "JPEG")
+image_case(".jfif", RGB, "JPEG")
+image_case(".jpe", RGB, "JPEG")
 image_case(".jpg", RGB.convert("L"), "JPEG")
 image_case(".jpg", RGB.convert("CMYK"), "JPEG")
 image_case(".png", RGB.quantize(16), "PNG")
@@ -110,6 +112,12 @@ image_case(".tif", Image.fromarray(np.asarray(DEEP) / np.float32(3000)), "TIFF")
 image_case(".jpg", RGB.convert("L"), "BMP")
 image_case(".webp", RGB, "WEBP")
 image_case(".png", RGB, "WEBP")
+
+
+@case(instances=None, rejected=[("imagePath", "does not read .heic; convert it to PNG or JPEG")])
+def image_of_a_format_that_is_not_read(data: Path, name: str) -> None:
+    (data / f"{name}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    write(data, name, image=f"{name}.heic")
 
 
 def rotated(data: Path, name: str) -> None:
@@ -270,9 +278,11 @@ shapes_case(
     shape(SQUARE, shape_type="rectangle", label="X-AnyLabeling's four"),
     shape([[30, 5], [40, 15], [30, 25], [20, 15]], shape_type="oriented_rectangle"),
     shape([[30, 5], [40, 15], [30, 25], [20, 15]], shape_type="rotation", label="X-AnyLabeling's"),
+    shape([[30, 5], [40, 15], [30, 27], [20, 15]], shape_type="quadrilateral"),
     shape([[30, 20], [30, 30]], shape_type="circle"),
     RING,
-    instances=7,
+    RING | {"label": "dragged", "points": [[20.4, 30.6], [22.4, 33.6]]},
+    instances=9,
 )
 shapes_case(
     "kinds_without_an_area",
@@ -371,7 +381,7 @@ def test_the_stretch_of_deep_images_is_stored(zoo: tuple[dict, Path]) -> None:
 
 
 def test_corrections_are_warnings(zoo: tuple[dict, Path]) -> None:
-    warnings = {w["file"]: w["reason"] for w in zoo[0]["warnings"]}
+    warnings = {w["file"]: w["reason"] for w in zoo[0]["warnings"] if w["field"] != "image"}
     assert "white space" in warnings["white_space_in_the_label.json"]
     assert "pixels out of the image; cut off" in warnings["reaching_over_the_border.json"]
     assert len(warnings) == 2
