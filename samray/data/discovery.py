@@ -46,6 +46,7 @@ class RawFiles:
     image_folders: frozenset[str] = field(init=False)  # with an image in them or below
     json_folders: frozenset[str] = field(init=False)
     unusable: Mapping[str, str] = field(init=False)  # image that is there -> why it is not read
+    unusable_by_stem: Mapping[str, list[str]] = field(init=False)  # folded stem -> these images
 
     def __post_init__(self) -> None:
         self.image_set = frozenset(self.images)
@@ -58,6 +59,8 @@ class RawFiles:
         self.unusable = {name: unread_reason(name) for name in self.unread} | {
             name: problem.reason for name, problem in self.skipped if _extension(name) != ".json"
         }
+        stem_of = {name: fold(PurePosixPath(name).stem) for name in self.unusable}
+        self.unusable_by_stem = _index(list(self.unusable), stem_of.__getitem__)
 
 
 def fold(name: str) -> str:

@@ -60,9 +60,9 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
             )
     if found := _beside(annotation, path.stem, files):
         return found
-    for name, reason in files.unusable.items():  # rather than an image of another folder
-        if name == named or PurePosixPath(name).with_suffix("") == path.with_suffix(""):
-            raise AnnotationError("imagePath", f"{name} {reason}")
+    for name in (named, *files.unusable_by_stem.get(fold(path.stem), [])):
+        if name in files.unusable and (name == named or PurePosixPath(name).parent == path.parent):
+            raise AnnotationError("imagePath", f"{name} {files.unusable[name]}")
     if found := find_by_stem(annotation, path.stem, files):
         return found
     if image_path and (found := find_by_stem(annotation, PurePosixPath(image_path).stem, files)):
@@ -128,10 +128,10 @@ def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
             f"{file_name!r:.120} may be any of {len(nearest)} images ({', '.join(nearest[:3])}); "
             "name it with its folder",
         )
-    for name, reason in files.unusable.items():
-        same = PurePosixPath(name).name == PurePosixPath(file_name).name
-        if name == named or (same and _is_below(name, scope)):
-            raise AnnotationError("file_name", f"{name} {reason}")
+    for name in files.unusable_by_stem.get(fold(PurePosixPath(file_name).stem), []):
+        same = fold(PurePosixPath(name).name) == fold(PurePosixPath(file_name).name)
+        if same and _is_below(name, scope):
+            raise AnnotationError("file_name", f"{name} {files.unusable[name]}")
     elsewhere = ""
     if same_name:
         elsewhere = f" in this data set, and {same_name[0]} is not taken from another one"

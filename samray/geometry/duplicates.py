@@ -43,7 +43,8 @@ def fingerprint_of(image: np.ndarray) -> np.ndarray:
 def pack(fingerprint: np.ndarray) -> str:
     """Return a fingerprint as text, in 8 bits a value; `unpack` gives nearly the same vector."""
     largest = float(np.abs(fingerprint).max()) or 1.0
-    return base64.b64encode(np.rint(fingerprint * (127 / largest)).astype(np.int8)).decode()
+    small = np.rint(fingerprint * (127 / largest)).astype(np.int8)
+    return base64.b64encode(small.tobytes()).decode()
 
 
 def unpack(text: str) -> np.ndarray:

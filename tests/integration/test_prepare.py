@@ -368,6 +368,70 @@ def test_what_was_added_changed_or_removed_is_all_that_is_prepared_again(photos,
     same_as_afresh(manifest, 3)
 
 
+def write_coco(path: Path, *images: tuple[str, list[float]], size: tuple[int, int] = (48, 64)):
+    """A COCO file of (file name, polygon) pairs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered = list(enumerate(images, start=1))
+    listed = [
+        {"id": n, "file_name": name, "height": size[0], "width": size[1]}
+        for n, (name, _) in numbered
+    ]
+    annotations = [
+        {"id": n, "image_id": n, "category_id": 1, "segmentation": [polygon]}
+        for n, (_, polygon) in numbered
+    ]
+    content = {"images": listed, "annotations": annotations}
+    path.write_text(json.dumps(content | {"categories": [{"id": 1, "name": "nut"}]}))
+
+
+def test_pictures_of_other_folders_are_not_taken_now_or_after_a_change(tmp_path):
+    """Frames of one name in several clips, of which some were not copied."""
+    data, output, small = tmp_path / "data", tmp_path / "prepared", "prepare.images_per_shard=1"
+    for number, name in enumerate(("c_1/2", "c_2/1", "c_3/1", "set/images/a", "other/a")):
+        draw(data / f"{name}.png", number)
+    annotate(data / "c_1/1.json", "1.png", [shape("one", SQUARE)])
+    annotate(data / "c_1/2.json", "2.png", [shape("two", SQUARE)])
+    annotate(data / "c_2/1.json", "1.png", [shape("right", SQUARE)])
+    embedded = annotate(data / "c_4/1.json", "1.png", [shape("inside", SQUARE)])
+    content = json.loads(embedded.read_text()) | {"imageData": as_base64(data / "c_1/2.png")}
+    embedded.write_text(json.dumps(content))
+    annotate(data / "a_copy.json", "c_1/2.png", [shape("copy", SQUARE)])  # before c_1/2.json
+    write_coco(data / "set/annotations/c.json", ("a.png", [4, 6, 20, 6, 20, 30, 4, 30]))
+    write_coco(data / "lost/annotations/c.json", ("a.png", [4, 6, 9, 6, 9, 30, 4, 30]))
+
+    def labels(manifest: dict) -> dict[str, list[str]]:
+        images = PreparedDataset(output).images
+        assert accounted(manifest) == manifest["num_shapes"]
+        return {name: [i.label for i in record.instances] for name, record in images.items()}
+
+    def as_afresh(manifest: dict, number: int) -> dict:
+        fresh = run(data, tmp_path / f"fresh{number}", small, *ALL_TRAIN)
+        layout = dict.fromkeys(("shards", "shard_bytes", "generation"))
+        assert fresh | layout == manifest | layout
+        return manifest
+
+    manifest = as_afresh(run(data, output, small, *ALL_TRAIN), 0)
+    assert labels(manifest) == {
+        "c_1/2.png": ["two"], "c_2/1.png": ["right"], "c_3/1.png": [], "c_4/1.json": ["inside"],
+        "set/images/a.png": ["nut"], "other/a.png": [],
+    }  # fmt: skip
+    assert manifest["unlabelled"] == ["c_3/1.png", "other/a.png"]
+    rejected = {r["file"]: r["reason"] for r in manifest["rejected"]}
+    assert set(rejected) == {"c_1/1.json", "a_copy.json", "lost/annotations/c.json#1"}
+    assert "is not used" in rejected["c_1/1.json"]
+    assert "already annotated by c_1/2.json" in rejected["a_copy.json"]
+
+    draw(data / "c_1/1.png", 7)  # copied after all
+    draw(data / "lost/images/a.png", 8)
+    (data / "c_1/2.json").unlink()
+    manifest = as_afresh(run(data, output, small, *ALL_TRAIN), 1)
+    found = labels(manifest)
+    assert found["c_1/1.png"] == ["one"]
+    assert found["lost/images/a.png"] == ["nut"]
+    assert found["c_1/2.png"] == ["copy"]
+    assert manifest["rejected"] == []
+
+
 def test_a_coco_file_with_the_name_of_an_image_is_rejected(tmp_path):
     data = tmp_path / "data"
     for number, name in enumerate(("one", "two")):
