@@ -716,8 +716,8 @@ def test_a_split_without_an_image_is_refused(mixed, tmp_path):
 def test_few_photos_and_split_folders_are_prepared_and_reported(tmp_path, run_cli):
     """One photo; five; then the folders of a Roboflow export with copies of training photos."""
     data = tmp_path / "data"
-    for number in range(5):
-        draw(data / f"{number}.png", number)
+    for number, seed in enumerate((0, 1, 2, 4, 6)):  # whose hashes leave test empty
+        draw(data / f"{number}.png", seed)
         annotate(data / f"{number}.json", f"{number}.png", [shape("a", SQUARE)])
         if number in (0, 4):
             output = tmp_path / f"few{number}"
