@@ -6,7 +6,7 @@ Each function imports its own modules, so that `samray --help` does not wait for
 from typing import Any
 
 from samray.config import Config, required
-from samray.errors import ConfigError
+from samray.errors import ConfigError, StoreError
 from samray.storage import require_folder, resolve, resolve_local
 
 
@@ -167,7 +167,12 @@ def run_models(config: Config) -> None:
     store = ModelStore(require_folder(resolve(folder, "--store"), "--store"))
     names = [config.promote.name] if config.promote.name else store.names()
     for name in names:
-        current, versions = store.current(name), store.require_versions(name)
+        versions = store.require_versions(name)
+        try:
+            current = store.current(name)
+        except StoreError as exc:  # the other models are listed all the same
+            current = None
+            print(f"note: {exc}")
         print(name)
         for version in versions:
             mark = "*" if current and version.version == current.version else " "

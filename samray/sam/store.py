@@ -8,13 +8,14 @@ A version exists once its promotion.json does, and is never changed. `current` i
 atomically: of two concurrent promotions one becomes current, and both are in the store.
 """
 
+import contextlib
 import datetime
 import re
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from samray.errors import StoreError
+from samray.errors import AnnotationError, DatasetError, StoreError
 from samray.sam.checkpoint import CURRENT, Checkpoint
 from samray.sam.weights import digest_of
 from samray.storage import (
@@ -31,6 +32,8 @@ from samray.storage import (
 
 RECORD = "promotion.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VERSION = re.compile(r"\w[\w.-]*")
+_REPAIR = "`samray promote --rollback --version V` sets another"
 _FILES = ("weights.pth", "config.yaml", "progress.json")
 
 
@@ -61,20 +64,20 @@ class ModelStore:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Return the names of models that have a version."""
-        return [name for name in list_folder(self.folder) if self.versions(name)]
+        """Return the names of models that have a current version.
+
+        Everything else in the folder is skipped: hidden files, `lost+found`, a model whose first
+        promotion did not end.
+        """
+        return [name for name in list_folder(self.folder) if self._is_promoted(name)]
 
     def versions(self, name: str) -> list[Version]:
         """Return a model's versions, oldest first; empty if there is no such model."""
-        folder = self.folder / require_name(name)
         found = []
-        for version in list_folder(folder):
-            with plain_errors(str(folder)):
-                complete = (folder / version / RECORD).is_file()
-            if complete:
-                record = read_json(folder / version / RECORD)
-                found.append(Version(name, version, folder / version, record))
-        return found
+        for version in _list(self.folder / require_name(name)):
+            with contextlib.suppress(DatasetError):  # a damaged record does not hide the others
+                found.append(self._version(name, version))
+        return [version for version in found if version is not None]
 
     def require_versions(self, name: str) -> list[Version]:
         """Return a model's versions.
@@ -93,21 +96,41 @@ class ModelStore:
     def current(self, name: str) -> Version | None:
         """Return the version in use, or None before the first promotion.
 
+        Reads `current` and the record of that version, and no other file.
+
         Raises:
-            StoreError: `current` names a version that does not exist.
+            StoreError: `current` names a version that does not exist, or cannot be read.
         """
-        folder = self.folder / require_name(name)
+        file = self.folder / require_name(name) / CURRENT
         try:
-            version = read_bytes(folder / CURRENT, 1000).decode("ascii", "replace").strip()
-        except FileNotFoundError:
+            version = read_bytes(file, 1000).decode("ascii", "replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        for known in self.versions(name):
-            if known.version == version:
-                return known
-        raise StoreError(
-            f"{folder / CURRENT}: names version {version!r}, which does not exist; "
-            "`samray promote --rollback --version V` sets another"
-        )
+        except AnnotationError as exc:  # it is too long
+            raise StoreError(f"{file}: {exc}; {_REPAIR}") from exc
+        try:
+            found = self._version(name, version)
+        except DatasetError as exc:
+            raise StoreError(f"{exc}; {_REPAIR}") from exc
+        if found is None:
+            raise StoreError(f"{file}: names version {version!r}, which does not exist; {_REPAIR}")
+        return found
+
+    def require_current(self, name: str) -> Version:
+        """Return the version in use.
+
+        Raises:
+            StoreError: there is no such model, or it has versions and none is current.
+        """
+        current = self.current(name)
+        if current is None:
+            versions = [version.version for version in self.require_versions(name)]
+            raise StoreError(
+                f"--name: {self.folder / name} has no current version, e.g. because its promotion "
+                f"was interrupted; choose one with `samray promote --rollback --version V`: "
+                f"{', '.join(versions)}"
+            )
+        return current
 
     def add(self, name: str, checkpoint: Checkpoint, record: dict[str, Any]) -> Version:
         """Copy a checkpoint folder into the store as a new version, and make it current.
@@ -146,8 +169,7 @@ class ModelStore:
         """
         versions = {version.version: version for version in self.require_versions(name)}
         if to is None:
-            current = self.current(name)
-            to = current.record["previous"] if current else None
+            to = self.require_current(name).record["previous"]
             if to is None:
                 raise StoreError(f"{self.folder}: {name} has no version before the current one")
         if to not in versions:
@@ -157,6 +179,40 @@ class ModelStore:
         self.set_current(name, to)
         return versions[to]
 
+    def _is_promoted(self, name: str) -> bool:
+        if not _is_name(name):
+            return False
+        with plain_errors(str(self.folder)):
+            try:
+                return (self.folder / name / CURRENT).is_file()
+            except PermissionError:  # such as lost+found
+                return False
+
+    def _version(self, name: str, version: str) -> Version | None:
+        """The version of a name, or None if there is none or it is not complete."""
+        if not _VERSION.fullmatch(version):
+            return None
+        folder = self.folder / name / version
+        with plain_errors(str(folder)):
+            try:
+                if not (folder / RECORD).is_file():
+                    return None
+            except PermissionError:
+                return None
+        return Version(name, version, folder, read_json(folder / RECORD))
+
+
+def _list(folder: Place) -> list[str]:
+    """The names in a folder; none if it is a file or may not be read."""
+    try:
+        return list_folder(folder)
+    except PermissionError:
+        return []
+
+
+def _is_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and name != CURRENT
+
 
 def require_name(name: str) -> str:
     """Return a model's name, or refuse one that could be another path.
@@ -164,7 +220,7 @@ def require_name(name: str) -> str:
     Raises:
         StoreError: the name has other characters than allowed, or too many.
     """
-    if not _NAME.fullmatch(name) or name == CURRENT:
+    if not _is_name(name):
         raise StoreError(
             f"--name: {name!r} must be up to 64 letters, digits, dots, dashes and underscores, "
             "beginning with a letter or digit"

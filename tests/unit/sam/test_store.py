@@ -1,6 +1,7 @@
 """The store of models: complete versions and the current one, on disk and in S3."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from samray.sam.checkpoint import find_checkpoint, load_checkpoint, save_checkpo
 from samray.sam.model import build_model
 from samray.sam.store import ModelStore, require_store
 from samray.sam.weights import load_state_dict
-from samray.storage import resolve
+from samray.storage import resolve, write_bytes
 
 NUM_THREADS, NUM_EACH = 4, 6
 
@@ -103,6 +104,70 @@ def test_an_incomplete_version_is_ignored(store, checkpoint):
     assert store.versions("nuts") == []
     with pytest.raises(StoreError, match=r"names version .* which does not exist"):
         store.current("nuts")
+
+
+def test_what_is_no_model_does_not_hide_the_models(store, checkpoint):
+    """What file systems, desktops and killed promotions leave in a store."""
+    store.add("nuts", checkpoint, record())
+    killed = store.add("figs", checkpoint, record())
+    (store.folder / "figs" / "current").unlink()
+    strays = ["lost+found/.keep", ".DS_Store", ".samray-0a1b", "notes.txt", "nuts/.DS_Store",
+              "nuts/readme.md", "nuts/old/promotion.json", "empty/.keep", "ä b/current", "nuts/lost+found/promotion.json"]  # fmt: skip
+    for stray in strays:
+        if isinstance(store.folder, Path):
+            (store.folder / stray).parent.mkdir(exist_ok=True)
+        write_bytes(store.folder / stray, b"x\n")
+    assert store.names() == ["nuts"]
+    assert store.current("nuts") == store.versions("nuts")[0]
+    assert len(store.versions("nuts")) == 1
+    assert store.current("figs") is None
+    assert store.current("notes.txt") is None
+    with pytest.raises(StoreError, match=r"figs has no current version.*--rollback --version V"):
+        store.require_current("figs")
+    with pytest.raises(StoreError, match="no model 'fig'; it has nuts"):
+        store.require_current("fig")
+    assert store.roll_back("figs", killed.version) == killed
+    assert store.names() == ["figs", "nuts"]
+
+
+def test_a_folder_that_may_not_be_read_does_not_hide_the_models(tmp_path, checkpoint, monkeypatch):
+    """As `lost+found` of a disk; root may read everything, so the refusal is simulated."""
+    store = ModelStore(tmp_path)
+    store.add("nuts", checkpoint, record())
+    (tmp_path / "private").mkdir()
+    is_file = Path.is_file
+
+    def refused(path):
+        if "private" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert store.names() == ["nuts"]
+
+
+def test_the_current_version_is_read_from_two_files(tmp_path, checkpoint, monkeypatch):
+    store = ModelStore(tmp_path)
+    first = store.add("nuts", checkpoint, record())
+    second = store.add("nuts", checkpoint, record(first.version))
+    (first.folder / "promotion.json").write_text("damaged")
+    read = []
+    read_path = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_path(path))
+    assert store.current("nuts") == second
+    assert read == [tmp_path / "nuts" / "current", second.folder / "promotion.json"]
+    assert store.names() == ["nuts"]
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 2000, b"\xff\xfe", b"../../etc"])
+def test_a_damaged_current_says_how_to_repair_it(tmp_path, checkpoint, content):
+    store = ModelStore(tmp_path)
+    version = store.add("nuts", checkpoint, record())
+    (tmp_path / "nuts" / "current").write_bytes(content)
+    with pytest.raises(StoreError, match=r"current: .*--rollback --version V` sets another"):
+        store.current("nuts")
+    assert store.roll_back("nuts", version.version) == version
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "current", "x" * 65, "a b", "ä"])
