@@ -267,7 +267,8 @@ STAGES: dict[str, Stage] = {
             "--num-epochs N": "train.num_epochs",
             "--device": "scaling.device",
         },
-        example="  samray tune --config configs/tune.yaml --data-dir prepared --output-dir sweep\n"
+        example="  samray tune --data-dir prepared --output-dir sweep\n"
+        "  samray tune --config configs/tune.yaml --data-dir prepared --output-dir sweep\n"
         "  samray tune --config configs/tune.yaml --data-dir prepared --output-dir sweep "
         "--num-trials 24 tune.search=optuna\n"
         "The same command again continues an interrupted sweep.",

@@ -1,15 +1,23 @@
 """Ray: start or join a cluster, and reject at once what it cannot run."""
 
+import collections
+import contextlib
 import logging
 import os
+import socket
+import sys
+import urllib.parse
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.util import ActorPool
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_actors
 
 from samray.config import ScalingConfig
 from samray.errors import ClusterError, ConfigError
@@ -17,6 +25,12 @@ from samray.storage import Place, make_folder, plain_errors, write_bytes
 
 # Attempts to start a local Ray, which sometimes fails on a busy machine.
 START_TRIES = 3
+CONNECT_SECONDS = 15.0  # for the cluster at RAY_ADDRESS to answer
+SAY_SECONDS = 5.0  # without free resources, before a line says what is waited for
+FREE_SECONDS = 120.0  # without free resources, before the stage ends
+# The longest path of a local Ray's sockets below its temporary folder.
+SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+MAX_SOCKET = 107 if sys.platform.startswith("linux") else 103  # bytes, for AF_UNIX
 
 
 @dataclass(frozen=True)
@@ -40,13 +54,24 @@ def start() -> None:
     """Join the cluster at RAY_ADDRESS (set in every Ray job), else start a local Ray.
 
     Without RAY_ADDRESS no running Ray is joined, as it may belong to someone else.
+
+    Raises:
+        ClusterError: naming the environment variable that has to be changed.
     """
     if ray.is_initialized():
         return
+    if address := os.environ.get("RAY_ADDRESS"):
+        require_answer(address)
+    if address in (None, "", "local"):
+        require_temporary_folder()
+        require_home()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+    if address:
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError) as exc:
+            raise ClusterError(f"RAY_ADDRESS: {address}: {_one_line(exc)}; {_JOIN}") from exc
         return
     for attempt in range(1, START_TRIES + 1):
         try:
@@ -57,6 +82,107 @@ def start() -> None:
             if attempt == START_TRIES:
                 raise
             ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """Check that a cluster answers at RAY_ADDRESS; Ray itself would try for a quarter of an hour.
+
+    Raises:
+        ClusterError: it is no address of a cluster, or nothing answers there.
+    """
+    if address in ("auto", "local"):
+        return
+    scheme, _, place = address.rpartition("://")
+    what = f"RAY_ADDRESS: {address}"
+    if scheme in ("http", "https"):
+        raise ClusterError(
+            f"{what} is an address for `ray job submit`, as RAY_API_SERVER_ADDRESS; {_JOIN}"
+        )
+    try:
+        url = urllib.parse.urlsplit(f"//{place}")
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if scheme not in ("", "ray") or not host or not port:
+        raise ClusterError(f"{what} is no address of a cluster; {_JOIN}")
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+            connection.settimeout(1)
+            connection.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+            with contextlib.suppress(OSError):  # Ray, which speaks HTTP/2, may hang up
+                if connection.recv(7) == b"HTTP/1.":
+                    raise ClusterError(
+                        f"{what} is a web server, such as Ray's dashboard, and no cluster; {_JOIN}"
+                    )
+    except OSError as exc:
+        raise ClusterError(
+            f"{what}: no Ray cluster answers there ({exc.strerror or exc}); start it, or {_JOIN}"
+        ) from exc
+
+
+def require_temporary_folder() -> None:
+    """Check that a local Ray can create its sockets and files in the temporary folder.
+
+    Raises:
+        ClusterError: its path is too long, or it cannot be written.
+    """
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        if variable in os.environ:
+            folder, what = os.environ[variable], f"{variable}: {os.environ[variable]}"
+            break
+    else:
+        folder, what = "/tmp", "RAY_TMPDIR is not set, and /tmp"
+    surplus = len(os.fsencode(os.path.join(os.path.abspath(folder), SOCKET))) - MAX_SOCKET
+    if surplus > 0:
+        raise ClusterError(
+            f"{what} is {surplus} bytes too long for the sockets of Ray; set RAY_TMPDIR to a "
+            "shorter folder, e.g. /tmp"
+        )
+    try:
+        Path(folder, "ray").mkdir(parents=True, exist_ok=True)
+        writable = os.access(Path(folder, "ray"), os.W_OK | os.X_OK)
+        reason = "no permission"
+    except OSError as exc:
+        writable, reason = False, str(exc.strerror)
+    if not writable:
+        raise ClusterError(
+            f"{what}: Ray cannot write {Path(folder, 'ray')} ({reason}); set RAY_TMPDIR to a short "
+            "folder that you can write"
+        )
+
+
+def require_home() -> None:
+    """Check that a local Ray can keep its access token in the home folder.
+
+    Raises:
+        ClusterError: the home folder cannot be written.
+    """
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        folder = Path("~/.ray").expanduser()
+        if not (folder / "auth_token").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(13, "no permission")
+    except (OSError, RuntimeError) as exc:  # RuntimeError: the user has no home folder
+        home = os.environ.get("HOME")
+        raise ClusterError(
+            f"HOME: {home or 'is not set'}: Ray cannot write its access token there "
+            f"({getattr(exc, 'strerror', None) or exc}); set HOME to a folder that you can write"
+        ) from exc
+
+
+_JOIN = (
+    "set RAY_ADDRESS to HOST:PORT of a running cluster, e.g. 10.0.0.1:6379, or unset it to start a "
+    "local Ray"
+)
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:200].rstrip(".")
 
 
 def plan_resources(scaling: ScalingConfig, num_trials: int = 1) -> Resources:
@@ -105,19 +231,125 @@ def pool_size(device: str, num_items: int) -> int:
     return max(1, min(num_items, gpus or int(totals.get("CPU", 1))))
 
 
-def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -> ActorPool:
-    """Start actors for independent items and wait until all are ready.
+class Pool:
+    """Actors for independent items. Those that find no free resources yet join when they do.
+
+    Args:
+        actors: just created.
+    """
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+        self._starting = {actor.__ray_ready__.remote(): actor for actor in actors}
+        self._idle: list[Any] = []
+
+    def num_ready(self) -> int:
+        """Return the number of actors that work, or could."""
+        for ref in list(self._starting):
+            if ray.wait([ref], timeout=0)[0]:
+                self._join(ref)
+        return len(self._actors) - len(self._starting)
+
+    def wait_for_first(self) -> None:
+        """Wait until one actor is ready."""
+        (ref,), _ = ray.wait(list(self._starting), num_returns=1)
+        self._join(ref)
+
+    def map(self, call: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Yield index and result of each item, in the order in which they are done.
+
+        Args:
+            call: receives an actor and an item; returns an `ObjectRef`.
+        """
+        waiting = collections.deque(enumerate(items))
+        running: dict[Any, tuple[int, Any]] = {}
+        while waiting or running:
+            while waiting and self._idle:
+                index, item = waiting.popleft()
+                actor = self._idle.pop()
+                running[call(actor, item)] = index, actor
+            (ref,), _ = ray.wait([*running, *(self._starting if waiting else ())], num_returns=1)
+            if ref in self._starting:
+                self._join(ref)
+            else:
+                index, actor = running.pop(ref)
+                self._idle.append(actor)
+                yield index, ray.get(ref)
+
+    def stop(self) -> None:
+        """Stop the actors at once."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _join(self, ref: Any) -> None:
+        ray.get(ref)  # raises if the actor could not be created
+        self._idle.append(self._starting.pop(ref))
+
+
+def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -> Pool:
+    """Start actors for independent items; return when the first one is ready.
 
     Args:
         device: auto, cpu or gpu; auto uses GPUs if the cluster has any.
+
+    Raises:
+        ClusterError: nothing becomes free within `FREE_SECONDS`.
     """
     num_gpus = gpus_per_actor(device)
+    wait_for_room(1, 1, num_gpus)
     actors = [
         actor_class.options(num_cpus=1, num_gpus=num_gpus).remote(*arguments)
         for _ in range(pool_size(device, num_items))
     ]
-    ray.get([actor.__ray_ready__.remote() for actor in actors])
-    return ActorPool(actors)
+    pool = Pool(actors)
+    pool.wait_for_first()
+    return pool
+
+
+def wait_for_room(count: int, num_cpus: float, num_gpus: float) -> None:
+    """Wait until the cluster has free CPUs and GPUs; Ray itself would wait silently for ever.
+
+    Args:
+        count: processes that start together.
+        num_cpus, num_gpus: of each.
+
+    Raises:
+        ClusterError: they are not free after `FREE_SECONDS`; the message says who has them.
+    """
+    wanted = {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
+    group = placement_group([dict(wanted) for _ in range(count)])
+    try:
+        if group.wait(SAY_SECONDS):
+            return
+        need = " and ".join(f"{count * number:g} free {name}" for name, number in wanted.items())
+        print(
+            f"samray: waiting up to {FREE_SECONDS:.0f} s for {need}; {_occupied(wanted)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not group.wait(max(0.0, FREE_SECONDS - SAY_SECONDS)):
+            raise ClusterError(
+                f"the cluster had no {need} for {FREE_SECONDS:.0f} s: {_occupied(wanted)}; wait "
+                "until they end, stop them, or start more nodes"
+            )
+    finally:
+        remove_placement_group(group)
+
+
+def _occupied(names: Iterable[str]) -> str:
+    """Which resources of the cluster are free, and the actors that hold the others."""
+    totals, free = ray.cluster_resources(), ray.available_resources()
+    shown = ", ".join(
+        f"{free.get(name, 0):g} of {totals.get(name, 0):g} {name} are free" for name in names
+    )
+    held: collections.Counter[str] = collections.Counter()
+    with contextlib.suppress(Exception):  # it asks the dashboard, which may not run
+        alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=5)
+        for actor in alive:
+            if any((actor.required_resources or {}).get(name) for name in names):
+                held[actor.class_name.rpartition(".")[2]] += 1
+    actors = ", ".join(f"{number} {name}" for name, number in held.most_common(5))
+    return f"{shown}, the others are held by {actors or 'tasks or other jobs'}"
 
 
 def gpus_per_actor(device: str) -> int:
@@ -143,12 +375,6 @@ def quiet_ray_data() -> None:
     # task would run at a time.
     context.op_resource_reservation_enabled = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def stop_pool(pool: ActorPool) -> None:
-    """Stop the actors of an idle pool at once."""
-    while pool.has_free():
-        ray.kill(pool.pop_idle())
 
 
 def actor_device() -> str:

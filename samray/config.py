@@ -303,8 +303,8 @@ class TuneConfig(Section):
     """SWEEP folder to write; if it holds an interrupted sweep, the same command continues it."""
     search_space: dict[str, Any] = {}
     """Settings to search: dotted path -> one of Ray Tune's search space functions with its
-    arguments, such as {loguniform: [1e-5, 1e-2]}, {choice: [center, bbox]}, {grid_search: [1, 2]}.
-    """
+    arguments, such as {loguniform: [1e-5, 1e-2]}, {choice: [center, bbox]}, {grid_search: [1, 2]};
+    unset: the learning rate within a factor of 10, and the prompt strategy."""
     num_trials: int | None = Field(None, ge=1)
     """Number of trials; unset: 16, or each point of a grid once."""
     search: Literal["random", "optuna"] = "random"
@@ -334,7 +334,8 @@ class PromoteConfig(Section):
     """`samray promote` and `samray models`: the store of models to serve."""
 
     checkpoint: str | None = None
-    """RUN folder to promote, or a SWEEP folder, whose best trial is promoted."""
+    """RUN folder or one of its checkpoints to promote, or a SWEEP folder, whose best trial is
+    promoted."""
     store: str | None = None
     """Folder or s3:// prefix of the store."""
     name: str | None = None
@@ -436,7 +437,7 @@ class EvaluateConfig(Section):
     data_dir: str | None = None
     """Folder of the prepared dataset."""
     checkpoint: str | None = None
-    """RUN folder to evaluate."""
+    """RUN folder to evaluate, at its best checkpoint; or one of its checkpoints, as RUN/latest."""
     output_dir: str | None = None
     """Folder to write evaluation.json and report.html to."""
     split: Split = "test"

@@ -6,12 +6,14 @@ one request per object. boto3 finds credentials and endpoint in the usual AWS wa
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
 import posixpath
 import re
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -30,11 +32,13 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from cloudpathlib import S3Path
 from cloudpathlib.exceptions import CloudPathException
+from filelock import FileLock, Timeout
 from urllib3.exceptions import HTTPError
 
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 
 Place = Path | S3Path
+LOCK = ".samray.lock"  # in an output folder: the process that writes to it
 
 # Ray sets this in the driver of `ray job submit`, whose working directory is Ray's own copy.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -106,11 +110,113 @@ def make_folder(path: Place, what: str) -> Place:
 
 
 def is_used(path: Place) -> bool:
-    """Return whether the path is a file or a folder that is not empty."""
+    """Return whether the path is a file, or a folder that holds more than a lock."""
     with plain_errors(str(path)):
         if isinstance(path, Path):
-            return path.exists() and (not path.is_dir() or any(path.iterdir()))
-        return path.exists()  # S3 has no empty folders
+            return path.exists() and (
+                not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())
+            )
+        # S3 has no empty folders
+        return path.is_file() or any(name != LOCK for name, _, _ in list_objects(path))
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Place, what: str) -> Iterator[None]:
+    """Hold an output folder for this process, so that no second one writes to it.
+
+    The folder is created, and removed again if it is still empty at the end. On disk the lock ends
+    with the process, however it ends; between hosts it is as good as the file system's locks. In S3
+    it is an object, which a killed process leaves behind; two processes that start in the same
+    second may both get it.
+
+    Args:
+        what: the option, for the error message.
+
+    Raises:
+        ConfigError: another process, which the message names, holds the folder.
+    """
+    if not isinstance(folder, Path):
+        with _lock_prefix(folder, what):
+            yield
+        return
+    if folder.exists() and not folder.is_dir():
+        yield  # the caller refuses it
+        return
+    make_folder(folder, what)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+        (folder / LOCK).write_text(json.dumps(_this_process()))
+    except Timeout as exc:
+        raise ConfigError(_in_use(folder, what, _owner(folder / LOCK))) from exc
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as exc:
+        raise ConfigError(f"{what}: {folder} cannot be written ({exc.strerror})") from exc
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock_prefix(folder: S3Path, what: str) -> Iterator[None]:
+    """`lock_folder` in S3."""
+    lock = folder / LOCK
+    owner, own = _owner(lock), _this_process()
+    if owner is not None and not _has_ended(owner):
+        raise ConfigError(
+            f"{_in_use(folder, what, owner)}; if that process no longer runs, delete {lock}"
+        )
+    write_json(lock, own)
+    try:
+        yield
+    finally:
+        with plain_errors(str(lock)):
+            lock.unlink(missing_ok=True)
+
+
+def _this_process() -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": now.strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+
+
+def _owner(lock: Place) -> dict[str, Any] | None:
+    """The process that wrote a lock; None if there is none or it is not readable."""
+    try:
+        owner = json.loads(read_bytes(lock))
+        return {key: owner[key] for key in ("host", "pid", "since")}
+    except StorageError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether the process ran on this host and is gone; its number may be this process's now."""
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return int(owner["pid"]) == os.getpid()
+
+
+def _in_use(folder: Place, what: str, owner: dict[str, Any] | None) -> str:
+    process = "another process"
+    if owner is not None:
+        process = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    return f"{what}: {folder} is in use by {process}; wait until it ends, or choose another folder"
 
 
 def read_bytes(path: Place, max_bytes: int | None = None) -> bytes:

@@ -145,6 +145,7 @@ def prepare(config: Config) -> dict[str, Any]:
     cluster.start()
     cluster.require_visible(root / next(iter(files.stamps)), "--data-dir")
     cluster.require_shared(output, "--output-dir")
+    cluster.wait_for_room(1, 1, 0)
     generation = finished["generation"] + 1 if finished else 1
     outcomes, shards = _run(entries, job, generation)
     manifest = _manifest(outcomes, problems, shards, generation, rule, job)

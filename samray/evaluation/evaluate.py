@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util import ActorPool
 from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.charts import curves_svg, jpeg_uri, render_page
-from samray.config import Config, load_config, required, save_config
+from samray.config import Config, load_config, required, save_config, with_settings
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by
 from samray.evaluation.scoring import (
@@ -22,12 +21,13 @@ from samray.evaluation.scoring import (
 )
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
-from samray.sam.checkpoint import RunFolder, find_run, load_checkpoint
+from samray.sam.checkpoint import RunFolder, find_tuned, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.storage import (
     Place,
     make_folder,
+    relative_path,
     require_folder,
     resolve,
     write_bytes,
@@ -40,7 +40,7 @@ OVERLAY_SIDE = 360  # pixels
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Score a run's base and its best checkpoint; write JSON and HTML.
+    """Score a run's base and its best checkpoint, or the one given; write JSON and HTML.
 
     Args:
         config: its `evaluate`, `scaling` and `embeddings` sections.
@@ -56,15 +56,15 @@ def evaluate(config: Config) -> dict[str, Any]:
         config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
     )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    run = RunFolder(find_run(resolve(checkpoint, "--checkpoint")))
-    best = load_checkpoint(run.path)
+    place = resolve(checkpoint, "--checkpoint")
+    run, tuned = find_tuned(place)
     records = dataset.split(settings.split)
     output = resolve(output_dir, "--output-dir")
     cluster.start()
     cluster.require_visible(run.path / "run.json", "--checkpoint")
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     make_folder(output, "--output-dir")
-    checkpoints: dict[str, Place] = {"base": run.base, "tuned": best.path}
+    checkpoints: dict[str, Place] = {"base": run.base, "tuned": tuned.path}
     cache_dir = embeddings_folder(config, dataset)
     scores, pictures = _score_all(config, dataset, records, checkpoints, cache_dir)
     evaluation = {
@@ -75,13 +75,19 @@ def evaluate(config: Config) -> dict[str, Any]:
         "seed": settings.seed,
         "dataset_digest": dataset.digest,
         "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
-        "model_type": best.model_type,
-        "checkpoint": run.state["best"],
-        "epoch": best.progress["epoch"],
-        "base_source": best.progress["base"],
+        "model_type": tuned.model_type,
+        "checkpoint": relative_path(tuned.path, run.path),
+        "epoch": tuned.progress.get("epoch", 0),  # RUN/base has none
+        "base_source": tuned.progress["base"],
         **{model: summary(scores[model]) for model in MODELS},
     }
-    save_config(config, output / "config.yaml")
+    # Absolute, so that the saved config means the same in another working directory.
+    paths = {
+        "evaluate.data_dir": str(dataset.folder),
+        "evaluate.checkpoint": str(place),
+        "evaluate.output_dir": str(output),
+    }
+    save_config(with_settings(config, paths, "evaluate"), output / "config.yaml")
     write_json(output / "evaluation.json", evaluation)
     write_json(
         output / "instances.json", {model: [asdict(s) for s in scores[model]] for model in MODELS}
@@ -102,7 +108,9 @@ def _score_all(
     pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
     scores = _scores(pool, records, checkpoints)
     wanted = _worst_and_best(scores["tuned"], config.evaluate.num_overlays)
-    drawn = pool.map(lambda actor, item: actor.draw.remote(item[1].image, item[1].instance), wanted)
+    drawn = dict(
+        pool.map(lambda actor, item: actor.draw.remote(item[1].image, item[1].instance), wanted)
+    )
     base = {(s.image, s.instance): s for s in scores["base"] if s.strategy == OVERLAY_STRATEGY}
     pictures = [
         {
@@ -111,11 +119,11 @@ def _score_all(
             "label": score.label,
             "tuned_iou": score.iou,
             "base_iou": base[score.image, score.instance].iou,
-            "panels": panels,
+            "panels": drawn[index],
         }
-        for (kind, score), panels in zip(wanted, drawn, strict=True)
+        for index, (kind, score) in enumerate(wanted)
     ]
-    cluster.stop_pool(pool)
+    pool.stop()
     return scores, pictures
 
 
@@ -134,7 +142,7 @@ def score_models(
     """
     pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
     scores = _scores(pool, records, checkpoints)
-    cluster.stop_pool(pool)
+    pool.stop()
     return scores
 
 
@@ -144,7 +152,7 @@ def _start_evaluators(
     records: list[ImageRecord],
     checkpoints: dict[str, Place],
     cache_dir: Place,
-) -> ActorPool:
+) -> cluster.Pool:
     return cluster.start_pool(
         Evaluator,
         config.scaling.device,
@@ -157,16 +165,18 @@ def _start_evaluators(
 
 
 def _scores(
-    pool: ActorPool, records: list[ImageRecord], checkpoints: dict[str, Place]
+    pool: cluster.Pool, records: list[ImageRecord], checkpoints: dict[str, Place]
 ) -> dict[str, list[Score]]:
     names = [record.name for record in records]
-    scores: dict[str, list[Score]] = {model: [] for model in checkpoints}
+    found: dict[int, dict[str, list[Score]]] = {}
     with tqdm(total=len(names), desc="evaluate", unit="img", file=sys.stderr, disable=None) as bar:
-        for result in pool.map(lambda actor, name: actor.score.remote(name), names):
-            for model in checkpoints:
-                scores[model] += result[model]
+        for index, result in pool.map(lambda actor, name: actor.score.remote(name), names):
+            found[index] = result
             bar.update()
-    return scores
+    return {
+        model: [score for index in sorted(found) for score in found[index][model]]
+        for model in checkpoints
+    }
 
 
 @ray.remote(max_restarts=2, max_task_retries=2)

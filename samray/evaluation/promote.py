@@ -11,7 +11,7 @@ from samray.errors import ConfigError, GuardError
 from samray.evaluation.evaluate import score_models, summary
 from samray.evaluation.metrics import Score, bootstrap_interval
 from samray.evaluation.scoring import MATRIX
-from samray.sam.checkpoint import Checkpoint, RunFolder, find_run, load_checkpoint
+from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
 from samray.sam.embeddings import embeddings_folder
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
@@ -47,10 +47,13 @@ def promote(config: Config) -> Version:
         raise ConfigError("missing RUN_OR_SWEEP (or promote.checkpoint=...), what to promote")
     name, folder = required(config, "promote.name", "promote.store")
     require_name(name)
-    run = RunFolder(find_run(resolve(settings.checkpoint, "RUN_OR_SWEEP")))
-    tuned = load_checkpoint(run.path)
+    run, tuned = find_tuned(resolve(settings.checkpoint, "RUN_OR_SWEEP"))
     trained = load_config(run.path / "config.yaml")
-    data_dir = settings.data_dir or trained.train.data_dir or ""
+    data_dir = settings.data_dir or trained.train.data_dir
+    if not data_dir:
+        raise ConfigError(
+            f"missing --data-dir (or promote.data_dir=...): {run.path} was trained on no dataset"
+        )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     records = dataset.split("test")
     store = require_store(resolve(folder, "--store"))

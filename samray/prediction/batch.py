@@ -129,6 +129,7 @@ def predict_images(config: Config) -> dict[str, Any]:
         device = config.scaling.device
         cluster.require_visible(files.root / plan.work[0]["name"], "--image-path")
         cluster.require_shared(output, "--output-dir")
+        cluster.wait_for_room(1, 1, cluster.gpus_per_actor(device))
         outcomes = _run(plan.work, job, device)
     make_folder(output, "--output-dir")
     done = [outcome for outcome in outcomes if outcome["reason"] is None]

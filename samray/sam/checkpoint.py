@@ -14,6 +14,7 @@ A checkpoint exists once run.json names it; one that a killed run did not regist
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from samray.storage import (
 )
 
 RUN_FORMAT = 1
+LINKS = ("best", "latest")  # in a RUN: links to the checkpoints that run.json names
 CURRENT = "current"  # in a store: the file that names the version in use
 
 
@@ -145,6 +147,19 @@ def find_run(path: Place) -> Place:
     raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP, which hold the base")
 
 
+def find_tuned(path: Place) -> tuple["RunFolder", Checkpoint]:
+    """Return the RUN of a path, and the checkpoint to compare with its base.
+
+    That is the checkpoint which the path names, e.g. RUN/latest; or the best of a RUN or SWEEP.
+
+    Raises:
+        CheckpointError: there is no RUN or no checkpoint.
+    """
+    if path.is_file():
+        path = path.parent
+    return RunFolder(find_run(path)), load_checkpoint(path)
+
+
 def find_checkpoint(path: Place) -> Place:
     """Return a checkpoint's folder: the best of a RUN or SWEEP, a stored model's current version,
     or the path itself if it is none of these.
@@ -152,6 +167,9 @@ def find_checkpoint(path: Place) -> Place:
     Raises:
         CheckpointError: the path does not exist, or there is no checkpoint yet.
     """
+    if not path.exists() and path.name in LINKS and (path.parent / "run.json").is_file():
+        linked = RunFolder(path.parent).state[path.name]  # S3 and some file systems have no links
+        path = path.parent / linked if linked else path
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; pass a RUN folder or a weights file")
     if (path / CURRENT).is_file():
@@ -221,6 +239,20 @@ class RunFolder:
         self.state = {**self.state, **changes}
         write_json(self.path / "run.json", self.state)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep the status `running` for a time; on an exception it is `interrupted` or `failed`."""
+        self.update(status="running")
+        try:
+            yield
+        except BaseException as exc:
+            # SIGTERM makes Ray raise SystemExit.
+            stopped = isinstance(exc, KeyboardInterrupt | SystemExit)
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                # Read again, because the workers have written to it.
+                RunFolder(self.path).update(status="interrupted" if stopped else "failed")
+            raise
+
     def register(self, name: str, metrics: dict[str, Any]) -> None:
         """Make a checkpoint the latest, and the best if its val_iou is; delete the others."""
         epochs = [*self.state["epochs"], metrics]
@@ -230,9 +262,9 @@ class RunFolder:
             latest=f"checkpoints/{name}",
             best=f"checkpoints/{name}" if best is metrics else self.state["best"],
         )
-        for link in ("best", "latest"):
+        for link in LINKS:
             self._link(link)
-        kept = {Path(self.state[link]).name for link in ("best", "latest")}
+        kept = {Path(self.state[link]).name for link in LINKS}
         for folder in (self.path / "checkpoints").iterdir():
             if folder.name not in kept:
                 remove_folder(folder)

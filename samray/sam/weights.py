@@ -285,6 +285,8 @@ def load_state_dict(path: Place | str) -> dict[str, torch.Tensor]:
     if not tensors:
         got = f"no tensors but {', '.join(map(str, list(found)[:5])) or 'nothing'}"
         raise _unusable(path, got, f"give a state dict, plain or under {' or '.join(CONTAINERS)}")
+    if foreign := _foreign({str(name) for name in tensors}):
+        raise _unusable(path, *foreign)
     prefixes = {match[1] for name in tensors if (match := SAM_KEY.match(str(name)))}
     if not prefixes:
         got = f"{len(tensors)} tensors of another model ({', '.join(map(str, list(tensors)[:3]))})"
@@ -293,6 +295,44 @@ def load_state_dict(path: Place | str) -> dict[str, torch.Tensor]:
         )
     prefix = min(prefixes, key=len)
     return {str(name).removeprefix(prefix): value for name, value in tensors.items()}
+
+
+# Parts of tensors' names -> whose they are, what to do. The first match counts.
+FOREIGN = {
+    r"(memory_attention|memory_encoder|sam_mask_decoder|image_encoder\.trunk)\.": (
+        "weights of SAM 2",
+        "samray fine-tunes the first SAM: leave --checkpoint out to get Meta's, or give a SAM, "
+        "MedSAM or micro-sam ViT file",
+    ),
+    r"(vision_encoder\.|shared_image_embedding\.)": (
+        "weights of Hugging Face's SamModel, whose tensors have other names and shapes",
+        "leave --checkpoint out to get Meta's file of the same model, or give the original file "
+        "(.pth) that was converted",
+    ),
+    r"image_encoder\.(layers\.|patch_embed\.seq\.)": (
+        "weights of MobileSAM, which has another image encoder",
+        "use --model-type tiny without --checkpoint, or give a SAM, MedSAM or micro-sam ViT file",
+    ),
+    r"mask_decoder\.(hf_|compress_vit_feat|embedding_(encoder|maskfeature))": (
+        "weights of HQ-SAM, which has another mask decoder",
+        "leave --checkpoint out to get Meta's, or give a SAM, MedSAM or micro-sam ViT file",
+    ),
+}
+DECODER = re.compile(r"(?:[\w.]*\.)?(iou_token|output_upscaling|output_hypernetworks_mlps)\.")
+
+
+def _foreign(names: set[str]) -> tuple[str, str] | None:
+    """Whose weights these are and what to do, if they are known and not a whole SAM."""
+    for pattern, answer in FOREIGN.items():
+        if any(re.match(rf"(?:[\w.]*\.)?{pattern}", name) for name in names):
+            return answer
+    merge = "merge them into the state dict of the SAM that they belong to, and give that"
+    has_encoder = any("image_encoder." in name for name in names)
+    if not has_encoder and any(DECODER.match(name) for name in names):
+        return "a mask decoder alone, without image_encoder.*", merge
+    if has_encoder and not any("mask_decoder." in name for name in names):
+        return "an image encoder alone, without mask_decoder.*", merge
+    return None
 
 
 def _unusable(path: Place, got: str, advice: str) -> CheckpointError:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.util import ActorPool
 from tqdm import tqdm
 
 from samray import cluster
@@ -76,6 +75,7 @@ def encode_missing(
 
     Raises:
         ConfigError: the missing embeddings do not fit the disk.
+        ClusterError: the cluster has no free CPU or GPU for a long time.
     """
     sam = load_checkpoint(checkpoint).model()
     cache = EmbeddingCache(cache_dir, sam)
@@ -101,15 +101,13 @@ def encode_missing(
         ImageEncoder, device, len(missing), dataset.folder, checkpoint, cache_dir
     )
     started = time.perf_counter()
-    _encode_first(
-        pool, missing[0], len(missing), statement, cluster.pool_size(device, len(missing))
-    )
+    _encode_first(pool, missing[0], len(missing), statement)
     with tqdm(
         total=len(missing), initial=1, desc="encode", unit="img", file=sys.stderr, disable=None
     ) as bar:
-        for _ in pool.map_unordered(_encode, missing[1:]):
+        for _ in pool.map(_encode, missing[1:]):
             bar.update()
-    cluster.stop_pool(pool)
+    pool.stop()
     return EncodingReport(len(missing), found, round(time.perf_counter() - started, 2))
 
 
@@ -117,12 +115,12 @@ def _encode(actor: Any, name: str) -> Any:
     return actor.encode.remote(name)
 
 
-def _encode_first(pool: ActorPool, name: str, num_images: int, statement: str, actors: int) -> None:
+def _encode_first(pool: cluster.Pool, name: str, num_images: int, statement: str) -> None:
     """Encode one image alone, and print from its time how long the rest will take."""
     started = time.perf_counter()
-    pool.submit(_encode, name)
-    pool.get_next()
+    list(pool.map(_encode, [name]))
     seconds = time.perf_counter() - started
+    actors = pool.num_ready()
     minutes = seconds * (num_images - 1) / actors / 60
     print(
         f"embeddings: {statement}; {seconds:.2f} s an image, {actors} at a time: "

@@ -29,7 +29,7 @@ from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.sam.model import build_model, low_res_size
 from samray.sam.shipped import export_weights, load_shipped
 from samray.sam.weights import digest_of
-from samray.storage import resolve, resolve_local
+from samray.storage import Place, lock_folder, resolve, resolve_local
 from samray.training.loop import Worker, train_loop
 from samray.training.losses import low_res_iou
 from samray.training.scenes import VERSION, draw_scenes, region_masks
@@ -194,6 +194,11 @@ def pretrain(config: Config) -> dict[str, Any]:
     if config.model.type != "tiny":
         raise ConfigError(f"model.type: only tiny is pre-trained, not {config.model.type}")
     output = resolve(output_dir, "--output-dir")
+    with lock_folder(output, "--output-dir"):
+        return _pretrain(config, output)
+
+
+def _pretrain(config: Config, output: Place) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
     device = _device(config)
     config = resolve_model(config, weights_given=False)
@@ -210,9 +215,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     else:
         torch.set_float32_matmul_precision("high")
     steps = -(-config.pretrain.scenes_per_epoch // config.train.batch_size)
-    with tqdm(
-        total=config.train.num_epochs * steps, file=sys.stderr, disable=None, unit="step"
-    ) as bar:
+    bar = tqdm(total=config.train.num_epochs * steps, file=sys.stderr, disable=None, unit="step")
+    with bar, run.running():
         train_loop(
             config,
             run,
@@ -221,8 +225,8 @@ def pretrain(config: Config) -> dict[str, Any]:
             lambda event: _show(bar, config, event),
             config.pretrain.max_minutes,
         )
-    if len(run.state["epochs"]) >= config.train.num_epochs:
-        run.update(status="finished")
+        if len(run.state["epochs"]) >= config.train.num_epochs:
+            run.update(status="finished")
     if config.pretrain.export_dir is not None:
         export_weights(run, resolve_local(config.pretrain.export_dir, "--export"))
     return run.state

@@ -24,6 +24,24 @@ FIXED = {
     "train.resume": "the same command resumes a sweep by itself",
 }
 NUM_RANDOM_TRIALS = 16
+# `center` is left out, because the points of users and of `random` are not in the centre.
+DEFAULT_STRATEGIES = ("mixed", "interactive", "random", "bbox")
+
+
+def with_default_space(config: Config) -> Config:
+    """Return the config with a search space: its own, or learning rate and prompt strategy.
+
+    The default one surrounds the config's own learning rate by a factor of ten.
+    """
+    if config.tune.search_space:
+        return config
+    rate, selection = config.train.learning_rate, config.prompts.point_selection
+    strategies = dict.fromkeys([*DEFAULT_STRATEGIES, selection])
+    space = {
+        "train.learning_rate": {"loguniform": [rate / 10, rate * 10]},
+        "prompts.point_selection": {"choice": list(strategies)},
+    }
+    return with_settings(config, {"tune.search_space": space}, "sweep")
 
 
 def search_space(config: Config) -> dict[str, Any]:
@@ -35,15 +53,9 @@ def search_space(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: listing every setting, word, argument or value that is invalid.
     """
-    written = config.tune.search_space
-    if not written:
-        raise ConfigError(
-            "tune.search_space is empty; name the settings to search, e.g. "
-            "{train.learning_rate: {loguniform: [1.0e-5, 1.0e-2]}}; see configs/tune.yaml"
-        )
     space: dict[str, Any] = {}
     mistakes = []
-    for dotted, spec in written.items():
+    for dotted, spec in config.tune.search_space.items():
         try:
             space[dotted] = _domain(config, dotted, spec)
         except (ConfigError, ValueError, TypeError) as exc:

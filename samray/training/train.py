@@ -4,6 +4,7 @@ This file only wraps the loop in Ray. A run's state is in its RUN folder and not
 silently resumes a run of the same name and returns the latest checkpoint instead of the best.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -23,7 +24,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from samray import cluster
-from samray.config import Config, required, resolve_model
+from samray.config import Config, required, resolve_model, with_settings
 from samray.data.dataset import PreparedDataset
 from samray.errors import CheckpointError, ConfigError, SamrayError
 from samray.sam.checkpoint import (
@@ -38,10 +39,19 @@ from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.sam.model import build_model, load_weights
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of, fetch_official, load_state_dict
-from samray.storage import Place, copy_folder, remove_folder, require_folder, resolve
+from samray.storage import (
+    Place,
+    copy_folder,
+    lock_folder,
+    remove_folder,
+    require_folder,
+    resolve,
+)
 from samray.training.encode import encode_missing
 from samray.training.finetuning import FineTuning
 from samray.training.loop import Report, Worker, train_loop
+
+ABORT_SECONDS = 20  # for the workers of an interrupted run to end
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,18 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     data_dir, output_dir = required(config, "train.data_dir", "train.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
+    # Absolute, because `promote` reads the saved config in another working directory.
+    paths = {"train.data_dir": str(dataset.folder), "train.output_dir": str(output)}
+    config = with_settings(config, paths, "train")
+    if trial is not None:  # the sweep holds the lock of its folder
+        return _fit(config, dataset, output, trial)
+    with lock_folder(output, "--output-dir"):
+        return _fit(config, dataset, output, None)
+
+
+def _fit(
+    config: Config, dataset: PreparedDataset, output: Place, trial: Trial | None
+) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
     _require_enough_images(config, dataset)
     if trial is None:
@@ -89,15 +111,16 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     cluster.require_shared(output, "--output-dir")
     run = resumed or RunFolder.create(output, config, dataset.digest)
-    if not run.base.exists():
-        if trial is None:
-            save_checkpoint(run.base, base.weights, config, base.progress)
-        else:
-            copy_folder(trial.base, run.base, link=True)
-    cache_dir = _fill_cache(config, run, dataset) if config.model.freeze_image_encoder else None
-    _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
-    run = RunFolder(output)  # the workers have written to it
-    run.update(status="finished")
+    with run.running():
+        if not run.base.exists():
+            if trial is None:
+                save_checkpoint(run.base, base.weights, config, base.progress)
+            else:
+                copy_folder(trial.base, run.base, link=True)
+        cache_dir = _fill_cache(config, run, dataset) if config.model.freeze_image_encoder else None
+        _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
+        run = RunFolder(output)  # the workers have written to it
+        run.update(status="finished")
     return run.state
 
 
@@ -212,6 +235,11 @@ def _train(
         arguments["report"] = report
         _trainer(config, run, resources, arguments, in_process=True).fit()
         return
+    cluster.wait_for_room(
+        resources.num_workers,
+        resources.cpus_per_worker,
+        config.scaling.gpus_per_worker if resources.use_gpu else 0,
+    )
     queue = EventQueue.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     arguments["report"] = functools.partial(_send, queue)
     trainer = _trainer(config, run, resources, arguments, in_process=False)
@@ -231,6 +259,9 @@ def _train(
             if cause is not None:
                 raise cause from exc
         raise
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     finally:
         done.set()
         viewer.join()
@@ -247,7 +278,7 @@ def _trainer(
     worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.use_gpu:
         worker_resources["GPU"] = config.scaling.gpus_per_worker
-    return ray.train.torch.TorchTrainer(
+    return InterruptibleTrainer(
         train_loop_per_worker,
         train_loop_config=arguments,
         scaling_config=ray.train.ScalingConfig(
@@ -260,6 +291,25 @@ def _trainer(
             name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(_ray_folder(run))
         ),
     )
+
+
+class InterruptibleTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """A trainer whose `fit` raises KeyboardInterrupt on Ctrl-C.
+
+    Ray Train's own handler of SIGINT raises SystemExit(0) in the middle of `fit`, and stays
+    installed after it.
+    """
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def abort(self) -> None:
+        """Stop the workers of an interrupted `fit`."""
+        if self.controller is not None:
+            with contextlib.suppress(ray.exceptions.RayError):  # the controller ends itself
+                ray.get(self.controller.abort.remote(), timeout=ABORT_SECONDS)
 
 
 def _ray_folder(run: RunFolder) -> Place:

@@ -15,7 +15,9 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,7 @@ from samray.sam.embeddings import embeddings_folder
 from samray.storage import (
     Place,
     is_used,
+    lock_folder,
     read_json,
     require_folder,
     resolve,
@@ -50,6 +53,7 @@ from samray.training.search_space import (
     default_point,
     grid_points,
     search_space,
+    with_default_space,
 )
 from samray.training.sweep_report import importance, write_report
 from samray.training.train import Trial, base_checkpoint, fit
@@ -78,11 +82,21 @@ def sweep(config: Config) -> dict[str, Any]:
     # All splits, so that a missing one is reported before the search and not after it.
     records = [record for split in SPLITS for record in dataset.split(split)]
     output = resolve_local(output_dir, "--output-dir")
-    config = with_settings(
-        config,
-        {"train.data_dir": str(dataset.folder), "train.output_dir": None, "train.resume": False},
-        "sweep",
-    )
+    shared = {
+        "train.data_dir": str(dataset.folder),
+        "train.output_dir": None,
+        "train.resume": False,
+        "tune.data_dir": str(dataset.folder),
+        "tune.output_dir": str(output),
+    }
+    config = with_default_space(with_settings(config, shared, "sweep"))
+    with lock_folder(output, "--output-dir"):
+        return _sweep(config, dataset, records, output)
+
+
+def _sweep(
+    config: Config, dataset: PreparedDataset, records: list[ImageRecord], output: Place
+) -> dict[str, Any]:
     space = search_space(config)
     num_trials = count_trials(config, space)
     _require_metric(config.tune.metric)
@@ -106,17 +120,37 @@ def sweep(config: Config) -> dict[str, Any]:
         save_config(plan.config, output / "config.yaml")
     if not (output / "base" / "weights.pth").exists():
         save_checkpoint(output / "base", base.weights, resolved, base.progress)
-    started = time.perf_counter()
-    encoding = _encode(plan, dataset, records)
-    state["embeddings"] = (before or {}).get("embeddings") or encoding.as_dict()
     state["interrupted"] = before is not None
-    write_json(output / "sweep.json", state)
-    state["trials"] = _run_trials(plan, space)
-    state["seconds"] = round(time.perf_counter() - started, 1)
-    state |= _result(plan, dataset, state)
+    try:
+        _search(plan, dataset, records, space, state, (before or {}).get("embeddings"))
+    except (KeyboardInterrupt, SystemExit):
+        write_json(output / "sweep.json", {**state, "status": "interrupted"})
+        raise
     write_json(output / "sweep.json", state)
     write_bytes(output / "report.html", write_report(state).encode())
     return state
+
+
+def _search(
+    plan: "SweepPlan",
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    space: dict[str, Any],
+    state: dict[str, Any],
+    embeddings: dict[str, Any] | None,
+) -> None:
+    """Encode the images, run the trials and score the best one; add the outcome to the state.
+
+    Args:
+        embeddings: of the part before an interruption, which has encoded the images.
+    """
+    started = time.perf_counter()
+    encoding = _encode(plan, dataset, records)
+    state["embeddings"] = embeddings or encoding.as_dict()
+    write_json(plan.output / "sweep.json", state)
+    trials = _run_trials(plan, space)
+    outcome = {"trials": trials, "seconds": round(time.perf_counter() - started, 1)}
+    state |= outcome | _result(plan, dataset, {**state, **outcome})
 
 
 @dataclass(frozen=True)
@@ -244,7 +278,16 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
         )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints even at verbose=0
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the table
-    results = tuner.fit()
+    workers = plan.resources
+    gpus = plan.config.scaling.gpus_per_worker if workers.use_gpu else 0
+    cluster.wait_for_room(workers.num_workers, workers.cpus_per_worker, gpus)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        results = tuner.fit()
+    finally:
+        # Tune leaves a handler behind that ignores Ctrl-C.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
     trials = [_row(plan, result) for result in results]
     if any(trial["status"] == "unfinished" for trial in trials) or len(trials) < plan.num_trials:
         # On Ctrl-C, Tune returns without an error.

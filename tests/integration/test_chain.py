@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from samray.config import load_config
 from samray.data.dataset import PreparedDataset
-from samray.sam.checkpoint import load_checkpoint
+from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "3", "train.warmup_steps=2"]
 
 
@@ -120,6 +124,86 @@ def test_evaluate_compares_base_with_tuned(tuned_run, prepared, tmp_path, run_cl
     assert "<svg" in html
     outside = re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", html)
     assert not outside, "the report must need no other file"
+
+
+def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
+    tuned_run, prepared, tmp_path, run_cli
+):
+    """`best` and `latest` are made to differ, by a copy whose best epoch is the first."""
+    run = tmp_path / "run"
+    shutil.copytree(tuned_run, run, symlinks=True)
+    state = state_of(run)
+    latest = state["latest"]
+    if state["best"] == latest:
+        weights = load_checkpoint(run / "base").weights
+        progress = json.loads((run / latest / "progress.json").read_text()) | {"epoch": 1}
+        config = load_config(run / "config.yaml")
+        save_checkpoint(run / "checkpoints" / "epoch_0001", weights, config, progress)
+        RunFolder(run).update(best="checkpoints/epoch_0001")
+    best = state_of(run)["best"]
+    assert best != latest
+    for given, expected in (("", best), ("/latest", latest), (f"/{best}", best)):
+        output = tmp_path / f"report{given.replace('/', '_')}"
+        status, _, err = run_cli(
+            "evaluate", "--data-dir", prepared, "--checkpoint", f"{run}{given}", "--output-dir",
+            output,
+        )  # fmt: skip
+        assert status == 0, err
+        evaluation = json.loads((output / "evaluation.json").read_text())
+        assert evaluation["checkpoint"] == expected
+        assert expected.endswith(f"{evaluation['epoch']:04d}")
+    status, _, err = run_cli(
+        "promote", run / "latest", "--name", "nuts", "--store", tmp_path / "store", "--force"
+    )
+    assert status == 0, err
+    stored = load_checkpoint(tmp_path / "store" / "nuts").weights
+    for name, value in load_checkpoint(run / "latest").weights.items():
+        assert torch.equal(stored[name], value)
+
+
+def test_a_relative_data_dir_is_saved_as_an_absolute_one(
+    tuned_run, prepared, tmp_path, run_cli, monkeypatch
+):
+    monkeypatch.chdir(prepared.parent)
+    words = ["--data-dir", prepared.name, "--output-dir", tmp_path / "run", "--num-epochs", 1]
+    status, _, err = run_cli("train", *words, "--checkpoint", tuned_run, *SMALL)
+    assert status == 0, err
+    monkeypatch.chdir(tmp_path)
+    saved = load_config(tmp_path / "run" / "config.yaml").train
+    assert (saved.data_dir, saved.output_dir) == (str(prepared), str(tmp_path / "run"))
+    status, _, err = run_cli("promote", "run", "--name", "nuts", "--store", "store", "--force")
+    assert status == 0, err
+
+
+def test_ctrl_c_ends_a_training_and_its_status(tuned_run, prepared, tmp_path, run_cli):
+    """Ctrl-C reaches all processes of the terminal. A second command meanwhile is refused."""
+    run = tmp_path / "run"
+    words = ["--data-dir", prepared, "--output-dir", run, "--checkpoint", tuned_run, *SMALL]
+    status, _, err = run_cli("train", *words, "--num-epochs", 1)
+    assert status == 0, err
+    assert state_of(run)["status"] == "finished"
+    again = [*map(str, words), "--num-epochs", "500", "--resume"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.train", *again], cwd=ROOT, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while "epoch 3/500" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert state_of(run)["status"] == "running"
+    status, _, err = run_cli("train", *again)
+    assert status == 2
+    assert f"in use by process {process.pid} on {socket.gethostname()}" in err
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert log.read_text().endswith("samray train: interrupted\n")
+    assert "Traceback" not in log.read_text()
+    state = state_of(run)
+    assert state["status"] == "interrupted"
+    assert 3 <= len(state["epochs"]) < 500
+    assert not (run / ".samray.lock").exists()
 
 
 def test_predict_writes_mask_overlay_and_labelme_that_prepare_reads(

@@ -205,6 +205,39 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
     assert not (tmp_path / "sweep" / "sweep.json").exists()
 
 
+def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path):
+    """Without a search space; Ctrl-C in the first trial, then the same command."""
+    output, log = tmp_path / "sweep", tmp_path / "log"
+    command = [
+        *(sys.executable, "-m", "jobs.tune", "--data-dir", str(own_prepared)),
+        *("--output-dir", str(output), "--num-trials", "2", "tune.scheduler=none"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--num-epochs", "2"], stdout=file, stderr=file, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not list(output.glob("trials/*/run.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130
+    assert "samray tune: interrupted" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert json.loads((output / "sweep.json").read_text())["status"] == "interrupted"
+    again = subprocess.run(
+        [*command, "--num-epochs", "2"], capture_output=True, text=True, env=environment,
+        timeout=400,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    state = json.loads((output / "sweep.json").read_text())
+    assert state["status"] == "finished"
+    assert len(state["trials"]) == 2
+    for trial in state["trials"]:
+        assert set(trial["settings"]) == {"train.learning_rate", "prompts.point_selection"}
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_is_resumed(own_prepared, tmp_path):
     """kill -9 of the driver after the first trial has ended; then the same command."""

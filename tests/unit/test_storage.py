@@ -1,6 +1,11 @@
 """Invalid paths are refused early; outputs appear completely or not at all."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import botocore.exceptions as boto
@@ -11,7 +16,10 @@ from urllib3.exceptions import ProtocolError
 from samray.errors import ConfigError, DatasetError, StorageError
 from samray.storage import (
     JOB_VARIABLE,
+    LOCK,
     free_bytes,
+    is_used,
+    lock_folder,
     make_folder,
     plain_errors,
     read_json,
@@ -247,3 +255,48 @@ def fail_to_upload() -> None:
 def test_a_failed_upload_gives_the_reason_of_its_request() -> None:
     with pytest.raises(StorageError, match="no such bucket"), plain_errors("s3://b/a"):
         fail_to_upload()
+
+
+HOLDER = """
+import sys, time
+from samray.storage import lock_folder, resolve
+with lock_folder(resolve(sys.argv[1], "--output-dir"), "--output-dir"):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        for _ in range(2):  # the first refusal does not remove the lock or its owner
+            with pytest.raises(ConfigError) as caught, lock_folder(folder, "--output-dir"):
+                pass
+            assert str(caught.value).startswith(
+                f"--output-dir: {folder} is in use by process {process.pid} "
+                f"on {socket.gethostname()}, since 20"
+            )
+        assert not is_used(folder)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with lock_folder(folder, "--output-dir"):
+        (folder / "run.json").write_text("{}")
+        assert is_used(folder)
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_a_folder_that_was_locked_in_vain_is_gone_again(tmp_path):
+    with pytest.raises(Killed), lock_folder(tmp_path / "run", "--output-dir"):
+        raise Killed
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    with lock_folder(tmp_path / "file", "--output-dir"):  # whoever wants a folder refuses it
+        assert is_used(tmp_path / "file")
+
+
+def test_a_damaged_lock_that_nobody_holds_is_taken(tmp_path):
+    (tmp_path / LOCK).write_text("{")
+    with lock_folder(tmp_path, "--output-dir"):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()

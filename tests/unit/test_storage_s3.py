@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,10 +16,12 @@ from s3 import READER
 from samray.data.discovery import find_files
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.storage import (
+    LOCK,
     is_used,
     list_folder,
     list_objects,
     local_copy,
+    lock_folder,
     plain_errors,
     read_bytes,
     read_head,
@@ -219,3 +224,25 @@ def test_wrong_json_in_s3_is_damaged_data(folder: Path):
     write_bytes(folder / "a.json", json.dumps([1]).encode()[:1])
     with pytest.raises(DatasetError, match="damaged, not JSON"):
         read_json(folder / "a.json")
+
+
+def test_a_prefix_is_held_by_one_process(folder):
+    """A lock of a process that has ended blocks other hosts only."""
+    with lock_folder(folder, "--output-dir"):
+        assert not is_used(folder)
+        assert read_json(folder / LOCK)["host"] == socket.gethostname()
+    assert not (folder / LOCK).exists()
+    owner = {"host": "another", "pid": 7, "since": "2026-11-25 12:00:00 UTC"}
+    write_json(folder / LOCK, owner)
+    with (
+        pytest.raises(ConfigError, match=r"in use by process 7 on another.*delete s3://"),
+        lock_folder(folder, "--output-dir"),
+    ):
+        pass
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    write_json(folder / LOCK, owner | {"host": socket.gethostname(), "pid": int(ended.stdout)})
+    with lock_folder(folder, "--output-dir"):
+        write_json(folder / "run.json", {})
+    assert list_folder(folder) == ["run.json"]

@@ -12,6 +12,7 @@ from samray.errors import CheckpointError, ConfigError
 from samray.sam.checkpoint import (
     RunFolder,
     find_checkpoint,
+    find_tuned,
     load_checkpoint,
     load_optimizer,
     require_same_run,
@@ -51,6 +52,56 @@ def test_consumers_take_the_best_and_only_best_and_latest_are_kept(run):
     for name in ("best", "latest"):
         assert (run.path / name).resolve() == run.path / run.state[name]
         assert (run.path / name / "weights.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("named", "epoch"),
+    [
+        ("", 2),
+        ("best", 2),
+        ("latest", 3),
+        ("checkpoints/epoch_0003", 3),
+        ("checkpoints/epoch_0002", 2),
+        ("latest/weights.pth", 3),
+        ("run.json", 2),
+    ],
+)
+def test_the_checkpoint_that_a_path_names_is_the_one_that_is_compared(run, named, epoch):
+    found, checkpoint = find_tuned(run.path / named)
+    assert found.path == run.path
+    assert checkpoint.progress == {"e": epoch}
+    assert checkpoint.path.resolve() == run.path / "checkpoints" / f"epoch_{epoch:04d}"
+
+
+def test_best_and_latest_are_found_without_links(run):
+    """As in S3 and on file systems without links."""
+    for name in ("best", "latest"):
+        (run.path / name).unlink()
+    assert load_checkpoint(run.path / "latest").progress == {"e": 3}
+    assert find_tuned(run.path / "best")[1].progress == {"e": 2}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, "interrupted"), (SystemExit, "interrupted"), (ValueError, "failed")],
+)
+def test_the_status_of_a_run_that_ends_early(run, tiny, error, status):
+    def state():
+        return json.loads((run.path / "run.json").read_text())
+
+    def train():
+        with run.running():
+            assert state()["status"] == "running"
+            add_epoch(RunFolder(run.path), tiny, 4, 0.1)  # as a worker
+            raise error
+
+    run.update(status="finished")
+    with pytest.raises(error):
+        train()
+    assert state()["status"] == status
+    assert state()["latest"] == "checkpoints/epoch_0004"
+    with RunFolder(run.path).running():
+        assert state()["status"] == "running"
 
 
 def test_a_checkpoint_that_was_written_but_not_registered_is_ignored(run, tiny):

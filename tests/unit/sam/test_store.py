@@ -111,8 +111,11 @@ def test_what_is_no_model_does_not_hide_the_models(store, checkpoint):
     store.add("nuts", checkpoint, record())
     killed = store.add("figs", checkpoint, record())
     (store.folder / "figs" / "current").unlink()
-    strays = ["lost+found/.keep", ".DS_Store", ".samray-0a1b", "notes.txt", "nuts/.DS_Store",
-              "nuts/readme.md", "nuts/old/promotion.json", "empty/.keep", "ä b/current", "nuts/lost+found/promotion.json"]  # fmt: skip
+    strays = [
+        *("lost+found/.keep", ".DS_Store", ".samray-0a1b", "notes.txt", "empty/.keep"),
+        *("nuts/.DS_Store", "nuts/readme.md", "nuts/old/promotion.json", "ä b/current"),
+        "nuts/lost+found/promotion.json",
+    ]
     for stray in strays:
         if isinstance(store.folder, Path):
             (store.folder / stray).parent.mkdir(exist_ok=True)

@@ -505,6 +505,52 @@ def test_file_of_something_else(tmp_path: Path, content: object, got: str) -> No
     assert got in refusal(tmp_path / "other.pth")
 
 
+ONE = torch.ones(1)
+# Names from the published files.
+FOREIGN = {
+    "Hugging Face's SamModel": {
+        "shared_image_embedding.positional_embedding": ONE,
+        "vision_encoder.pos_embed": ONE,
+        "prompt_encoder.no_mask_embed.weight": ONE,
+        "mask_decoder.iou_token.weight": ONE,
+    },
+    "SAM 2": {
+        "model": {
+            "maskmem_tpos_enc": ONE,
+            "image_encoder.trunk.pos_embed": ONE,
+            "memory_attention.layers.0.self_attn.q_proj.weight": ONE,
+            "sam_mask_decoder.iou_token.weight": ONE,
+        }
+    },
+    "MobileSAM": {
+        "image_encoder.patch_embed.seq.0.c.weight": ONE,
+        "image_encoder.layers.0.blocks.0.conv1.c.weight": ONE,
+        "prompt_encoder.no_mask_embed.weight": ONE,
+        "mask_decoder.iou_token.weight": ONE,
+    },
+    "HQ-SAM": fake_sam() | {"mask_decoder.hf_token.weight": ONE},
+    "a mask decoder alone": {"module.mask_decoder.iou_token.weight": ONE},
+    "a mask decoder alone, ": {"iou_token.weight": ONE, "transformer.layers.0.norm1.bias": ONE},
+    "an image encoder alone": {"image_encoder.pos_embed": ONE},
+}
+
+
+@pytest.mark.parametrize("whose", FOREIGN)
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_weights_of_another_model_say_whose_they_are_and_what_to_do(
+    tmp_path: Path, whose: str, form: str
+) -> None:
+    path, content = tmp_path / f"other.{form}", FOREIGN[whose]
+    if form == "pth":
+        torch.save(content, path)
+    else:
+        tensors = {name: value.clone() for name, value in content.get("model", content).items()}
+        safetensors.torch.save_file(tensors, path)
+    message = refusal(path)
+    assert whose in message
+    assert "--checkpoint" in message or "merge them into" in message
+
+
 @pytest.mark.parametrize(("width", "name"), [(768, "vit_b"), (1024, "vit_l"), (1280, "vit_h")])
 def test_model_type(width: int, name: str) -> None:
     assert weights.model_type_of(fake_sam(width)) == name

@@ -1,16 +1,21 @@
 """Pre-training: no scene is repeated, a seed repeats its steps, and resuming is bit-equal."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from samray.cli import main
 from samray.config import load_config, resolve_model
 from samray.errors import ConfigError
 from samray.sam.checkpoint import RunFolder, load_checkpoint
 from samray.sam.model import build_model
+from samray.storage import LOCK
 from samray.training.pretraining import DrawnScenes, pretrain
 
 SETTINGS = [
@@ -81,6 +86,30 @@ def test_a_run_stopped_and_resumed_equals_an_undisturbed_one(tmp_path):
     weights = [load_checkpoint(RunFolder(r).latest).weights for r in (tmp_path / "whole", pieces)]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+def test_a_run_that_is_interrupted_says_so_and_is_resumed(tmp_path, monkeypatch):
+    """Ctrl-C after the first epoch; meanwhile a second command is refused."""
+    run, refused = tmp_path / "run", []
+
+    def interrupt(bar, config, event):
+        if event["event"] == "epoch" and not refused:
+            assert json.loads((run / "run.json").read_text())["status"] == "running"
+            with pytest.raises(ConfigError) as caught:
+                pretrain(config_of(run, "train.num_epochs=2", "train.resume=true"))
+            refused.append(str(caught.value))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("samray.training.pretraining._show", interrupt)
+    monkeypatch.chdir(tmp_path)
+    words = [*SETTINGS, "--output-dir", "run", "--num-epochs", "2"]
+    assert main(["pretrain", *words]) == 130
+    assert f"{run} is in use by process {os.getpid()} on {socket.gethostname()}" in refused[0]
+    assert RunFolder(run).state["status"] == "interrupted"
+    assert not (run / LOCK).exists()
+    assert main(["pretrain", *words, "--resume"]) == 0
+    assert RunFolder(run).state["status"] == "finished"
+    assert [epoch["epoch"] for epoch in RunFolder(run).state["epochs"]] == [1, 2]
 
 
 def test_it_runs_where_ray_is_not_installed():

@@ -4,7 +4,13 @@ import pytest
 
 from samray.config import load_config
 from samray.errors import ConfigError
-from samray.training.search_space import count_trials, default_point, grid_points, search_space
+from samray.training.search_space import (
+    count_trials,
+    default_point,
+    grid_points,
+    search_space,
+    with_default_space,
+)
 
 
 def config_of(space, **options):
@@ -35,9 +41,30 @@ def test_the_default_is_a_point_only_if_the_space_contains_it():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"train.learning_rate": 3e-3, "prompts.point_selection": "center"}],
+)
+def test_without_a_space_learning_rate_and_prompt_strategy_are_searched(options):
+    config = with_default_space(config_of({}, **options))
+    space = search_space(config)
+    assert set(space) == {"train.learning_rate", "prompts.point_selection"}
+    rate = config.train.learning_rate
+    assert (space["train.learning_rate"].lower, space["train.learning_rate"].upper) == (
+        pytest.approx(rate / 10),
+        pytest.approx(rate * 10),
+    )
+    assert {"mixed", "interactive"} <= set(space["prompts.point_selection"].categories)
+    assert default_point(config, space) == {
+        "train.learning_rate": rate,
+        "prompts.point_selection": config.prompts.point_selection,
+    }
+    assert count_trials(config, space) == 16
+    assert with_default_space(config) is config
+
+
+@pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({}, "search_space is empty"),
         ({"train.learning_rte": {"choice": [1]}}, "did you mean learning_rate"),
         ({"train": {"choice": [1]}}, "train"),
         ({"scaling.num_workers": {"choice": [1]}}, "no setting of training"),
