@@ -173,6 +173,18 @@ def test_a_damaged_current_says_how_to_repair_it(tmp_path, checkpoint, content):
     assert store.roll_back("nuts", version.version) == version
 
 
+def test_a_damaged_model_does_not_hide_the_others_in_the_list(tmp_path, checkpoint, run_cli):
+    store = ModelStore(tmp_path)
+    scores = {model: {"miou": 0.5} for model in ("base", "tuned")}
+    for name in ("figs", "nuts"):
+        version = store.add(name, checkpoint, {**record(), "metrics": scores})
+    (tmp_path / "figs" / "current").write_text("gone\n")
+    status, out, err = run_cli("models", "--store", tmp_path)
+    assert status == 0, err
+    assert "figs/current: names version 'gone', which does not exist" in out
+    assert f"* {version.version}  tiny" in out
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "current", "x" * 65, "a b", "ä"])
 def test_names_that_are_paths_are_refused(tmp_path, name):
     with pytest.raises(StoreError, match="--name"):
