@@ -19,7 +19,7 @@ from samray.storage import Place, require_folder, resolve
 MIN_IMAGES = 5  # for an interval from resampled images
 
 # Rows of the prompt matrix that each training strategy covers; the others are off-target.
-_ON_TARGET = {
+ON_TARGET = {
     "center": {"center"},
     "random": {"random"},
     "bbox": {"bbox"},
@@ -59,7 +59,7 @@ def promote(config: Config) -> Version:
     store = require_store(resolve(folder, "--store"))
     current = store.current(name)
     scores = _scores(config, dataset, run, tuned, current)
-    off_target = [row for row in MATRIX if row not in _ON_TARGET[trained.prompts.point_selection]]
+    off_target = [row for row in MATRIX if row not in ON_TARGET[trained.prompts.point_selection]]
     reasons = guard(scores, off_target, settings.max_forgetting)
     if reasons and not settings.force:
         raise GuardError(

@@ -1,16 +1,19 @@
 """The models that the endpoint serves: a checkpoint and its base, a store's, or `tiny`."""
 
 import contextlib
+import logging
 from dataclasses import dataclass
 
 from samray import __version__
 from samray.config import ServeConfig
-from samray.errors import ConfigError, SamrayError
+from samray.errors import ConfigError, SamrayError, StoreError
 from samray.sam.checkpoint import Checkpoint, find_checkpoint, find_run, load_checkpoint
 from samray.sam.shipped import load_shipped
 from samray.sam.store import ModelStore
 from samray.sam.weights import digest_of
 from samray.storage import Place, resolve
+
+LOG = logging.getLogger("samray.access")  # what the endpoint's operator reads
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,13 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
         names = [settings.model] if settings.model else store.names()
         found = {}
         for name in names:
-            current = store.current(name)
+            try:
+                current = store.current(name)
+            except StoreError:
+                if settings.model:
+                    raise
+                LOG.exception("%s cannot be read and is not served", name)
+                continue
             if current is None:
                 raise ConfigError(f"--model: {store.folder} has no model {name!r}")
             digest, model_type = (

@@ -1,10 +1,13 @@
 """The guard before a promotion, on synthetic scores for each of its rules."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from samray.config import PointSelection
 from samray.evaluation.metrics import Score
-from samray.evaluation.promote import guard
+from samray.evaluation.promote import ON_TARGET, guard
 from samray.evaluation.scoring import MATRIX
 
 
@@ -75,3 +78,8 @@ def test_forgetting_counts_off_target_only():
 def test_forgetting_is_checked_in_every_row(row):
     given = {"base": scores(), "tuned": scores(-0.05, row=row)}
     assert any(row in reason for reason in guard(given, [row], 0.02))
+
+
+def test_every_prompt_strategy_has_rows_that_it_trains_for():
+    """Or `promote` would fail after training with a strategy that was added later."""
+    assert set(ON_TARGET) == set(get_args(PointSelection))

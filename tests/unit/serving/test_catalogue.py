@@ -1,0 +1,34 @@
+"""One damaged model of a store keeps no other from being served."""
+
+import pytest
+
+from samray.config import ServeConfig, load_config
+from samray.errors import StoreError
+from samray.sam.checkpoint import load_checkpoint, save_checkpoint
+from samray.sam.shipped import load_shipped
+from samray.sam.store import ModelStore
+from samray.serving.catalogue import read_catalogue
+
+
+@pytest.fixture
+def store(tmp_path):
+    shipped = load_shipped()
+    progress = {"epoch": 1, "base": shipped.progress["base"]}
+    save_checkpoint(tmp_path / "checkpoint", shipped.weights, load_config(), progress)
+    store = ModelStore(tmp_path / "models")
+    for name in ("figs", "nuts"):
+        record = {"previous": None, "metrics": {}, "guard": {}}
+        store.add(name, load_checkpoint(tmp_path / "checkpoint"), record)
+    (store.folder / "figs" / "current").write_text("no such version\n")
+    (store.folder / "lost+found").mkdir()
+    (store.folder / ".DS_Store").write_bytes(b"x")
+    return store
+
+
+def test_a_damaged_model_does_not_hide_the_others(store):
+    assert list(read_catalogue(ServeConfig(store=str(store.folder)), {})) == ["nuts"]
+
+
+def test_a_damaged_model_that_is_asked_for_is_an_error(store):
+    with pytest.raises(StoreError, match="current"):
+        read_catalogue(ServeConfig(store=str(store.folder), model="figs"), {})
