@@ -295,7 +295,7 @@ class Ingress:
             raise ApiError("not_ready", "the decoder does not finish its work")
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=errors(502))
+    @app.get("/metrics", include_in_schema=False)
     async def metrics(self) -> PlainTextResponse:
         """Return samray's metrics of all nodes, in Prometheus' text format."""
         return PlainTextResponse(await asyncio.to_thread(read_metrics))

@@ -388,7 +388,7 @@ def test_what_label_studio_does_not_give(url):
 
 def test_a_body_that_label_studio_would_not_send(url):
     refusal(label_studio(url, "predict", {}), 422, "invalid_request", field="tasks")
-    refusal(label_studio(url, "predict", None), 400, "bad_request", field=None)
+    refusal(label_studio(url, "predict", None), 415, "unsupported_format", field=None)
     config = '<!DOCTYPE v [<!ENTITY a "b">]>' + BRUSH
     refusal(
         ask(url, "/data/upload/1/a.jpg", click(), config=config),

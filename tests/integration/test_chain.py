@@ -187,8 +187,20 @@ def test_ctrl_c_ends_a_training_and_its_status(tuned_run, prepared, tmp_path, ru
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.train", *again], cwd=ROOT, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=restore_sigint,
         )  # fmt: skip
+    try:
+        check_interruption(process, again, run, log, run_cli)
+    finally:
+        process.kill()
+
+
+def restore_sigint():
+    """Tests that run in the background of a shell inherit that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def check_interruption(process, again, run, log, run_cli):
     deadline = time.monotonic() + 240
     while "epoch 3/500" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.2)
