@@ -88,7 +88,15 @@ def test_a_run_stopped_and_resumed_equals_an_undisturbed_one(tmp_path):
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
-def test_a_run_that_is_interrupted_says_so_and_is_resumed(tmp_path, monkeypatch):
+@pytest.fixture
+def sigint():
+    """SIGINT as in a foreground process; in the background of a shell it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_is_interrupted_says_so_and_is_resumed(tmp_path, monkeypatch, sigint):
     """Ctrl-C after the first epoch; meanwhile a second command is refused."""
     run, refused = tmp_path / "run", []
 
