@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -232,28 +233,27 @@ def pool_size(device: str, num_items: int) -> int:
 
 
 class Pool:
-    """Actors for independent items. Those that find no free resources yet join when they do.
+    """Actors for independent items: one at first, all once the work left takes longer than a start.
+
+    Starting an actor costs seconds of a CPU, which few or quick items do not pay back. Actors that
+    find no free resources join when they do.
 
     Args:
-        actors: just created.
+        create: creates an actor.
+        limit: of actors.
     """
 
-    def __init__(self, actors: list[Any]) -> None:
-        self._actors = actors
-        self._starting = {actor.__ray_ready__.remote(): actor for actor in actors}
+    def __init__(self, create: Callable[[], Any], limit: int) -> None:
+        self.limit = limit
+        self._create = create
+        self._actors: list[Any] = []
+        self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
-
-    def num_ready(self) -> int:
-        """Return the number of actors that work, or could."""
-        for ref in list(self._starting):
-            if ray.wait([ref], timeout=0)[0]:
-                self._join(ref)
-        return len(self._actors) - len(self._starting)
-
-    def wait_for_first(self) -> None:
-        """Wait until one actor is ready."""
+        started = time.perf_counter()
+        self._start(1)
         (ref,), _ = ray.wait(list(self._starting), num_returns=1)
         self._join(ref)
+        self._start_seconds = time.perf_counter() - started
 
     def map(self, call: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Yield index and result of each item, in the order in which they are done.
@@ -263,23 +263,46 @@ class Pool:
         """
         waiting = collections.deque(enumerate(items))
         running: dict[Any, tuple[int, Any]] = {}
+        done, began = 0, time.perf_counter()
         while waiting or running:
             while waiting and self._idle:
                 index, item = waiting.popleft()
                 actor = self._idle.pop()
                 running[call(actor, item)] = index, actor
-            (ref,), _ = ray.wait([*running, *(self._starting if waiting else ())], num_returns=1)
-            if ref in self._starting:
-                self._join(ref)
-            else:
-                index, actor = running.pop(ref)
+            self._grow(len(waiting), done, time.perf_counter() - began)
+            ready, _ = ray.wait(
+                [*running, *(self._starting if waiting else ())],
+                num_returns=1,
+                timeout=self._start_seconds,  # then the first item is a long one
+            )
+            if ready and ready[0] in self._starting:
+                self._join(ready[0])
+            elif ready:
+                index, actor = running.pop(ready[0])
                 self._idle.append(actor)
-                yield index, ray.get(ref)
+                done += 1
+                yield index, ray.get(ready[0])
 
     def stop(self) -> None:
         """Stop the actors at once."""
         for actor in self._actors:
             ray.kill(actor)
+
+    def _grow(self, waiting: int, done: int, seconds: float) -> None:
+        """Start the other actors if the items that wait will take longer than a start.
+
+        Args:
+            done: items finished in `seconds`.
+        """
+        left = seconds / done * waiting if done > 1 else seconds  # the first item is often slower
+        if left > self._start_seconds:
+            self._start(min(self.limit - len(self._actors), waiting))
+
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            actor = self._create()
+            self._actors.append(actor)
+            self._starting[actor.__ray_ready__.remote()] = actor
 
     def _join(self, ref: Any) -> None:
         ray.get(ref)  # raises if the actor could not be created
@@ -287,7 +310,7 @@ class Pool:
 
 
 def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -> Pool:
-    """Start actors for independent items; return when the first one is ready.
+    """Start a pool for independent items; return when its first actor is ready.
 
     Args:
         device: auto, cpu or gpu; auto uses GPUs if the cluster has any.
@@ -297,13 +320,8 @@ def start_pool(actor_class: Any, device: str, num_items: int, *arguments: Any) -
     """
     num_gpus = gpus_per_actor(device)
     wait_for_room(1, 1, num_gpus)
-    actors = [
-        actor_class.options(num_cpus=1, num_gpus=num_gpus).remote(*arguments)
-        for _ in range(pool_size(device, num_items))
-    ]
-    pool = Pool(actors)
-    pool.wait_for_first()
-    return pool
+    options = actor_class.options(num_cpus=1, num_gpus=num_gpus)
+    return Pool(lambda: options.remote(*arguments), pool_size(device, num_items))
 
 
 def wait_for_room(count: int, num_cpus: float, num_gpus: float) -> None:

@@ -49,6 +49,7 @@ os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")
 READ_TRIES = 5  # of a body whose connection breaks; boto3 does not retry that
 
 _S3 = re.compile(r"s3://(?P<bucket>[^/]+)(?P<key>/.*)?")
+CURRENT = "current"  # in a store of models: the file that names the version in use
 
 
 def resolve(path: str, what: str) -> Place:

@@ -27,6 +27,7 @@ from samray.errors import CheckpointError, ConfigError, SamrayError
 from samray.sam.model import build_model, load_weights
 from samray.sam.weights import load_state_dict, model_type_of
 from samray.storage import (
+    CURRENT,
     Place,
     is_used,
     local_copy,
@@ -39,7 +40,6 @@ from samray.storage import (
 
 RUN_FORMAT = 1
 LINKS = ("best", "latest")  # in a RUN: links to the checkpoints that run.json names
-CURRENT = "current"  # in a store: the file that names the version in use
 
 
 @dataclass(frozen=True)

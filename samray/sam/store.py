@@ -13,12 +13,11 @@ import datetime
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samray.errors import AnnotationError, DatasetError, StoreError
-from samray.sam.checkpoint import CURRENT, Checkpoint
-from samray.sam.weights import digest_of
 from samray.storage import (
+    CURRENT,
     Place,
     copy_folder,
     list_folder,
@@ -29,6 +28,9 @@ from samray.storage import (
     write_bytes,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from samray.sam.checkpoint import Checkpoint
 
 RECORD = "promotion.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -132,12 +134,14 @@ class ModelStore:
             )
         return current
 
-    def add(self, name: str, checkpoint: Checkpoint, record: dict[str, Any]) -> Version:
+    def add(self, name: str, checkpoint: "Checkpoint", record: dict[str, Any]) -> Version:
         """Copy a checkpoint folder into the store as a new version, and make it current.
 
         Args:
             record: content of promotion.json besides name, version, time and digest.
         """
+        from samray.sam.weights import digest_of  # with torch, which reading a store does not need
+
         digest = digest_of(checkpoint.weights)
         now = datetime.datetime.now(datetime.UTC)
         version = f"{now:%Y%m%d-%H%M%S}-{digest[:8]}-{uuid.uuid4().hex[:4]}"

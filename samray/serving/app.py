@@ -22,7 +22,8 @@ from samray.serving import labelstudio
 from samray.serving.catalogue import read_catalogue
 from samray.serving.gate import LOOPBACK, TOKEN_VARIABLE, read_token
 from samray.serving.ingress import Ingress
-from samray.serving.replicas import Decoder, Encoder, ImageVault
+from samray.serving.replicas import Decoder, Encoder
+from samray.serving.vault import ImageVault
 from samray.storage import require_folder, resolve
 
 LISTEN_SECONDS = 60
@@ -57,7 +58,7 @@ def bind_app(
         raise ConfigError("--model names a model of a --store, or a --checkpoint; give one of them")
     if settings.store is not None:
         require_folder(resolve(settings.store, "--store"), "--store")
-    read_catalogue(settings, {})  # fail now if no replica could load the models
+    offered = read_catalogue(settings, {})  # fail now if no replica could load the models
     token = read_token(settings)
     pictures = labelstudio.read_source(settings)
     options = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
@@ -85,7 +86,7 @@ def bind_app(
         health_check_period_s=1,  # until a dead one is noticed, clients get no answer
     )
     application: serve.Application = ingress.bind(
-        settings, token, decoder, vault, pictures, listen, log_socket
+        settings, offered, token, decoder, vault, pictures, listen, log_socket
     )
     return application
 

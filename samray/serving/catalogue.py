@@ -1,17 +1,23 @@
-"""The models that the endpoint serves: a checkpoint and its base, a store's, or `tiny`."""
+"""The models that the endpoint serves: a checkpoint and its base, a store's, or `tiny`.
+
+What loads weights is imported where it is used: the Ingress reads a store, and does it without
+torch, which takes 400 MB in each process.
+"""
 
 import contextlib
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from samray import __version__
 from samray.config import ServeConfig
 from samray.errors import ConfigError, SamrayError, StoreError
-from samray.sam.checkpoint import Checkpoint, find_checkpoint, find_run, load_checkpoint
-from samray.sam.shipped import load_shipped
+from samray.prediction.requests import PredictRequest
 from samray.sam.store import ModelStore
-from samray.sam.weights import digest_of
 from samray.storage import Place, resolve
+
+if TYPE_CHECKING:
+    from samray.sam.checkpoint import Checkpoint
 
 LOG = logging.getLogger("samray.access")  # what the endpoint's operator reads
 
@@ -31,9 +37,21 @@ class ModelRef:
     digest: str
     model_type: str
 
-    def load(self) -> Checkpoint:
+    def load(self) -> "Checkpoint":
         """Load its weights."""
+        from samray.sam.checkpoint import load_checkpoint
+        from samray.sam.shipped import load_shipped
+
         return load_shipped() if self.folder is None else load_checkpoint(self.folder)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request as the Ingress passes it to a Decoder."""
+
+    image_id: str
+    model: ModelRef
+    request: PredictRequest | None  # None: encode only
 
 
 def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[str, ModelRef]:
@@ -68,6 +86,14 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
         return found
     if known:
         return known  # a checkpoint is read once
+    return _read_checkpoints(settings)
+
+
+def _read_checkpoints(settings: ServeConfig) -> dict[str, ModelRef]:
+    from samray.sam.checkpoint import find_checkpoint, find_run, load_checkpoint
+    from samray.sam.shipped import load_shipped
+    from samray.sam.weights import digest_of
+
     if settings.checkpoint is None:
         shipped = load_shipped()
         digest = digest_of(shipped.weights)

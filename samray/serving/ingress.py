@@ -41,11 +41,10 @@ from samray.prediction.requests import (
     require_json,
 )
 from samray.serving import labelstudio
-from samray.serving.catalogue import ModelRef, read_catalogue
+from samray.serving.catalogue import Call, ModelRef, read_catalogue
 from samray.serving.gate import ACCESS_LOG, Gate, Policy, open_access_log
 from samray.serving.listener import Listener
 from samray.serving.openapi import IMAGE_BODY, PREDICT_BODY, describe_api, errors
-from samray.serving.replicas import Call
 
 POLL_SECONDS = 1.0  # of the store and the decoder
 STUCK_SECONDS = 20.0
@@ -167,6 +166,7 @@ class Ingress:
     def __init__(
         self,
         settings: ServeConfig,
+        offered: dict[str, ModelRef],
         token: str | None,
         decoder: DeploymentHandle,
         vault: DeploymentHandle,
@@ -185,8 +185,11 @@ class Ingress:
             on_answer=lambda path, status: answers.inc(tags={"path": path, "status": str(status)}),
             on_refusal=lambda code: refusals.inc(tags={"code": code}),
         )
-        self.catalogue: dict[str, ModelRef] = {}
-        self.ready = False
+        self.offered = offered  # the models that the settings name
+        self.catalogue: dict[str, ModelRef] = {}  # those of them that are loaded
+        self.states = dict.fromkeys(offered, "loading")
+        # Digest of a model -> of its image encoder, for all versions served since the start.
+        self.encoders: dict[str, str] = {}
         self.in_flight = 0
         self.stuck = False
         # A pool of its own, so that a stalled Label Studio takes no threads from other requests.
@@ -231,15 +234,20 @@ class Ingress:
         told: set[str] = set()
         while True:
             try:
-                catalogue = await asyncio.to_thread(read_catalogue, self.settings, self.catalogue)
+                self.offered = await asyncio.to_thread(read_catalogue, self.settings, self.offered)
+                self.states = {name: self.states.get(name, "loading") for name in self.offered}
                 loaded = {}
-                for name, ref in catalogue.items():
+                for name, ref in self.offered.items():
                     known = self.catalogue.get(name)
                     if known == ref or await self._can_load(ref, told):
                         loaded[name] = ref
+                        self.states[name] = "ready"
                     elif known is not None:
                         loaded[name] = known
-                self.catalogue, self.ready = loaded, bool(loaded)
+                        self.states[name] = "outdated"
+                    else:
+                        self.states[name] = "failed"
+                self.catalogue = loaded
                 told.discard("")
             except Exception:  # the store may be unreachable for a while; loaded models stay
                 if "" not in told:
@@ -261,7 +269,7 @@ class Ingress:
     async def _can_load(self, ref: ModelRef, told: set[str]) -> bool:
         """Let a Decoder load a new version; a broken one is logged once and blocks no other."""
         try:
-            await self._decoder(ref, "").warm_up.remote(ref)
+            self.encoders[ref.digest] = await self._decoder(ref, "").warm_up.remote(ref)
         except Exception:
             if ref.version not in told:
                 message = "%s %s cannot be loaded; what was loaded before stays"
@@ -271,7 +279,9 @@ class Ingress:
         return True
 
     def _decoder(self, ref: ModelRef, image_id: str) -> DeploymentHandle:
-        return self.decoder.options(session_id=f"{image_id}{ref.digest}")
+        """The Decoder that keeps what belongs to an image under the model's image encoder."""
+        encoder = self.encoders.get(ref.digest, ref.digest)
+        return self.decoder.options(session_id=f"{image_id}{encoder}")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> HTMLResponse:
@@ -286,14 +296,19 @@ class Ingress:
         """Answer 200 while this process runs."""
         return {"status": "ok"}
 
-    @app.get("/v1/readyz", responses=errors(), openapi_extra={"security": []})
-    async def readyz(self) -> dict[str, str]:
-        """Answer 200 once a model is loaded."""
-        if not self.ready:
-            raise ApiError("not_ready", "models are still being loaded")
+    @app.get("/v1/readyz", responses=errors(404), openapi_extra={"security": []})
+    async def readyz(self, model: str | None = None) -> dict[str, Any]:
+        """Answer 200 once a model, or the one named, is loaded.
+
+        `models` has the state of each: loading, ready, failed (it cannot be loaded), or outdated
+        (its current version cannot be loaded, and the one before is served).
+        """
+        if model in self.states and model not in self.catalogue:
+            raise ApiError("not_ready", f"the model {model!r}: {self.states[model]}", "model")
+        self._model(model)
         if self.stuck:
             raise ApiError("not_ready", "the decoder does not finish its work")
-        return {"status": "ready"}
+        return {"status": "ready", "models": self.states}
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics(self) -> PlainTextResponse:
@@ -340,8 +355,8 @@ class Ingress:
     async def forget(self, image_id: str) -> Response:
         """Delete an image, its embeddings and its answers."""
         there = await self.vault.drop.remote(image_id)
-        for ref in self.catalogue.values():
-            await self._decoder(ref, image_id).forget.remote(image_id)
+        for encoder in set(self.encoders.values()):
+            await self.decoder.options(session_id=f"{image_id}{encoder}").forget.remote(image_id)
         if not there:
             raise ApiError("unknown_image", "this image is not here", "image_id")
         return Response(status_code=204)

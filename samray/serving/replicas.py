@@ -1,10 +1,10 @@
-"""The Ray Serve deployments behind the Ingress: image files, embeddings and masks.
+"""The Ray Serve deployments that hold models: the Encoder and the Decoder.
 
-Requests for one image and model go to one Decoder, by consistent hashing, so that its cache holds
-what they need. On a cache miss, for example because replicas were added or removed, the Decoder
-fetches the file from the vault and has it encoded; the client does not notice. Every key contains a
-digest of the image's bytes, computed by the Ingress, and of the weights, so neither clients nor
-models are mixed up.
+Requests for one image and image encoder go to one Decoder, by consistent hashing, so that its cache
+holds what they need, also for other models with the same encoder. On a cache miss, for example
+because replicas were added or removed, the Decoder fetches the file from the vault and has it
+encoded; the client does not notice. Every key contains a digest of the image's bytes, computed by
+the Ingress, and of the weights, so neither clients nor models are mixed up.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,54 +33,14 @@ from samray.prediction.requests import ApiError, PredictRequest, mistakes_error
 from samray.sam.decode import PromptMasks, predict_masks
 from samray.sam.embeddings import encode_images
 from samray.sam.model import encoder_digest
-from samray.serving.catalogue import ModelRef
+from samray.serving.catalogue import Call, ModelRef
+from samray.serving.vault import ByteCache
 
 PROMPTS_AT_ONCE = 4  # decoded in one piece: half a second of a ViT on one core
 MODELS_LOADED = 4  # by one replica; the least recently used is evicted
 LATENCY = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000]  # ms
 
-
 Piece = tuple[int, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A request as the Ingress passes it to a Decoder."""
-
-    image_id: str
-    model: ModelRef
-    request: PredictRequest | None  # None: encode only
-
-
-@dataclass
-class ByteCache:
-    """An LRU cache bounded by the sum of its values' sizes."""
-
-    max_bytes: int
-    used: int = 0
-    entries: OrderedDict[Any, tuple[Any, int]] = field(default_factory=OrderedDict)
-
-    def get(self, key: Any) -> Any:
-        """Return a value, or None."""
-        if key not in self.entries:
-            return None
-        self.entries.move_to_end(key)
-        return self.entries[key][0]
-
-    def put(self, key: Any, value: Any, size: int) -> None:
-        """Keep a value, and evict the least recently used ones; a value above the bound, too."""
-        self.drop(key)
-        self.entries[key] = (value, size)
-        self.used += size
-        while self.used > self.max_bytes:
-            _, (_, freed) = self.entries.popitem(last=False)
-            self.used -= freed
-
-    def drop(self, key: Any) -> bool:
-        """Drop a value; return whether it was there."""
-        entry = self.entries.pop(key, None)
-        self.used -= entry[1] if entry else 0
-        return entry is not None
 
 
 class LoadedModels:
@@ -118,27 +77,6 @@ def keep_large_blocks_apart() -> None:
     m_mmap_threshold = -3  # malloc.h
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 128 * 1024)
-
-
-@serve.deployment(max_ongoing_requests=256)
-class ImageVault:
-    """The image files in use, by digest, within a bound. Clients upload again what was evicted."""
-
-    def __init__(self, settings: ServeConfig) -> None:
-        self.files = ByteCache(settings.image_cache_mb * 2**20)
-
-    async def put(self, image_id: str, raw: bytes) -> None:
-        """Keep a file."""
-        self.files.put(image_id, raw, len(raw))
-
-    async def get(self, image_id: str) -> bytes | None:
-        """Return a file, or None."""
-        raw: bytes | None = self.files.get(image_id)
-        return raw
-
-    async def drop(self, image_id: str) -> bool:
-        """Drop a file; return whether it was there."""
-        return self.files.drop(image_id)
 
 
 @serve.deployment(max_ongoing_requests=16)
@@ -214,9 +152,12 @@ class Decoder:
         self.busy_since: float | None = None
         self.max_mask_megapixels = settings.max_mask_megapixels
 
-    async def warm_up(self, ref: ModelRef) -> None:
-        """Load a model here and in an encoder ahead of the first request."""
-        await asyncio.gather(self.models.get(ref), self.encoder.warm_up.remote(ref))
+    async def warm_up(self, ref: ModelRef) -> str:
+        """Load a model here and in an encoder; return its image encoder's digest."""
+        (_, encoder), _ = await asyncio.gather(
+            self.models.get(ref), self.encoder.warm_up.remote(ref)
+        )
+        return str(encoder)
 
     async def answer(self, call: Call) -> dict[str, Any]:
         """Encode the image if needed, and decode the prompts.

@@ -120,10 +120,9 @@ def _encode_first(pool: cluster.Pool, name: str, num_images: int, statement: str
     started = time.perf_counter()
     list(pool.map(_encode, [name]))
     seconds = time.perf_counter() - started
-    actors = pool.num_ready()
-    minutes = seconds * (num_images - 1) / actors / 60
+    minutes = seconds * (num_images - 1) / pool.limit / 60
     print(
-        f"embeddings: {statement}; {seconds:.2f} s an image, {actors} at a time: "
+        f"embeddings: {statement}; {seconds:.2f} s an image, up to {pool.limit} at a time: "
         f"about {minutes:.1f} min",
         flush=True,
     )

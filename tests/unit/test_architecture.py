@@ -22,7 +22,8 @@ evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
 training    losses batches step loop finetuning encode* train* tune* search_space* sweep_report \
             pretraining scenes
-serving     gate openapi listener ingress* app* replicas* catalogue labelstudio labelme_client
+serving     gate openapi listener ingress* app* replicas* vault* catalogue labelstudio \
+            labelme_client
 """
 ROOMS = {line.split()[0]: line.split()[1:] for line in HOUSE.strip().splitlines()}
 ORDER = list(ROOMS)

@@ -1,5 +1,6 @@
 """Joining Ray: environments that it cannot work in, and clusters that are busy."""
 
+import os
 import socket
 import threading
 import time
@@ -137,13 +138,16 @@ class Holder:
 
 @ray.remote
 class Doubler:
-    def double(self, number):
-        return 2 * number
+    def double(self, number, seconds=0.0):
+        time.sleep(seconds)
+        return 2 * number, os.getpid()
 
 
-def doubled(pool, numbers):
-    found = dict(pool.map(lambda actor, number: actor.double.remote(number), numbers))
-    return [found[index] for index in range(len(numbers))]
+def doubled(pool, numbers, seconds=0.0):
+    """Return the results in order, and how many actors gave them."""
+    found = dict(pool.map(lambda actor, n: actor.double.remote(n, seconds), numbers))
+    results, actors = zip(*(found[index] for index in range(len(numbers))), strict=True)
+    return list(results), len(set(actors))
 
 
 @pytest.fixture
@@ -164,17 +168,15 @@ def hold(ray_cluster):
         time.sleep(0.1)
 
 
-def test_a_pool_starts_with_the_cpus_that_are_free_and_grows(hold):
+def test_a_pool_starts_with_one_actor_and_grows_where_that_pays(hold):
+    """Into the CPUs that are free, and into those that become free later."""
     holder = hold(2.5)
     pool = cluster.start_pool(Doubler, "cpu", 100)
-    assert doubled(pool, [3, 1, 2]) == [6, 2, 4]
-    assert pool.num_ready() == 1
-    ray.kill(holder)
-    deadline = time.monotonic() + 60
-    while pool.num_ready() < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert pool.num_ready() == 4
-    assert doubled(pool, list(range(20))) == list(range(0, 40, 2))
+    assert doubled(pool, [3, 1, 2]) == ([6, 2, 4], 1)
+    threading.Timer(2, ray.kill, [holder]).start()
+    results, actors = doubled(pool, list(range(80)), seconds=0.25)
+    assert results == list(range(0, 160, 2))
+    assert actors == 4
     pool.stop()
 
 

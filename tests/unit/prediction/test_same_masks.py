@@ -23,8 +23,8 @@ from samray.prediction.requests import PredictRequest, PromptRequest
 from samray.prediction.segmentation import answer_prompts, find_everything
 from samray.sam.embeddings import encode_image
 from samray.sam.shipped import load_shipped
-from samray.serving.catalogue import ModelRef
-from samray.serving.replicas import Call, Decoder
+from samray.serving.catalogue import Call, ModelRef
+from samray.serving.replicas import Decoder
 
 EXPECTED = Path(__file__).with_name("masks.json")
 GENERATOR = {

@@ -8,8 +8,9 @@ from samray.config import ServeConfig
 from samray.prediction.requests import PredictRequest, PromptRequest
 from samray.sam.embeddings import encode_image
 from samray.sam.model import build_model
-from samray.serving.catalogue import ModelRef
-from samray.serving.replicas import ByteCache, Call, Decoder
+from samray.serving.catalogue import Call, ModelRef
+from samray.serving.replicas import Decoder
+from samray.serving.vault import ByteCache
 
 
 def test_a_cache_holds_no_more_than_its_bytes_and_drops_what_was_used_least():
