@@ -6,6 +6,8 @@
     python benchmarks/serve.py swap       2,000 clicks during a promotion
     python benchmarks/serve.py kill       kill -9 of a decoder, an ingress and the proxy, under load
     python benchmarks/serve.py soak       [--minutes 10] at 80 % of capacity, then one at 300 %
+    python benchmarks/serve.py beside     clicks of two clients beside one expensive request
+    python benchmarks/serve.py memory     by process, idle and over 3,000 clicks on 1200 x 900 photos
 
 All use the same weights on the same machine, one torch thread per process. `naive` is FastAPI
 around `SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one
@@ -284,6 +286,63 @@ def soak(root: Path, arguments: argparse.Namespace) -> None:
         print(f"  the next click was answered {time.perf_counter() - ended:.2f} s after the end")
 
 
+def beside(root: Path, _: argparse.Namespace) -> None:
+    """Two clients click on small images; a third sends many prompts on one of 12 megapixels."""
+    large = io.BytesIO()
+    Image.effect_noise((4000, 3000), 60).convert("RGB").save(large, format="JPEG")
+    with Server(samray_command(None), root) as url:
+        files = [*photos(root, 2), large.getvalue()]
+        ids = [
+            requests.post(f"{url}/v1/images", data=raw, timeout=600).json()["image_id"]
+            for raw in files
+        ]
+        asyncio.run(click_for(url, ids[:2], clients=2, seconds=5))
+        print(f"alone: {told(asyncio.run(click_for(url, ids[:2], clients=2, seconds=20)))}")
+        for prompts, multimask in ((256, True), (160, False)):
+            body = {"image_id": ids[2], "prompts": [point(n) for n in range(prompts)]}
+            body |= {"multimask_output": multimask, "mask_format": "rle"}
+            ended: list[str] = []
+
+            def send(body: dict[str, Any] = body, ended: list[str] = ended) -> None:
+                started = time.perf_counter()
+                answer = requests.post(f"{url}/v1/predict", json=body, timeout=900)
+                ended.append(f"{answer.status_code} after {time.perf_counter() - started:.1f} s")
+
+            expensive = threading.Thread(target=send)
+            expensive.start()
+            answers = asyncio.run(click_for(url, ids[:2], clients=2, seconds=30))
+            expensive.join()
+            masks = 3 * prompts if multimask else prompts
+            print(f"beside {prompts} prompts, {masks} masks ({ended[0]}): {told(answers)}")
+
+
+def memory(root: Path, _: argparse.Namespace) -> None:
+    """What each process holds, shared pages divided among those that share them."""
+    with Server(samray_command(None), root) as url:
+        print(f"idle: {weighed()}")
+        ids = []
+        for number in range(20):
+            raw = io.BytesIO()
+            noise = Image.effect_noise((1200, 900), 20 + number).convert("RGB")
+            noise.save(raw, format="JPEG")
+            answer = requests.post(f"{url}/v1/images", data=raw.getvalue(), timeout=600)
+            ids.append(answer.json()["image_id"])
+        for clicks in (300, 2700):
+            print(f"{clicks} clicks: {told(asyncio.run(click_for(url, ids, 4, number=clicks)))}")
+            print(f"  {weighed()}")
+
+
+def weighed() -> str:
+    """MiB of the endpoint's processes that hold the most, and of all together."""
+    held: dict[str, float] = {}
+    for pid, name in processes_below(os.getpid()):
+        short = name.split("(")[0].split("/")[-1][:40]
+        held[short] = held.get(short, 0.0) + held_by(pid) / 2**20
+    largest = sorted(held.items(), key=lambda item: -item[1])[:8]
+    parts = ", ".join(f"{name} {size:.0f}" for name, size in largest)
+    return f"{sum(held.values()):.0f} MiB in all; {parts}"
+
+
 @dataclass
 class Answer:
     """What one click came to; status 0 if there was no answer."""
@@ -401,14 +460,16 @@ def processes_below(parent: int) -> list[tuple[int, str]]:
 
 def memory_below(parent: int) -> int:
     """Bytes that those processes hold, what they share counted once."""
-    total = 0
-    for pid, _ in processes_below(parent):
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
-            continue
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+    return sum(held_by(pid) for pid, _ in processes_below(parent))
+
+
+def held_by(pid: int) -> int:
+    """Bytes that a process holds, what it shares divided among those that share it."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 async def load(url: str, files: list[bytes], clicks: int, kind: str) -> float:
@@ -585,6 +646,8 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "swap": swap,
     "kill": kill,
     "soak": soak,
+    "beside": beside,
+    "memory": memory,
 }
 
 if __name__ == "__main__":
