@@ -7,7 +7,7 @@
     python benchmarks/serve.py kill       kill -9 of a decoder, an ingress and the proxy, under load
     python benchmarks/serve.py soak       [--minutes 10] at 80 % of capacity, then one at 300 %
     python benchmarks/serve.py beside     clicks of two clients beside one expensive request
-    python benchmarks/serve.py memory     by process, idle and over 3,000 clicks on 1200 x 900 photos
+    python benchmarks/serve.py memory     by process, idle and over 3,000 clicks on 1200 x 900
 
 All use the same weights on the same machine, one torch thread per process. `naive` is FastAPI
 around `SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one

@@ -6,7 +6,7 @@ tests/test_docs.py fails when the page is not what this script writes.
 import textwrap
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -89,7 +89,9 @@ def _kind(annotation: Any) -> str:
     """The type in words; that a setting may be unset is said by its default."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _kind(next(kind for kind in arguments if kind is not type(None)))
+        return " or ".join(_kind(kind) for kind in arguments if kind is not type(None))
+    if origin is Annotated:
+        return _kind(arguments[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:

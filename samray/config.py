@@ -10,7 +10,7 @@ The docstring of a field is its documentation: its first sentence is the help of
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,8 @@ MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
 
 # With SAM's own ratio of 20 : 1, a decoder with random weights predicts empty masks for thousands
 # of images before it learns anything else.
+VIT_BLOCKS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}
+
 FOCAL_WEIGHT_TUNING, FOCAL_WEIGHT_SCRATCH = 20.0, 1.0
 
 
@@ -167,8 +169,18 @@ class ModelConfig(Section):
     checkpoint: str | None = None
     """Initial weights: a weights file, a RUN folder, or `none` for random ones; unset: the
     published weights of the type."""
+    adapt: Literal["none", "lora", "full"] | None = None
+    """How the image encoder learns: not at all, through LoRA adapters on the attention of a ViT, or
+    in full; unset: full for tiny and random weights, else lora."""
+    adapt_blocks: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
+    """How many of the image encoder's last blocks learn (stages of tiny), or `all`; what comes
+    before them is computed once an image and cached; unset: all for tiny and random weights, else
+    the last quarter."""
+    lora_rank: int = Field(8, ge=1)
+    """Rank of the LoRA adapters."""
     freeze_image_encoder: bool | None = None
-    """Keep the image encoder's weights fixed; unset: only if the initial weights are not random."""
+    """Keep the image encoder's weights fixed, as `adapt: none`; false is `adapt: full` with all
+    blocks."""
     freeze_prompt_encoder: bool = False
     """Keep the prompt encoder's weights fixed."""
     freeze_mask_decoder: bool = False
@@ -197,13 +209,15 @@ class PromptConfig(Section):
 
     point_selection: PointSelection = "mixed"
     """Prompt of each instance: center, random or bbox; mixed draws one of these three for each;
-    interactive starts with a random point or a box and adds clicks on the prediction's errors."""
+    interactive starts with one of them and adds clicks on the prediction's errors."""
     mixture: MixtureConfig = MixtureConfig()
-    """Relative frequencies of the prompts that `mixed` draws."""
+    """Relative frequencies of the prompts that `mixed` draws, and `interactive` starts with."""
     num_points: int = Field(1, ge=1, le=64)
     """Points per instance, for center and random."""
     num_clicks: int = Field(8, ge=0, le=32)
     """Maximum number of correction clicks, for interactive; each step draws the number."""
+    per_object: int = Field(1, ge=1, le=16)
+    """Prompts drawn for each instance in a step."""
     box_noise: float = Field(0.1, ge=0, le=0.5)
     """Standard deviation of the noise on box corners, as a share of the box's side; the noise is
     limited to 20 pixels."""
@@ -238,6 +252,8 @@ class TrainConfig(Section):
     `pretrain.scenes_per_epoch` scenes."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW, reached after the warm-up."""
+    encoder_lr_share: float = Field(1.0, gt=0, le=1)
+    """Learning rate of the image encoder, as a share of the learning rate of the other parts."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay of AdamW."""
     warmup_steps: int = Field(20, ge=0)
@@ -249,6 +265,11 @@ class TrainConfig(Section):
     """Maximum norm of the gradient; longer gradients are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of convolutions and matrix products; weights and sums stay float32."""
+    max_objects: int | None = Field(None, ge=1)
+    """Instances of an image to train on in one step, in turn over the epochs; unset: all."""
+    augment: bool = False
+    """Flip, turn and recolour the images anew in each epoch; only where all blocks of the image
+    encoder learn, because activations are cached otherwise."""
     max_prompts: int = Field(64, ge=1)
     """Instances decoded at once; a step with more is recomputed in chunks, to save memory."""
     seed: int = Field(0, ge=0)
@@ -568,9 +589,8 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
     Raises:
         ConfigError: all three parts are frozen.
     """
-    model = config.model
-    freeze = weights_given if model.freeze_image_encoder is None else model.freeze_image_encoder
-    if freeze and model.freeze_prompt_encoder and model.freeze_mask_decoder:
+    model = _resolve_adaptation(config.model, weights_given)
+    if model.freeze_image_encoder and model.freeze_prompt_encoder and model.freeze_mask_decoder:
         raise ConfigError("all three parts of the model are frozen; leave one to train")
     focal = config.loss.focal_weight
     if focal is None:
@@ -580,12 +600,34 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
         balanced = 0.0 if weights_given else 1.0
     return config.model_copy(
         update={
-            "model": model.model_copy(update={"freeze_image_encoder": freeze}),
+            "model": model,
             "loss": config.loss.model_copy(
                 update={"focal_weight": focal, "balanced_weight": balanced}
             ),
         }
     )
+
+
+def _resolve_adaptation(model: ModelConfig, weights_given: bool) -> ModelConfig:
+    """Choose how the image encoder learns, so that the settings about it agree."""
+    whole = model.type == "tiny" or not weights_given
+    adapt, blocks = model.adapt, model.adapt_blocks
+    if adapt is None and model.freeze_image_encoder is not None:
+        adapt = "none" if model.freeze_image_encoder else "full"
+        blocks = "all" if blocks is None and adapt == "full" else blocks
+    if adapt is None:
+        adapt = "full" if whole else "lora"
+    if adapt == "none" or blocks == 0:
+        adapt, blocks = "none", 0
+    elif blocks is None:
+        blocks = "all" if whole else VIT_BLOCKS[model.type] // 4
+    if model.freeze_image_encoder is not None and model.freeze_image_encoder != (adapt == "none"):
+        raise ConfigError(
+            f"model.freeze_image_encoder: is {str(model.freeze_image_encoder).lower()}, but "
+            f"model.adapt is {model.adapt}; set one of them"
+        )
+    update = {"adapt": adapt, "adapt_blocks": blocks, "freeze_image_encoder": adapt == "none"}
+    return model.model_copy(update=update)
 
 
 def setting(dotted: str) -> FieldInfo:

@@ -88,13 +88,25 @@ def run_train(config: Config) -> None:
     from samray.training.train import fit
 
     state = fit(config)
-    best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
     output = config.train.output_dir
-    print(f"best: epoch {best['epoch']} of {len(state['epochs'])}, val_iou {best['val_iou']:.3f}")
+    print(f"best: {_best_epoch(state)}")
     if state["embeddings"]:
         encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
         print(f"embeddings: {encoded} images encoded, {found} found")
     print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
+
+
+def _best_epoch(state: dict[str, Any]) -> str:
+    base, epochs = state.get("base_metrics") or {}, state["epochs"]
+    if state["best"] == "base":
+        return (
+            f"the base, val_iou {base['val_iou']:.3f}: no epoch was better without losing on a "
+            "kind of prompt; try more images, more epochs or another learning rate (--lr)"
+        )
+    number = int(state["best"].rpartition("_")[2])
+    iou = next(epoch["val_iou"] for epoch in epochs if epoch["epoch"] == number)
+    before = f" ({base['val_iou']:.3f} before)" if base else ""
+    return f"epoch {number} of {len(epochs)}, val_iou {iou:.3f}{before}"
 
 
 def run_pretrain(config: Config) -> None:
@@ -204,12 +216,18 @@ def run_evaluate(config: Config) -> None:
     from samray.evaluation.evaluate import evaluate
 
     evaluation = evaluate(config)
-    base, tuned = (evaluation[model]["iou"]["strategy"] for model in ("base", "tuned"))
-    print(f"{evaluation['split']} mIoU     base    tuned   change")
-    for name in base:
-        gain = tuned[name] - base[name]
-        print(f"  {name:<10} {base[name]:6.3f}   {tuned[name]:6.3f}   {gain:+6.3f}")
-    if not evaluation["same_dataset_as_trained_on"]:
+    base = evaluation["base"]["iou"]["strategy"]
+    if "tuned" in evaluation:
+        tuned = evaluation["tuned"]["iou"]["strategy"]
+        print(f"{evaluation['split']} mIoU     base    tuned   change")
+        for name, change in evaluation["change"]["strategy"].items():
+            figures = f"{base[name]:6.3f}   {tuned[name]:6.3f}   {change['iou']:+6.3f}"
+            print(f"  {name:<10} {figures}   {change['verdict']}")
+    else:
+        print(f"{evaluation['split']} mIoU of {config.evaluate.checkpoint}")
+        for name, iou in base.items():
+            print(f"  {name:<10} {iou:6.3f}")
+    if evaluation["same_dataset_as_trained_on"] is False:
         print(
             "note: the run was trained on another dataset; if that one held photos of this split, "
             "these scores may be too high"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from segment_anything.modeling import ImageEncoderViT
 
 from samray.data.dataset import ImageRecord, Instance
 from samray.geometry.masks import CroppedMask, encode_rle
@@ -13,6 +14,18 @@ def small_sam(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return add_noise(build_tiny(img_size=64, embed_dim=32).eval(), seed)
+
+
+def small_vit(seed=0):
+    """SAM's ViT of 64 pixels with three blocks, two of them windowed, and `small_sam`'s decoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sam = build_tiny(img_size=64, embed_dim=32)
+        sam.image_encoder = ImageEncoderViT(
+            img_size=64, patch_size=16, embed_dim=48, depth=3, num_heads=4, out_chans=32,
+            use_rel_pos=True, window_size=2, global_attn_indexes=(1,),
+        )  # fmt: skip
+        return add_noise(sam.eval(), seed)
 
 
 def add_noise(sam, seed=0):

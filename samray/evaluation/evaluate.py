@@ -1,7 +1,8 @@
-"""Compare base and tuned model on a held-out split, per prompt strategy and per label."""
+"""Score a model, or compare base and tuned, on a held-out split, per kind of prompt and label."""
 
 import sys
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,17 @@ from samray.evaluation.scoring import (
 )
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
-from samray.sam.checkpoint import RunFolder, find_tuned, load_checkpoint
+from samray.sam.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    find_tuned,
+    load_checkpoint,
+    stands_alone,
+)
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
+from samray.sam.shipped import load_shipped
+from samray.sam.weights import OFFICIAL_WEIGHTS, fetch_official
 from samray.storage import (
     Place,
     make_folder,
@@ -42,6 +51,8 @@ OVERLAY_SIDE = 360  # pixels
 def evaluate(config: Config) -> dict[str, Any]:
     """Score a run's base and its best checkpoint, or the one given; write JSON and HTML.
 
+    Weights that belong to no run are scored alone, as `base`.
+
     Args:
         config: its `evaluate`, `scaling` and `embeddings` sections.
 
@@ -49,24 +60,23 @@ def evaluate(config: Config) -> dict[str, Any]:
         The content of OUTPUT_DIR/evaluation.json.
 
     Raises:
-        SamrayError: a folder, the dataset or the run cannot be used.
+        SamrayError: a folder, the dataset or the weights cannot be used.
     """
     settings = config.evaluate
     data_dir, checkpoint, output_dir = required(
         config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
     )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    place = resolve(checkpoint, "--checkpoint")
-    run, tuned = find_tuned(place)
+    judged = _find_models(checkpoint)
     records = dataset.split(settings.split)
     output = resolve(output_dir, "--output-dir")
     cluster.start()
-    cluster.require_visible(run.path / "run.json", "--checkpoint")
+    if judged.run is not None:
+        cluster.require_visible(judged.run.path / "run.json", "--checkpoint")
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     make_folder(output, "--output-dir")
-    checkpoints: dict[str, Place] = {"base": run.base, "tuned": tuned.path}
     cache_dir = embeddings_folder(config, dataset)
-    scores, pictures = _score_all(config, dataset, records, checkpoints, cache_dir)
+    scores, pictures = _score_all(config, dataset, records, judged.checkpoints, cache_dir)
     evaluation = {
         "samray_version": __version__,
         "split": settings.split,
@@ -74,51 +84,97 @@ def evaluate(config: Config) -> dict[str, Any]:
         "num_instances": sum(len(record.instances) for record in records),
         "seed": settings.seed,
         "dataset_digest": dataset.digest,
-        "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
-        "model_type": tuned.model_type,
-        "checkpoint": relative_path(tuned.path, run.path),
-        "epoch": tuned.progress.get("epoch", 0),  # RUN/base has none
-        "base_source": tuned.progress["base"],
-        **{model: summary(scores[model]) for model in MODELS},
+        **judged.described(dataset.digest),
+        **{model: summary(found) for model, found in scores.items()},
+        **({"change": changes(scores["base"], scores["tuned"])} if judged.run else {}),
     }
     # Absolute, so that the saved config means the same in another working directory.
     paths = {
         "evaluate.data_dir": str(dataset.folder),
-        "evaluate.checkpoint": str(place),
+        "evaluate.checkpoint": judged.saved_as,
         "evaluate.output_dir": str(output),
     }
     save_config(with_settings(config, paths, "evaluate"), output / "config.yaml")
     write_json(output / "evaluation.json", evaluation)
-    write_json(
-        output / "instances.json", {model: [asdict(s) for s in scores[model]] for model in MODELS}
-    )
-    html = _report(evaluation, run, pictures)
+    instances = {model: [asdict(score) for score in found] for model, found in scores.items()}
+    write_json(output / "instances.json", instances)
+    html = _report(evaluation, judged.run, pictures)
     write_bytes(output / "report.html", html.encode())
     return evaluation
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The models to score.
+
+    Attributes:
+        run: the RUN that holds both; None for weights of no run.
+        checkpoints: `base`, and `tuned` of a run; None is `tiny` as it ships.
+        last: the tuned model, or the only one.
+        saved_as: value of `evaluate.checkpoint` that names the same from any folder.
+    """
+
+    run: RunFolder | None
+    checkpoints: dict[str, Place | None]
+    last: Checkpoint
+    saved_as: str
+
+    def described(self, dataset_digest: str) -> dict[str, Any]:
+        """Return what evaluation.json says of the models."""
+        progress = self.last.progress
+        described = {
+            "model_type": self.last.model_type,
+            "epoch": progress.get("epoch", 0),  # RUN/base has none
+            "base_source": progress.get("base", {"source": str(self.last.path)}),
+        }
+        if self.run is None:
+            return {**described, "checkpoint": self.saved_as, "same_dataset_as_trained_on": None}
+        same = dataset_digest == self.run.state["dataset_digest"]
+        checkpoint = relative_path(self.last.path, self.run.path)
+        return {**described, "checkpoint": checkpoint, "same_dataset_as_trained_on": same}
+
+
+def _find_models(checkpoint: str) -> Judged:
+    if checkpoint == "tiny":
+        return Judged(None, {"base": None}, load_shipped(), checkpoint)
+    if checkpoint in OFFICIAL_WEIGHTS:
+        path = fetch_official(checkpoint)
+        return Judged(None, {"base": path}, load_checkpoint(path), checkpoint)
+    place = resolve(checkpoint, "--checkpoint")
+    if stands_alone(place):
+        alone = load_checkpoint(place)
+        return Judged(None, {"base": alone.path}, alone, str(place))
+    run, tuned = find_tuned(place)
+    return Judged(run, {"base": run.base, "tuned": tuned.path}, tuned, str(place))
 
 
 def _score_all(
     config: Config,
     dataset: PreparedDataset,
     records: list[ImageRecord],
-    checkpoints: dict[str, Place],
+    checkpoints: dict[str, Place | None],
     cache_dir: Place,
 ) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
-    """Score every image with both models, then draw the worst and best instances."""
+    """Score every image with each model, then draw the last model's worst and best instances."""
     pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
     scores = _scores(pool, records, checkpoints)
-    wanted = _worst_and_best(scores["tuned"], config.evaluate.num_overlays)
+    *_, last = checkpoints
+    wanted = _worst_and_best(scores[last], config.evaluate.num_overlays)
     drawn = dict(
         pool.map(lambda actor, item: actor.draw.remote(item[1].image, item[1].instance), wanted)
     )
-    base = {(s.image, s.instance): s for s in scores["base"] if s.strategy == OVERLAY_STRATEGY}
+    ious = {
+        (model, score.image, score.instance): score.iou
+        for model in checkpoints
+        for score in scores[model]
+        if score.strategy == OVERLAY_STRATEGY
+    }
     pictures = [
         {
             "kind": kind,
             "image": score.image,
             "label": score.label,
-            "tuned_iou": score.iou,
-            "base_iou": base[score.image, score.instance].iou,
+            "ious": {model: ious[model, score.image, score.instance] for model in checkpoints},
             "panels": drawn[index],
         }
         for index, (kind, score) in enumerate(wanted)
@@ -150,7 +206,7 @@ def _start_evaluators(
     config: Config,
     dataset: PreparedDataset,
     records: list[ImageRecord],
-    checkpoints: dict[str, Place],
+    checkpoints: Mapping[str, Place | None],
     cache_dir: Place,
 ) -> cluster.Pool:
     return cluster.start_pool(
@@ -165,7 +221,7 @@ def _start_evaluators(
 
 
 def _scores(
-    pool: cluster.Pool, records: list[ImageRecord], checkpoints: dict[str, Place]
+    pool: cluster.Pool, records: list[ImageRecord], checkpoints: Iterable[str]
 ) -> dict[str, list[Score]]:
     names = [record.name for record in records]
     found: dict[int, dict[str, list[Score]]] = {}
@@ -186,13 +242,13 @@ class Evaluator:
     def __init__(
         self,
         dataset: Place,
-        checkpoints: dict[str, Place],
+        checkpoints: dict[str, Place | None],
         cache_dir: Place,
         seed: int,
     ) -> None:
         self.dataset, self.seed = PreparedDataset(dataset), seed
         device = cluster.actor_device()
-        self.sams = {m: load_checkpoint(path).model().to(device) for m, path in checkpoints.items()}
+        self.sams = {m: _load(path).model().to(device) for m, path in checkpoints.items()}
         self.caches = {m: EmbeddingCache(cache_dir, sam) for m, sam in self.sams.items()}
 
     def score(self, name: str) -> dict[str, list[Score]]:
@@ -206,7 +262,7 @@ class Evaluator:
         }
 
     def draw(self, name: str, number: int) -> list[bytes]:
-        """Return JPEGs of one instance: image with prompt, truth, base, tuned."""
+        """Return JPEGs of one instance: image with prompt, truth, then each model's answer."""
         record = self.dataset.images[name]
         image = decode_image(self.dataset.image_bytes(record))
         gt_mask = record.decode(record.instances[number])
@@ -218,9 +274,13 @@ class Evaluator:
             masks.append(found.mask(found.best))
         panels = [draw_prompt_marks(image.copy(), prompt)]
         colors = [(0, 158, 115), (213, 94, 0), (86, 180, 233)]
-        for mask, color in zip(masks, colors, strict=True):
+        for mask, color in zip(masks, colors[: len(masks)], strict=True):
             panels.append(draw_prompt_marks(draw_masks(image, [mask], [color]), prompt))
         return [encode_picture(shrink(panel, OVERLAY_SIDE), ".jpg") for panel in panels]
+
+
+def _load(path: Place | None) -> Checkpoint:
+    return load_shipped() if path is None else load_checkpoint(path)
 
 
 def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]:
@@ -256,7 +316,43 @@ def summary(scores: list[Score]) -> dict[str, Any]:
     }
 
 
-def _report(evaluation: dict[str, Any], run: RunFolder, pictures: list[dict[str, Any]]) -> str:
+def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
+    """Return the change of IoU from base to tuned, per strategy and per label.
+
+    The scores are paired: the interval is that of the differences, which is much narrower than the
+    intervals of two means suggest.
+
+    Args:
+        base, tuned: scores of the same instances and prompts, in the same order.
+
+    Returns:
+        For `strategy` and `label`, by name: `iou`, the mean difference; `ci95`, its bootstrap
+        interval over images; `verdict`: better or worse if the interval excludes 0, else
+        "no difference shown".
+    """
+    paired = [
+        replace(after, iou=after.iou - before.iou, dice=after.dice - before.dice)
+        for before, after in zip(base, tuned, strict=True)
+    ]
+    found = {}
+    for key in ("strategy", "label"):
+        means, intervals = mean_by(paired, key, "iou"), interval_by(paired, key, "iou")
+        found[key] = {
+            name: {"iou": mean, "ci95": intervals[name], "verdict": _verdict(*intervals[name])}
+            for name, mean in means.items()
+        }
+    return found
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no difference shown"
+
+
+def _report(
+    evaluation: dict[str, Any], run: RunFolder | None, pictures: list[dict[str, Any]]
+) -> str:
     """Return a self-contained HTML page."""
     for picture in pictures:
         picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
@@ -264,10 +360,11 @@ def _report(evaluation: dict[str, Any], run: RunFolder, pictures: list[dict[str,
         "report.html",
         evaluation=evaluation,
         strategies=MATRIX,
-        labels=sorted(evaluation["tuned"]["iou"]["label"]),
-        state=run.state,
-        config=load_config(run.path / "config.yaml").model_dump(),
-        curves=curves_svg(run.state["epochs"]),
+        labels=sorted(evaluation["base"]["iou"]["label"]),
+        models=[model for model in MODELS if model in evaluation],
+        state=run.state if run else None,
+        config=load_config(run.path / "config.yaml").model_dump() if run else None,
+        curves=curves_svg(run.state["epochs"]) if run else "",
         worst=[p for p in pictures if p["kind"] == "worst"],
         best=[p for p in pictures if p["kind"] == "best"],
     )

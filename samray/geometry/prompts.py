@@ -58,22 +58,22 @@ def draw_prompt(
 
     Args:
         strategy: `center` (the innermost pixel, further points random), `random`, `bbox`,
-            `mixed`, which draws one of the three, or `interactive`, which starts with one random
-            point or a box, with equal probability.
+            `mixed`, which draws one of the three, or `interactive`, which draws one of the three
+            with a single point, as the start of correction clicks.
         mask: H x W bool with at least one True pixel.
         num_points: number of points, for center and random.
         rng: random generator; `center` with one point does not draw from it.
         box_noise: see `tight_box`.
-        mixture: weights with which `mixed` draws each of STRATEGIES.
+        mixture: weights with which `mixed` and `interactive` draw each of STRATEGIES.
 
     Raises:
         EmptyMaskError: no pixel is True.
     """
+    if strategy == "interactive":
+        strategy, num_points = "mixed", 1
     if strategy == "mixed":
         shares = np.array(mixture) / sum(mixture)
         strategy = STRATEGIES[rng.choice(len(STRATEGIES), p=shares)]
-    if strategy == "interactive":
-        strategy, num_points = ("random", "bbox")[rng.integers(2)], 1
     if strategy == "bbox":
         return Prompt(box=tight_box(mask, rng, box_noise))
     if strategy == "center":

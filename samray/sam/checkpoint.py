@@ -39,6 +39,7 @@ from samray.storage import (
 )
 
 RUN_FORMAT = 1
+MAX_LOSS = 0.005  # of val IoU on one row of the prompt matrix, for an epoch to be the best
 LINKS = ("best", "latest")  # in a RUN: links to the checkpoints that run.json names
 
 
@@ -70,35 +71,44 @@ def save_checkpoint(
     weights: dict[str, Tensor],
     config: Config,
     progress: dict[str, Any],
-    optimizer: dict[str, Any] | None = None,
+    training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint folder atomically.
 
     `weights.pth` loads with plain `sam_model_registry[model_type](checkpoint=...)` for vit_*.
+
+    Args:
+        training: the parameters that learn, by name, and the optimiser's state, to resume from.
     """
     with whole_folder(folder) as temporary:
         torch.save({k: v.detach().cpu() for k, v in weights.items()}, temporary / "weights.pth")
         save_config(config, temporary / "config.yaml")
         write_json(temporary / "progress.json", progress)
-        if optimizer is not None:
-            torch.save(optimizer, temporary / "optimizer.pth")
+        if training is not None:
+            state = {"trained": training[0], "optimizer": training[1]}
+            torch.save(state, temporary / "optimizer.pth")
 
 
-def load_optimizer(folder: Place) -> dict[str, Any]:
-    """Return the optimiser's state that `save_checkpoint` wrote beside the weights, on the CPU.
+def load_optimizer(folder: Place) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `save_checkpoint` wrote beside the weights to resume from, on the CPU.
+
+    Returns:
+        The parameters that learn, by name, and the optimiser's state.
 
     Raises:
         CheckpointError: the folder has none.
     """
     path = folder / "optimizer.pth"
+    advice = f"start a new run from its weights: --checkpoint {folder} with another --output-dir"
     try:
         state: dict[str, Any] = torch.load(local_copy(path), map_location="cpu", weights_only=True)
+        return state["trained"], state["optimizer"]
     except FileNotFoundError as exc:
-        raise CheckpointError(
-            f"{path}: does not exist, so this run cannot be resumed; start a new one from its "
-            f"weights: --checkpoint {folder} with another --output-dir"
-        ) from exc
-    return state
+        message = f"{path}: does not exist, so this run cannot be resumed; {advice}"
+        raise CheckpointError(message) from exc
+    except KeyError as exc:
+        message = f"{path}: was written by an earlier version of samray; {advice}"
+        raise CheckpointError(message) from exc
 
 
 def load_checkpoint(path: Place) -> Checkpoint:
@@ -145,6 +155,14 @@ def find_run(path: Place) -> Place:
             return folder
     state = "holds no run.json" if path.exists() else "does not exist"
     raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP, which hold the base")
+
+
+def stands_alone(path: Place) -> bool:
+    """Whether a path is a weights file, a checkpoint folder or a stored model outside any RUN."""
+    folder = path.parent if path.is_file() else path
+    if any((f / "run.json").is_file() for f in (folder, folder.parent, folder.parent.parent)):
+        return False
+    return path.is_file() or any((path / name).is_file() for name in ("config.yaml", CURRENT))
 
 
 def find_tuned(path: Place) -> tuple["RunFolder", Checkpoint]:
@@ -254,13 +272,20 @@ class RunFolder:
             raise
 
     def register(self, name: str, metrics: dict[str, Any]) -> None:
-        """Make a checkpoint the latest, and the best if its val_iou is; delete the others."""
+        """Make a checkpoint the latest, and the best if its val_iou is; delete the others.
+
+        The base is the best until an epoch has a higher mean over the prompt matrix without losing
+        more than `MAX_LOSS` on any of its rows.
+        """
         epochs = [*self.state["epochs"], metrics]
-        best = max(epochs, key=lambda epoch: epoch["val_iou"])  # the first on a tie
+        base = self.state.get("base_metrics") or {}
+        good = [epoch for epoch in epochs if _beats(epoch, base)]
+        best = max(good, key=lambda epoch: epoch["val_iou"], default=None)  # the first on a tie
+        kept = self.state["best"] or "base"
         self.update(
             epochs=epochs,
             latest=f"checkpoints/{name}",
-            best=f"checkpoints/{name}" if best is metrics else self.state["best"],
+            best=f"checkpoints/{name}" if best is metrics else kept,
         )
         for link in LINKS:
             self._link(link)
@@ -277,6 +302,13 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.state[name], target_is_directory=True)
             os.replace(temporary, self.path / name)
+
+
+def _beats(metrics: dict[str, Any], base: dict[str, Any]) -> bool:
+    if metrics["val_iou"] <= base.get("val_iou", -1.0):
+        return False
+    rows = [key for key in base if key.startswith("val_iou_")]
+    return all(metrics[row] >= base[row] - MAX_LOSS for row in rows)
 
 
 def open_run(output: Place, resume: bool) -> RunFolder | None:

@@ -4,6 +4,9 @@ A key is a digest of the image's bytes, the image encoder's weights, the transfo
 precision. Each key has a `.npy` file: tensors in Parquet are written 80 and read 130 times slower.
 
     CACHE/<encoder digest>/<first two of key>/<key>.npy      C x h x w float16
+
+Where the last blocks of the encoder learn, the activations of the blocks before them are kept
+instead (`samray.sam.adapt`), under a digest of these blocks' weights.
 """
 
 import hashlib
@@ -18,23 +21,26 @@ import torch
 from samray.config import Config
 from samray.data.dataset import PreparedDataset
 from samray.geometry.frames import TRANSFORM_VERSION, image_to_input
-from samray.sam.model import encoder_digest
+from samray.sam.adapt import num_blocks, prefix, prefix_digest
 from samray.storage import Place, list_objects, read_bytes, resolve, whole_file
 
 PRECISION = "float16"
 
 
 class EmbeddingCache:
-    """Embeddings of one image encoder.
+    """Embeddings of one image encoder, or activations of its first blocks.
 
     Args:
         folder: shared by all encoders; each gets a folder of its own inside.
         sam: the model whose image encoder made, or will make, the embeddings.
+        num_frozen: number of the encoder's first blocks; None: all, and the cache has embeddings.
     """
 
-    def __init__(self, folder: Place, sam: Any) -> None:
+    def __init__(self, folder: Place, sam: Any, num_frozen: int | None = None) -> None:
         self.img_size: int = sam.image_encoder.img_size
-        self.encoder_digest = encoder_digest(sam)
+        there = num_blocks(sam.image_encoder)
+        self.num_frozen = there if num_frozen is None else num_frozen
+        self.encoder_digest = prefix_digest(sam, self.num_frozen)
         self.folder = folder / self.encoder_digest[:16]
 
     def path(self, image_digest: str) -> Place:
@@ -44,7 +50,11 @@ class EmbeddingCache:
         return self.folder / key[:2] / f"{key}.npy"
 
     def load(self, image_digest: str) -> np.ndarray | None:
-        """Return C x h x w float16, memory-mapped if on a local disk; None if it is missing."""
+        """Return an image's entry, memory-mapped if on a local disk; None if it is missing.
+
+        Returns:
+            C x h x w float16; activations have the shape of `samray.sam.adapt.prefix`'s.
+        """
         path = self.path(image_digest)
         try:
             if isinstance(path, Path):
@@ -84,18 +94,22 @@ def encode_image(sam: Any, image: np.ndarray) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_images(sam: Any, images: Sequence[np.ndarray]) -> torch.Tensor:
+def encode_images(
+    sam: Any, images: Sequence[np.ndarray], num_frozen: int | None = None
+) -> torch.Tensor:
     """Return the embeddings of B images of any sizes, encoded together.
 
     Args:
         images: H x W x 3 uint8 RGB, each.
+        num_frozen: return the activations of so many first blocks instead.
 
     Returns:
-        B x C x h x w float32, on the model's device.
+        B x C x h x w float32, on the model's device; see `samray.sam.adapt.prefix`.
     """
-    inputs = [image_to_input(image, sam.image_encoder.img_size) for image in images]
-    embeddings: torch.Tensor = sam.image_encoder(torch.stack(inputs).to(sam.device))
-    return embeddings
+    encoder = sam.image_encoder
+    inputs = [image_to_input(image, encoder.img_size) for image in images]
+    batch = torch.stack(inputs).to(sam.device)
+    return prefix(encoder, batch, num_blocks(encoder) if num_frozen is None else num_frozen)
 
 
 def embeddings_folder(config: Config, dataset: PreparedDataset) -> Place:

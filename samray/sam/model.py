@@ -1,4 +1,4 @@
-"""Build a SAM, load weights, and freeze parts."""
+"""Build a SAM and load weights."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor
 
-from samray.config import ModelConfig
 from samray.errors import CheckpointError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
 from samray.sam.tiny import DEPTHS, WIDTHS, TinyImageEncoder
@@ -126,17 +125,6 @@ def load_weights(
             "pass weights of this model type"
         )
     sam.load_state_dict(state_dict)
-
-
-def freeze(sam: Sam, config: ModelConfig) -> None:
-    """Enable or disable gradients of the three parts, in place."""
-    frozen = {
-        "image_encoder": bool(config.freeze_image_encoder),
-        "prompt_encoder": config.freeze_prompt_encoder,
-        "mask_decoder": config.freeze_mask_decoder,
-    }
-    for part in PARTS:
-        getattr(sam, part).requires_grad_(not frozen[part])
 
 
 def encoder_digest(sam: Sam) -> str:

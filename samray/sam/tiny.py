@@ -64,11 +64,27 @@ class TinyImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """B x 3 x S x S, normalised -> B x embed_dim x S/16 x S/16."""
-        x = self.stem(x)
-        levels = []
-        for stage in self.stages:
-            x = stage(x)
-            levels.append(x)
+        return self.merge(self.levels(x, len(self.stages)))
+
+    def levels(self, x: Tensor, count: int) -> list[Tensor]:
+        """Return the outputs of the first stages, at least one."""
+        levels = [self.stages[0](self.stem(x))]
+        for stage in self.stages[1:count]:
+            levels.append(stage(levels[-1]))
+        return levels
+
+    def more_levels(self, levels: list[Tensor]) -> list[Tensor]:
+        """Add the outputs of the other stages to those of the first ones."""
+        for stage in self.stages[len(levels) :]:
+            levels = [*levels, stage(levels[-1])]
+        return levels
+
+    def level_shapes(self) -> list[tuple[int, int]]:
+        """Return (channels, side) of each stage's output."""
+        return [(width, self.img_size // 4 >> place) for place, width in enumerate(WIDTHS)]
+
+    def merge(self, levels: list[Tensor]) -> Tensor:
+        """Return the embedding of the outputs of all stages."""
         merged = F.interpolate(self.from_stride_32(levels[3]), scale_factor=2, mode="nearest")
         merged = merged + self.from_stride_16(levels[2])
         merged = merged + self.from_stride_8(levels[1]) + self.from_stride_4(levels[0])

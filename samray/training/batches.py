@@ -4,6 +4,8 @@ The order of an epoch depends on (seed, epoch) only. Every worker computes the s
 image is dropped or repeated, and the number of workers does not change the result.
 """
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import torch
@@ -35,8 +37,10 @@ class BatchLoader:
     """Makes batches of a prepared dataset.
 
     Args:
-        cache: embeddings to read, or None for batches of images.
+        cache: embeddings or activations to read, or None for batches of images.
         img_size, low_res_size: sides of the model's input and of its masks.
+        augment: flip, turn and recolour the images; only without a cache.
+        max_objects: instances of an image in one step; None: all.
     """
 
     def __init__(
@@ -48,8 +52,12 @@ class BatchLoader:
         cache: EmbeddingCache | None,
         img_size: int,
         low_res_size: int,
+        augment: bool = False,
+        max_objects: int | None = None,
     ) -> None:
         self.dataset, self.records = dataset, records
+        self.augment = augment and cache is None
+        self.max_objects = max_objects
         self.prompts, self.seed, self.cache = prompts, seed, cache
         self.img_size, self.low_res_size = img_size, low_res_size
 
@@ -70,32 +78,30 @@ class BatchLoader:
         draws: list[np.ndarray] = []
         image_index: list[int] = []
         targets: list[np.ndarray] = []
+        views: list[View] = []
         for place, index in enumerate(mine):
             record = self.records[index]
             rng = np.random.default_rng([self.seed, epoch, index])
-            for instance in record.instances:
-                mask = record.decode(instance)
-                prompt = draw_prompt(
-                    settings.point_selection,
-                    mask,
-                    settings.num_points,
-                    rng,
-                    settings.box_noise,
-                    (settings.mixture.center, settings.mixture.random, settings.mixture.bbox),
-                )
-                prompts.append(prompt)
-                draws.append(rng.random(len(plan), dtype=np.float32))
-                image_index.append(place)
-                targets.append(mask_to_target(mask, self.img_size, self.low_res_size))
+            views.append(draw_view(rng) if self.augment else AS_IT_IS)
+            for number in self.chosen(index, epoch):
+                mask = views[-1].turn(record.decode(record.instances[number]))
+                target = mask_to_target(mask, self.img_size, self.low_res_size)
+                for _ in range(settings.per_object):
+                    prompts.append(self._draw_prompt(mask, rng))
+                    draws.append(rng.random(len(plan), dtype=np.float32))
+                    image_index.append(place)
+                    targets.append(target)
         records = [self.records[index] for index in mine]
-        sizes = [record.size for record in records]
+        sizes = [view.size(record.size) for view, record in zip(views, records, strict=True)]
         grouped = group_prompts(prompts, image_index, sizes, self.img_size)
         valid = [valid_region(size, self.img_size, self.low_res_size) for size in sizes]
+        images = None
+        if self.cache is None:
+            shown = zip(records, views, strict=True)
+            images = torch.stack([self._image(record, view) for record, view in shown])
         return Batch(
-            images=None if self.cache else torch.stack([self._image(r) for r in records]),
-            image_embeddings=(
-                torch.stack([self._embedding(r) for r in records]) if self.cache else None
-            ),
+            images=images,
+            encoded=torch.stack([self.encoded(r) for r in records]) if self.cache else None,
             groups=[group for group, _ in grouped],
             targets=[
                 torch.from_numpy(np.stack([targets[place] for place in places]))[:, None]
@@ -109,19 +115,93 @@ class BatchLoader:
             ],
         )
 
-    def _image(self, record: ImageRecord) -> Tensor:
-        image = decode_image(self.dataset.image_bytes(record))
-        return image_to_input(image, self.img_size)
+    def num_prompts(self, step: list[int], epoch: int) -> int:
+        """Return the number of prompts of a step, over all workers."""
+        return self.prompts.per_object * sum(len(self.chosen(index, epoch)) for index in step)
 
-    def _embedding(self, record: ImageRecord) -> Tensor:
+    def chosen(self, index: int, epoch: int) -> list[int]:
+        """Return the instances of an image to train on in an epoch, in turn over the epochs."""
+        count = len(self.records[index].instances)
+        if self.max_objects is None or count <= self.max_objects:
+            return list(range(count))
+        order = np.random.default_rng([self.seed, index]).permutation(count)
+        first = epoch * self.max_objects
+        return [int(order[(first + number) % count]) for number in range(self.max_objects)]
+
+    def _draw_prompt(self, mask: np.ndarray, rng: np.random.Generator) -> Prompt:
+        settings, mixture = self.prompts, self.prompts.mixture
+        return draw_prompt(
+            settings.point_selection,
+            mask,
+            settings.num_points,
+            rng,
+            settings.box_noise,
+            (mixture.center, mixture.random, mixture.bbox),
+        )
+
+    def _image(self, record: ImageRecord, view: "View") -> Tensor:
+        image = decode_image(self.dataset.image_bytes(record))
+        return image_to_input(view.recolour(view.turn(image)), self.img_size)
+
+    def encoded(self, record: ImageRecord) -> Tensor:
+        """Return an image's entry of the cache, float32."""
         assert self.cache is not None
-        embedding = self.cache.load(record.digest)
-        if embedding is None:
+        entry = self.cache.load(record.digest)
+        if entry is None:
             raise DatasetError(
                 f"{self.cache.path(record.digest)}: the embedding of {record.name} is missing; "
                 "another process deletes from the cache while it is in use"
             )
-        return torch.from_numpy(np.array(embedding, dtype=np.float32))
+        return torch.from_numpy(np.array(entry, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is shown in an epoch. Every object stays wholly visible.
+
+    Attributes:
+        quarter_turns: counter-clockwise, 0 to 3.
+        flipped: left to right, before the turns.
+        contrast: factor of the difference from the mean.
+        brightness: added, in levels of 0..255.
+    """
+
+    quarter_turns: int = 0
+    flipped: bool = False
+    contrast: float = 1.0
+    brightness: float = 0.0
+
+    def turn(self, array: np.ndarray) -> np.ndarray:
+        """Flip and turn an image or a mask, H x W [x 3]."""
+        array = array[:, ::-1] if self.flipped else array
+        return np.ascontiguousarray(np.rot90(array, self.quarter_turns))
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (H, W) of a turned image."""
+        return (size[1], size[0]) if self.quarter_turns % 2 else size
+
+    def recolour(self, image: np.ndarray) -> np.ndarray:
+        """Change contrast and brightness of an image, H x W x 3 uint8."""
+        if self.contrast == 1 and self.brightness == 0:
+            return image
+        mean = float(image.mean())
+        levels = np.arange(256, dtype=np.float32)
+        table = (levels - mean) * self.contrast + mean + self.brightness
+        recoloured: np.ndarray = np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
+        return recoloured
+
+
+AS_IT_IS = View()
+
+
+def draw_view(rng: np.random.Generator) -> View:
+    """Draw one of the eight flips and turns, and a change of contrast and brightness."""
+    return View(
+        quarter_turns=int(rng.integers(4)),
+        flipped=bool(rng.integers(2)),
+        contrast=float(rng.uniform(0.8, 1.25)),
+        brightness=float(rng.uniform(-20, 20)),
+    )
 
 
 def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:

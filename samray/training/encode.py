@@ -1,5 +1,6 @@
 """Fill the embedding cache with a pool of Ray actors; each image is encoded once."""
 
+import copy
 import math
 import sys
 import time
@@ -8,14 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
+import torch
 from tqdm import tqdm
 
 from samray import cluster
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.errors import ConfigError
 from samray.geometry.images import decode_image
+from samray.sam.adapt import prefix
 from samray.sam.checkpoint import load_checkpoint
-from samray.sam.embeddings import EmbeddingCache, encode_image
+from samray.sam.embeddings import EmbeddingCache, encode_images
 from samray.storage import Place, free_bytes
 
 
@@ -42,10 +45,12 @@ class EncodingReport:
 class ImageEncoder:
     """Encodes images of a prepared dataset into the cache."""
 
-    def __init__(self, dataset: Place, checkpoint: Place, cache: Place) -> None:
+    def __init__(
+        self, dataset: Place, checkpoint: Place, cache: Place, num_frozen: int | None
+    ) -> None:
         self.dataset = PreparedDataset(dataset)
         self.sam = load_checkpoint(checkpoint).model()
-        self.cache = EmbeddingCache(cache, self.sam)
+        self.cache = EmbeddingCache(cache, self.sam, num_frozen)
         self.sam.to(cluster.actor_device())
 
     def encode(self, name: str) -> str:
@@ -53,7 +58,8 @@ class ImageEncoder:
         record = self.dataset.images[name]
         if self.cache.load(record.digest) is None:  # a retried task may find it there
             image = decode_image(self.dataset.image_bytes(record))
-            self.cache.save(record.digest, encode_image(self.sam, image).cpu().numpy())
+            (entry,) = encode_images(self.sam, [image], self.cache.num_frozen).cpu().numpy()
+            self.cache.save(record.digest, entry)
         return name
 
 
@@ -64,6 +70,7 @@ def encode_missing(
     cache_dir: Place,
     reserve_gb: float,
     device: str,
+    num_frozen: int | None = None,
 ) -> EncodingReport:
     """Encode every image that the cache lacks, each exactly once.
 
@@ -72,20 +79,21 @@ def encode_missing(
         checkpoint: a checkpoint folder; only its image encoder is used.
         reserve_gb: disk space in GB to leave free.
         device: auto, cpu or gpu.
+        num_frozen: of the cache, see `EmbeddingCache`.
 
     Raises:
         ConfigError: the missing embeddings do not fit the disk.
         ClusterError: the cluster has no free CPU or GPU for a long time.
     """
     sam = load_checkpoint(checkpoint).model()
-    cache = EmbeddingCache(cache_dir, sam)
+    cache = EmbeddingCache(cache_dir, sam, num_frozen)
     unique = {record.digest: record.name for record in records}
     missing = [unique[digest] for digest in cache.lacking(unique)]
     found = len(unique) - len(missing)
     if not missing:
         print(f"embeddings: 0 images to encode, {found} found in {cache.folder}", flush=True)
         return EncodingReport(0, found, 0.0)
-    image_bytes = _embedding_bytes(sam)
+    image_bytes = entry_bytes(sam, cache.num_frozen)
     needed, free = len(missing) * image_bytes, free_bytes(cache.folder)
     room = f"{free / 2**30:.1f} GiB free, " if math.isfinite(free) else ""
     statement = (
@@ -98,7 +106,7 @@ def encode_missing(
             "embeddings.reserve_gb; free some space or set embeddings.cache_dir to a larger disk"
         )
     pool = cluster.start_pool(
-        ImageEncoder, device, len(missing), dataset.folder, checkpoint, cache_dir
+        ImageEncoder, device, len(missing), dataset.folder, checkpoint, cache_dir, cache.num_frozen
     )
     started = time.perf_counter()
     _encode_first(pool, missing[0], len(missing), statement)
@@ -128,7 +136,9 @@ def _encode_first(pool: cluster.Pool, name: str, num_images: int, statement: str
     )
 
 
-def _embedding_bytes(sam: Any) -> int:
-    """Bytes of one `.npy` file: float16 values and NumPy's header."""
-    height, width = sam.prompt_encoder.image_embedding_size
-    return int(sam.prompt_encoder.embed_dim * height * width * 2 + 128)
+def entry_bytes(sam: Any, num_frozen: int) -> int:
+    """Bytes of an image's `.npy` file in the cache: float16 values and NumPy's header."""
+    encoder = sam.image_encoder
+    frame = torch.empty(1, 3, encoder.img_size, encoder.img_size, device="meta")
+    shapes = copy.deepcopy(encoder).to("meta")
+    return prefix(shapes, frame, num_frozen).numel() * 2 + 128

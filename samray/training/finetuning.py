@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samray.config import Config
-from samray.data.dataset import PreparedDataset
-from samray.evaluation.scoring import MATRIX, embedding_of, score_image
-from samray.sam.embeddings import EmbeddingCache
+from samray.data.dataset import ImageRecord, PreparedDataset
+from samray.evaluation.scoring import MATRIX, score_image
+from samray.geometry.images import decode_image
+from samray.sam.adapt import suffix
+from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
 from samray.training.batches import BatchLoader, epoch_steps
 from samray.training.loop import Worker
@@ -18,7 +21,8 @@ class FineTuning:
     """Trains on the train split and validates on the val split; a `samray.training.loop.Source`.
 
     Args:
-        cache: embeddings of all train and val images if the encoder is frozen, else None.
+        cache: embeddings, or activations of the encoder's frozen blocks, of all train and val
+            images; None if the whole encoder learns.
         sam: the model in training.
     """
 
@@ -36,6 +40,8 @@ class FineTuning:
             cache,
             sam.image_encoder.img_size,
             low_res_size(sam),
+            config.train.augment,
+            config.train.max_objects,
         )
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -45,9 +51,13 @@ class FineTuning:
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
     ) -> tuple[Batch | None, int]:
-        """Return a worker's part of a step, if any, and the number of instances of the step."""
-        num_instances = sum(len(self.loader.records[index].instances) for index in step)
-        return self.loader.load(step, rank, world_size, epoch), num_instances
+        """Return a worker's part of a step, if any, and the number of prompts of the step."""
+        num_prompts = self.loader.num_prompts(step, epoch)
+        return self.loader.load(step, rank, world_size, epoch), num_prompts
+
+    def names(self, step: list[int]) -> list[str]:
+        """Return the names of a step's images."""
+        return [self.loader.records[index].name for index in step]
 
     def validate(self, worker: Worker) -> dict[str, float]:
         """Score the val split; the workers share its images.
@@ -58,7 +68,7 @@ class FineTuning:
         """
         sums = torch.zeros(len(MATRIX), 3, dtype=torch.float64)  # IoU, Dice, count
         for record in self.dataset.split("val")[worker.rank :: worker.world_size]:
-            embedding = embedding_of(self.sam, self.dataset, self.cache, record)
+            embedding = self._embedding(record)
             for score in score_image(self.sam, embedding, record, seed=0):
                 row = MATRIX.index(score.strategy)
                 sums[row] += torch.tensor([score.iou, score.dice, 1.0], dtype=torch.float64)
@@ -69,3 +79,11 @@ class FineTuning:
             "val_dice": float(means[:, 1].mean()),
             **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(MATRIX)},
         }
+
+    @torch.inference_mode()
+    def _embedding(self, record: ImageRecord) -> Tensor:
+        """Embed an image with the model as it is now, C x h x w."""
+        if self.cache is None:
+            return encode_image(self.sam, decode_image(self.dataset.image_bytes(record)))
+        encoded = self.loader.encoded(record)[None].to(self.sam.device)
+        return suffix(self.sam.image_encoder, encoded, self.cache.num_frozen)[0]

@@ -19,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samray.config import Config, TrainConfig
 from samray.errors import TrainingError
+from samray.sam.adapt import merged_weights, num_frozen_blocks, set_trainable, trained_state
 from samray.sam.checkpoint import RunFolder, load_checkpoint, load_optimizer, save_checkpoint
-from samray.sam.model import freeze
 from samray.training.step import LOSSES, Batch, PromptedSam
+
+MAX_SKIPPED = 3  # steps in a row whose gradient is not finite
 
 # Called on rank 0 with {"event": "step" | "epoch", ...}.
 Report = Callable[[dict[str, Any]], None]
@@ -59,6 +61,9 @@ class Source(Protocol):
     ) -> tuple[Batch | None, int]:
         """Return a worker's part of a step, if any, and the number of instances of the step."""
 
+    def names(self, step: list[int]) -> list[str]:
+        """Return the names of a step's items, for messages."""
+
     def validate(self, worker: Worker) -> dict[str, float]:
         """Score the current model; `val_iou` selects the best checkpoint."""
 
@@ -80,18 +85,23 @@ def train_loop(
         max_minutes: for a single worker: stop before an epoch that would exceed them.
 
     Raises:
-        TrainingError: the gradient is no longer finite.
+        TrainingError: the gradient is not finite in several steps in a row.
     """
     settings = config.train
-    checkpoint = load_checkpoint(run.latest or run.base)
-    module = _prompted_sam(config, checkpoint.model().to(worker.device))
-    model = DistributedDataParallel(module) if worker.world_size > 1 else module
+    base = load_checkpoint(run.base)
+    module = _prompted_sam(config, base.model().to(worker.device))
     optimizer = _optimizer(module, settings)
     epoch, step = 0, 0
     if run.latest is not None:
-        optimizer.load_state_dict(load_optimizer(run.latest))
-        epoch, step = checkpoint.progress["epoch"], checkpoint.progress["step"]
+        trained, state = load_optimizer(run.latest)
+        module.sam.load_state_dict(trained, strict=False)  # the others are the base's
+        optimizer.load_state_dict(state)
+        progress = load_checkpoint(run.latest).progress
+        epoch, step = progress["epoch"], progress["step"]
+    model = DistributedDataParallel(module) if worker.world_size > 1 else module
     source = open_source(module.sam)
+    if epoch == 0 and config.model.checkpoint != "none":
+        _score_base(run, source, worker, report)
     began = started = time.perf_counter()
     while epoch < settings.num_epochs:
         now = time.perf_counter()
@@ -109,7 +119,7 @@ def train_loop(
             "seconds": round(time.perf_counter() - started, 2),
         }
         if worker.rank == 0:
-            origin = {"dataset_digest": source.digest, "base": checkpoint.progress.get("base")}
+            origin = {"dataset_digest": source.digest, "base": base.progress.get("base")}
             _save_epoch(run, config, module.sam, optimizer, metrics, origin)
             report({"event": "epoch", **metrics})
     # A barrier: no worker exits before the last checkpoint is written.
@@ -125,22 +135,34 @@ def train_epoch(
     epoch: int,
     step: int,
     report: Report,
-) -> tuple[dict[str, float], int]:
+) -> tuple[dict[str, Any], int]:
     """Train on every item of the epoch once.
 
     Returns:
-        Mean losses per instance over all workers, and the number of steps so far.
+        Mean losses per instance over all workers, with `skipped`, the images of each step that was
+        skipped, if any; and the number of steps so far.
+
+    Raises:
+        TrainingError: `MAX_SKIPPED` steps in a row gave no finite gradient.
     """
     steps = source.steps(epoch)
     total_steps = len(steps) * settings.num_epochs
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
+    skipped: list[list[str]] = []  # the images of each skipped step
+    in_a_row = 0
     for number, (batch, num_instances) in enumerate(
         _load_ahead(source, steps, worker, epoch), start=1
     ):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total_steps, settings)
+            group["lr"] = group["share"] * learning_rate_at(step, total_steps, settings)
         losses = train_step(model, optimizer, batch, num_instances, worker, settings)
         step += 1
+        in_a_row = in_a_row + 1 if losses is None else 0
+        if losses is None:
+            skipped.append(source.names(steps[number - 1]))
+            if in_a_row == min(MAX_SKIPPED, len(steps)):
+                raise TrainingError(_not_finite(skipped[-in_a_row:]))
+            continue
         mine = len(batch) if batch else 0
         sums += torch.tensor([*(losses[name] for name in LOSSES), mine], dtype=torch.float64)
         if worker.rank == 0 and mine:
@@ -154,7 +176,8 @@ def train_epoch(
                 }
             )
     sums = worker.sum(sums.to(worker.device)).cpu()
-    return {name: float(sums[i] / sums[-1]) for i, name in enumerate(LOSSES)}, step
+    means: dict[str, Any] = {name: float(sums[i] / sums[-1]) for i, name in enumerate(LOSSES)}
+    return means | ({"skipped": skipped} if skipped else {}), step
 
 
 def train_step(
@@ -164,14 +187,14 @@ def train_step(
     num_instances: int,
     worker: Worker,
     settings: TrainConfig,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Make one optimiser step; every worker calls this, with or without a batch.
 
     DDP averages gradients over workers. Each worker's loss is therefore world size x its sum / all
     instances, which gives the mean over instances for any distribution over workers.
 
     Returns:
-        This worker's sums of the losses.
+        This worker's sums of the losses; None if the gradient is not finite, and nothing changed.
     """
     with torch.autocast(
         worker.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
@@ -182,11 +205,17 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
     if not torch.isfinite(norm):  # the reduced gradient, so every worker sees it
-        raise TrainingError(
-            "the gradient is no longer a finite number; lower train.learning_rate (--lr)"
-        )
+        return None
     optimizer.step()
     return {name: float(value.detach()) for name, value in sums.items()}
+
+
+def _not_finite(skipped: list[list[str]]) -> str:
+    images = ", ".join(dict.fromkeys(name for names in skipped for name in names))
+    return (
+        f"the gradient is no longer a finite number, in {len(skipped)} steps in a row, with "
+        f"{images}; lower train.learning_rate (--lr), or look at these images with `samray inspect`"
+    )
 
 
 def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> float:
@@ -206,19 +235,36 @@ def balance_at(epoch: int, num_epochs: int) -> float:
 
 def _prompted_sam(config: Config, sam: Sam) -> PromptedSam:
     """The module of a training step, with parts frozen as configured."""
-    freeze(sam, config.model)
+    set_trainable(sam, config.model)
     focal_weight = config.loss.focal_weight
     assert focal_weight is not None
     weights = (focal_weight, config.loss.dice_weight, config.loss.iou_weight)
-    return PromptedSam(sam, weights, config.train.max_prompts)
+    num_frozen = num_frozen_blocks(sam.image_encoder, config.model)
+    return PromptedSam(sam, weights, config.train.max_prompts, num_frozen)
 
 
-def _optimizer(module: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(module: PromptedSam, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with two groups: the image encoder, at a share of the learning rate, and the rest."""
+    named = [(name, p) for name, p in module.sam.named_parameters() if p.requires_grad]
+    encoder = [p for name, p in named if name.startswith("image_encoder.")]
+    others = [p for name, p in named if not name.startswith("image_encoder.")]
+    groups = [
+        {"params": others, "share": 1.0},
+        {"params": encoder, "share": settings.encoder_lr_share},
+    ]
     return torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
+        [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
+
+
+def _score_base(run: RunFolder, source: Source, worker: Worker, report: Report) -> None:
+    """Validate the weights before the first step: the best epoch has to beat them."""
+    metrics = source.validate(worker)
+    if worker.rank == 0:
+        run.update(base_metrics=metrics)
+        report({"event": "base", **metrics})
 
 
 def _balanced_weight(config: Config, epoch: int) -> float:
@@ -239,10 +285,10 @@ def _save_epoch(
     name = f"epoch_{metrics['epoch']:04d}"
     save_checkpoint(
         run.path / "checkpoints" / name,
-        sam.state_dict(),
+        merged_weights(sam),
         config,
         {**metrics, **origin},
-        optimizer.state_dict(),
+        (trained_state(sam), optimizer.state_dict()),
     )
     run.register(name, metrics)
 

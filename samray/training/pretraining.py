@@ -98,6 +98,10 @@ class DrawnScenes:
             list(range(start, min(start + size, end))) for start in range(epoch * count, end, size)
         ]
 
+    def names(self, step: list[int]) -> list[str]:
+        """Return the names of a step's scenes."""
+        return [f"scene {number}" for number in step]
+
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
     ) -> tuple[Batch | None, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from samray.sam.adapt import num_blocks, suffix
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.training.losses import sam_loss
 
@@ -23,8 +24,9 @@ class Batch:
     """One worker's part of a step.
 
     Attributes:
-        images: B x 3 x S x S float32, normalised; None with a frozen encoder.
-        image_embeddings: B x C x h x w float32; None while the encoder learns.
+        images: B x 3 x S x S float32, normalised; None where `encoded` is given.
+        encoded: output of the encoder's frozen blocks (`samray.sam.adapt.prefix`), float32; None if
+            the whole encoder learns.
         groups: prompts by layout.
         targets: per group, P x 1 x h x w float32, covered fraction of each low-resolution cell.
         valid: B x 1 x h x w float32, fraction of each cell that is image.
@@ -35,7 +37,7 @@ class Batch:
     """
 
     images: Tensor | None
-    image_embeddings: Tensor | None
+    encoded: Tensor | None
     groups: list[PromptGroup]
     targets: list[Tensor]
     valid: Tensor
@@ -56,7 +58,7 @@ class Batch:
         return replace(
             self,
             images=move(self.images),
-            image_embeddings=move(self.image_embeddings),
+            encoded=move(self.encoded),
             groups=[group.to(device) for group in self.groups],
             targets=[target.to(device, non_blocking=True) for target in self.targets],
             valid=self.valid.to(device, non_blocking=True),
@@ -72,13 +74,19 @@ class PromptedSam(nn.Module):
         loss_weights: of focal, Dice and IoU loss.
         max_prompts: prompts whose activations are kept; a larger batch is decoded in chunks that
             are recomputed in the backward pass.
+        num_frozen: blocks of the image encoder before the first that learns; None: all blocks.
     """
 
     def __init__(
-        self, sam: Any, loss_weights: tuple[float, float, float], max_prompts: int
+        self,
+        sam: Any,
+        loss_weights: tuple[float, float, float],
+        max_prompts: int,
+        num_frozen: int | None = None,
     ) -> None:
         super().__init__()
         self.sam = sam
+        self.num_frozen = num_blocks(sam.image_encoder) if num_frozen is None else num_frozen
         self.loss_weights = loss_weights
         self.max_prompts = max_prompts
         self.balanced_weight = 0.0  # see `samray.training.losses.sam_loss`; set by the loop
@@ -91,9 +99,10 @@ class PromptedSam(nn.Module):
         sums = dict.fromkeys(LOSSES, zero)
         if batch is None:
             return sums
-        embeddings = batch.image_embeddings
-        if embeddings is None:
+        if batch.encoded is None:
             embeddings = self.sam.image_encoder(batch.images)
+        else:
+            embeddings = suffix(self.sam.image_encoder, batch.encoded, self.num_frozen)
         draws = batch.click_draws or [target.new_zeros(len(target), 0) for target in batch.targets]
         size = self.max_prompts
         chunks = [

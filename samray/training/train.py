@@ -27,6 +27,7 @@ from samray import cluster
 from samray.config import Config, required, resolve_model, with_settings
 from samray.data.dataset import PreparedDataset
 from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -106,6 +107,7 @@ def _fit(
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
         print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
+    num_frozen = num_frozen_blocks(build_model(config.model.type).image_encoder, config.model)
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
@@ -117,7 +119,7 @@ def _fit(
                 save_checkpoint(run.base, base.weights, config, base.progress)
             else:
                 copy_folder(trial.base, run.base, link=True)
-        cache_dir = _fill_cache(config, run, dataset) if config.model.freeze_image_encoder else None
+        cache_dir = _fill_cache(config, run, dataset, num_frozen) if num_frozen else None
         _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
         run = RunFolder(output)  # the workers have written to it
         run.update(status="finished")
@@ -132,10 +134,11 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
     torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
-    cache = None
+    config, cache = arguments["config"], None
     if arguments["cache_dir"] is not None:
-        cache = EmbeddingCache(arguments["cache_dir"], load_checkpoint(run.base).model())
-    config = arguments["config"]
+        sam = load_checkpoint(run.base).model()
+        num_frozen = num_frozen_blocks(sam.image_encoder, config.model)
+        cache = EmbeddingCache(arguments["cache_dir"], sam, num_frozen)
     train_loop(
         config,
         run,
@@ -199,7 +202,7 @@ def _require_enough_images(config: Config, dataset: PreparedDataset) -> None:
         )
 
 
-def _fill_cache(config: Config, run: RunFolder, dataset: PreparedDataset) -> Place:
+def _fill_cache(config: Config, run: RunFolder, dataset: PreparedDataset, num_frozen: int) -> Place:
     """Encode the train and val images that the cache lacks; return its folder."""
     cache_dir = embeddings_folder(config, dataset)
     encoding = encode_missing(
@@ -209,6 +212,7 @@ def _fill_cache(config: Config, run: RunFolder, dataset: PreparedDataset) -> Pla
         cache_dir,
         config.embeddings.reserve_gb,
         config.scaling.device,
+        num_frozen,
     )
     run.update(embeddings=encoding.as_dict())
     return cache_dir
@@ -382,6 +386,8 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
                 bar.start_t = time.time()  # so that the time left ignores the start-up
                 bar.set_description("train")
             for event in events:
+                if event["event"] == "base":
+                    continue
                 if event["event"] == "step":
                     bar.n = event["epoch"] - 1 + event["step"] / event["steps"]
                     bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)

@@ -28,13 +28,15 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 from tqdm import tqdm
 
 from samray import __version__, cluster
-from samray.config import Config, required, save_config, with_settings
+from samray.config import Config, required, resolve_model, save_config, with_settings
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.errors import ConfigError, SweepError
 from samray.evaluation.evaluate import score_models, summary
 from samray.evaluation.scoring import MATRIX
+from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder
+from samray.sam.model import build_model
 from samray.storage import (
     Place,
     is_used,
@@ -234,6 +236,10 @@ def _encode(
     plan: SweepPlan, dataset: PreparedDataset, records: list[ImageRecord]
 ) -> EncodingReport:
     """Fill the cache that all trials and the final test share."""
+    model = resolve_model(plan.config, plan.config.model.checkpoint != "none").model
+    num_frozen = num_frozen_blocks(build_model(model.type).image_encoder, model)
+    if num_frozen == 0:
+        return EncodingReport(0, 0, 0.0)
     return encode_missing(
         dataset,
         records,
@@ -241,6 +247,7 @@ def _encode(
         embeddings_folder(plan.config, dataset),
         plan.config.embeddings.reserve_gb,
         plan.config.scaling.device,
+        num_frozen,
     )
 
 

@@ -20,6 +20,7 @@ from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "3", "train.warmup_steps=2"]
+FROZEN = [*SMALL, "--freeze-image-encoder"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def tuned_run(prepared, first_run, tmp_path_factory, run_cli):
     run = tmp_path_factory.mktemp("runs") / "tuned"
     status, _, err = run_cli(
         "train", "--data-dir", prepared, "--output-dir", run, "--model-type", "tiny",
-        "--checkpoint", first_run, "--num-epochs", 2, *SMALL,
+        "--checkpoint", first_run, "--num-epochs", 2, *FROZEN,
     )  # fmt: skip
     assert status == 0, err
     return run
@@ -75,13 +76,13 @@ def test_training_moves_the_encoder_from_random_weights_and_not_when_frozen(firs
         weights = load_checkpoint(folder).weights
         return {k: v for k, v in weights.items() if k.startswith("image_encoder.")}
 
-    base, trained, tuned = encoder(first_run / "base"), encoder(first_run), encoder(tuned_run)
+    base, trained = encoder(first_run / "base"), encoder(first_run)
+    tuned = encoder(tuned_run / "latest")
     assert not all(torch.equal(base[name], trained[name]) for name in base)
     assert all(torch.equal(trained[name], tuned[name]) for name in base)
     decoder = "mask_decoder.iou_token.weight"
-    assert not torch.equal(
-        load_checkpoint(first_run).weights[decoder], load_checkpoint(tuned_run).weights[decoder]
-    )
+    before, after = (load_checkpoint(run).weights for run in (first_run, tuned_run / "latest"))
+    assert not torch.equal(before[decoder], after[decoder])
 
 
 def test_each_image_is_encoded_once_for_all_epochs_and_runs(
@@ -93,7 +94,7 @@ def test_each_image_is_encoded_once_for_all_epochs_and_runs(
     assert state_of(tuned_run)["embeddings"]["found"] == 0
     status, out, err = run_cli(
         "train", "--data-dir", prepared, "--output-dir", tmp_path / "again", "--checkpoint",
-        first_run, "--num-epochs", 1, *SMALL,
+        first_run, "--num-epochs", 1, *FROZEN,
     )  # fmt: skip
     assert status == 0, err
     assert f"0 images encoded, {images} found" in out
@@ -119,11 +120,39 @@ def test_evaluate_compares_base_with_tuned(tuned_run, prepared, tmp_path, run_cl
         for name, (low, high) in evaluation[model]["iou_ci95"]["strategy"].items():
             assert low <= evaluation[model]["iou"]["strategy"][name] <= high
     assert f"{evaluation['tuned']['iou']['strategy']['random']:.3f}" in out
+    for name, change in evaluation["change"]["strategy"].items():
+        before, after = (evaluation[model]["iou"]["strategy"][name] for model in ("base", "tuned"))
+        assert change["iou"] == pytest.approx(after - before)
+        low, high = change["ci95"]
+        assert low <= change["iou"] <= high
+        assert change["verdict"] == (
+            "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        )
+        assert change["verdict"] in out
     html = (tmp_path / "report.html").read_text()
     assert html.count("data:image/jpeg;base64,") >= 8
     assert "<svg" in html
     outside = re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", html)
     assert not outside, "the report must need no other file"
+
+
+def test_evaluate_scores_a_model_of_no_run_alone(tuned_run, prepared, tmp_path, run_cli):
+    """`tiny` as it ships, and a checkpoint folder copied out of its run."""
+    copied = tmp_path / "copied"
+    shutil.copytree(tuned_run / "base", copied)
+    for name, checkpoint in (("tiny", "tiny"), ("copied", copied)):
+        output = tmp_path / f"report_{name}"
+        status, out, err = run_cli(
+            "evaluate", "--data-dir", prepared, "--checkpoint", checkpoint, "--output-dir", output
+        )
+        assert status == 0, err
+        evaluation = json.loads((output / "evaluation.json").read_text())
+        assert "tuned" not in evaluation
+        assert f"mIoU of {checkpoint}" in out
+        assert f"{evaluation['base']['iou']['strategy']['bbox']:.3f}" in out
+        html = (output / "report.html").read_text()
+        assert "Scores of tiny" in html
+        assert "change" not in html
 
 
 def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
@@ -134,7 +163,7 @@ def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
     shutil.copytree(tuned_run, run, symlinks=True)
     state = state_of(run)
     latest = state["latest"]
-    if state["best"] == latest:
+    if state["best"] in (latest, "base"):
         weights = load_checkpoint(run / "base").weights
         progress = json.loads((run / latest / "progress.json").read_text()) | {"epoch": 1}
         config = load_config(run / "config.yaml")
@@ -239,27 +268,27 @@ def test_a_used_folder_needs_resume_and_a_finished_run_is_not_trained_again(
     tuned_run, first_run, prepared, run_cli
 ):
     again = ["train", "--data-dir", prepared, "--output-dir", tuned_run, "--checkpoint", first_run]
-    status, _, err = run_cli(*again, "--num-epochs", 2, *SMALL)
+    status, _, err = run_cli(*again, "--num-epochs", 2, *FROZEN)
     assert status == 2
     assert "--resume" in err
     before = state_of(tuned_run)
-    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", *SMALL)
+    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", *FROZEN)
     assert status == 0, err
     assert state_of(tuned_run)["epochs"] == before["epochs"]
-    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", "--lr", 0.5, *SMALL)
+    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", "--lr", 0.5, *FROZEN)
     assert status == 2
     assert "train.learning_rate (was 0.0001, now 0.5)" in err
 
 
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run, tmp_path):
-    """The same steps, losses and weights, bit for bit."""
+    """The same steps, losses and weights, bit for bit, with cached activations of two stages."""
 
     def command(run, *more):
         return [
             sys.executable, "-m", "jobs.train", "--data-dir", str(prepared), "--output-dir",
             str(run), "--checkpoint", str(first_run), "--num-epochs", "5", *SMALL,
-            "scaling.cpus_per_worker=1", *more,
+            "scaling.cpus_per_worker=1", "model.adapt_blocks=2", *more,
         ]  # fmt: skip
 
     root = Path(__file__).parents[2]

@@ -123,10 +123,13 @@ def test_the_optimizer_comes_back_exactly_from_one_file(tmp_path):
     sum(p.sum() for p in sam.parameters()).backward()
     optimizer.step()
     state = optimizer.state_dict()
-    save_checkpoint(tmp_path / "checkpoint", sam.state_dict(), load_config(), {}, state)
+    trained = dict(sam.mask_decoder.named_parameters())
+    save_checkpoint(tmp_path / "checkpoint", sam.state_dict(), load_config(), {}, (trained, state))
     files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert files == {"weights.pth", "config.yaml", "progress.json", "optimizer.pth"}
-    loaded = load_optimizer(tmp_path / "checkpoint")
+    parameters, loaded = load_optimizer(tmp_path / "checkpoint")
+    assert parameters.keys() == trained.keys()
+    assert all(torch.equal(parameters[name], trained[name]) for name in trained)
     assert loaded["param_groups"] == state["param_groups"]
     assert loaded["state"].keys() == state["state"].keys()
     for number, values in state["state"].items():

@@ -6,14 +6,14 @@ import torch
 from sam_parts import add_noise, small_sam
 from segment_anything import SamPredictor, sam_model_registry
 
-from samray.config import ModelConfig, load_config
+from samray.config import load_config
 from samray.errors import CheckpointError
 from samray.geometry.prompts import Prompt
 from samray.prediction.predictor import Predictor
 from samray.sam.checkpoint import save_checkpoint
 from samray.sam.decode import PromptGroup, decode_prompts
 from samray.sam.embeddings import EmbeddingCache, encode_image, encode_images
-from samray.sam.model import PARTS, build_model, encoder_digest, freeze, load_weights
+from samray.sam.model import build_model, encoder_digest, load_weights
 
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -132,14 +132,6 @@ def test_padding_a_box_with_a_point_would_move_the_logits():
         plain, _ = decode_prompts(sam, embeddings, PromptGroup(torch.tensor([0]), boxes=box), False)
         moved, _ = decode_prompts(sam, embeddings, padded, False)
     assert (plain - moved).abs().max() > 1e-3 * plain.abs().max()
-
-
-@pytest.mark.parametrize("frozen", PARTS)
-def test_each_part_freezes_alone(frozen):
-    sam = small_sam()
-    freeze(sam, ModelConfig(**{f"freeze_{frozen}": True}))
-    for part in PARTS:
-        assert all(p.requires_grad == (part != frozen) for p in getattr(sam, part).parameters())
 
 
 def test_same_seed_same_weights():

@@ -19,7 +19,9 @@ NUM_THREADS, NUM_EACH = 4, 6
 
 def checkpoint_in(folder, seed=0):
     weights = build_model("tiny", seed).state_dict()
-    save_checkpoint(folder, weights, load_config(), {"epoch": 3}, {"state": {}, "param_groups": []})
+    save_checkpoint(
+        folder, weights, load_config(), {"epoch": 3}, ({}, {"state": {}, "param_groups": []})
+    )
     return load_checkpoint(folder)
 
 

@@ -10,7 +10,7 @@ from samray.errors import DatasetError
 from samray.geometry.prompts import Prompt
 from samray.sam.decode import group_prompts
 from samray.sam.embeddings import EmbeddingCache
-from samray.training.batches import BatchLoader, epoch_steps, share_of
+from samray.training.batches import BatchLoader, View, draw_view, epoch_steps, share_of
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 12])
@@ -58,7 +58,7 @@ def everything_in(batch):
 def test_every_instance_of_every_image_is_trained_on(loader):
     batch = loader.load([0, 1, 2], 0, 1, epoch=0)
     assert sum(len(group) for group in batch.groups) == 1 + 4 + 7
-    assert batch.image_embeddings.shape == (3, 32, 4, 4)
+    assert batch.encoded.shape == (3, 32, 4, 4)
     assert batch.valid.shape == (3, 1, 16, 16)
 
 
@@ -97,3 +97,46 @@ def test_kinds_of_prompts_are_never_mixed_in_a_group():
     for group, places in groups:
         assert len(group) == len(places)
         assert group.point_labels is None or not torch.any(group.point_labels == -1)
+
+
+def test_many_objects_are_trained_on_in_turn(loader):
+    loader.max_objects = 3
+    assert loader.chosen(0, epoch=0) == [0]
+    seen = [loader.chosen(2, epoch) for epoch in range(7)]
+    assert all(len(set(chosen)) == 3 for chosen in seen)
+    assert sorted(number for chosen in seen for number in chosen) == sorted(3 * list(range(7)))
+    assert loader.num_prompts([0, 1, 2], epoch=0) == 1 + 3 + 3
+    assert len(loader.load([0, 1, 2], 0, 1, epoch=0)) == 7
+
+
+def test_several_prompts_of_an_object_share_its_target(loader):
+    loader.prompts = PromptConfig(per_object=3)
+    batch = loader.load([1], 0, 1, epoch=0)
+    assert len(batch) == loader.num_prompts([1], epoch=0) == 12
+    areas = sorted(area for _, area in everything_in(batch))
+    assert [areas[number] for number in range(0, 12, 3)] == sorted(set(areas))
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_view_turns_image_and_masks_together(turns, flipped):
+    image = np.zeros((30, 50, 3), np.uint8)
+    mask = np.zeros((30, 50), bool)
+    mask[3:9, 5:25] = True
+    image[mask] = 200
+    view = View(turns, flipped)
+    turned = view.turn(mask)
+    assert turned.shape == view.size((30, 50)) == ((50, 30) if turns % 2 else (30, 50))
+    np.testing.assert_array_equal(view.turn(image)[:, :, 0] > 0, turned)
+
+
+def test_views_are_all_drawn_and_only_recolour_within_bounds():
+    views = [draw_view(np.random.default_rng(seed)) for seed in range(200)]
+    assert len({(view.quarter_turns, view.flipped) for view in views}) == 8
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    assert View().recolour(image) is image
+    brighter = View(brightness=20.0).recolour(image)
+    np.testing.assert_array_equal(brighter, np.minimum(image.astype(int) + 20, 255))
+    flat = View(contrast=0.8).recolour(image)
+    assert flat.std() < image.std()
+    assert abs(float(flat.mean()) - float(image.mean())) < 1

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samray.config import ModelConfig, PromptConfig, TrainConfig
 from samray.errors import TrainingError
+from samray.sam.adapt import set_trainable
 from samray.sam.decode import decode_prompts
 from samray.sam.embeddings import EmbeddingCache
-from samray.sam.model import freeze
 from samray.training.batches import BatchLoader
-from samray.training.loop import Worker, learning_rate_at, train_step
+from samray.training.loop import Worker, learning_rate_at, train_epoch, train_step
 from samray.training.losses import sam_loss
 from samray.training.step import PromptedSam
 
@@ -40,7 +40,7 @@ def make_loader(folder, instances=INSTANCES, prompts=MIXED):
 
 def frozen_module(max_prompts=64):
     sam = small_sam()
-    freeze(sam, ModelConfig(freeze_image_encoder=True))
+    set_trainable(sam, ModelConfig(adapt="none"))
     return PromptedSam(sam, WEIGHTS, max_prompts)
 
 
@@ -84,7 +84,7 @@ def test_the_loss_equals_the_stock_decoder_called_image_by_image(tmp_path):
             boxes = None if group.boxes is None else group.boxes[i : i + 1]
             sparse, dense = sam.prompt_encoder(points, boxes, None)
             masks, ious = sam.mask_decoder(
-                batch.image_embeddings[image : image + 1],
+                batch.encoded[image : image + 1],
                 sam.prompt_encoder.get_dense_pe(),
                 sparse,
                 dense,
@@ -109,7 +109,7 @@ def test_chunks_do_not_change_loss_and_gradients(tmp_path):
 def test_the_image_encoder_gets_gradients_unless_frozen(tmp_path):
     loader = make_loader(tmp_path)
     batch = loader.load([0, 1], 0, 1, epoch=0)
-    batch.images, batch.image_embeddings = torch.randn(2, 3, 64, 64), None
+    batch.images, batch.encoded = torch.randn(2, 3, 64, 64), None
     for max_prompts in (64, 2):  # through recomputed chunks, too
         module = PromptedSam(small_sam(), WEIGHTS, max_prompts)
         module(batch)["loss"].backward()
@@ -143,14 +143,48 @@ def test_a_step_uses_its_own_gradients_only(tmp_path):
     assert torch.equal(*results)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_with_advice(tmp_path):
-    module = frozen_module()
-    with torch.no_grad():
-        module.sam.mask_decoder.iou_token.weight.fill_(float("nan"))
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
-    batch = make_loader(tmp_path).load([0], 0, 1, epoch=0)
-    with pytest.raises(TrainingError, match=r"lower train.learning_rate \(--lr\)"):
-        train_step(module, optimizer, batch, 1, Worker(0, 1, CPU), TrainConfig())
+class Damaged:
+    """Steps of one image each; the gradient of those listed is not finite."""
+
+    def __init__(self, loader, damaged, count=8):
+        self.loader, self.damaged, self.count = loader, damaged, count
+
+    def steps(self, epoch):
+        return [[number] for number in range(self.count)]
+
+    def load(self, step, rank, world_size, epoch):
+        batch = self.loader.load([step[0] % 3], rank, world_size, epoch)
+        if step[0] in self.damaged:
+            batch.encoded = batch.encoded * float("nan")
+        return batch, len(batch)
+
+    def names(self, step):
+        return [f"photo {step[0]}"]
+
+
+def train_damaged(tmp_path, damaged):
+    module, settings = frozen_module(), TrainConfig(num_epochs=1)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in module.parameters() if p.requires_grad], "share": 1.0}]
+    )
+    source, worker = Damaged(make_loader(tmp_path), damaged), Worker(0, 1, CPU)
+    events = []
+    losses, _ = train_epoch(module, optimizer, source, settings, worker, 0, 0, events.append)
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    return losses, events
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_named(tmp_path):
+    losses, events = train_damaged(tmp_path, {1, 2, 5})
+    assert losses["skipped"] == [["photo 1"], ["photo 2"], ["photo 5"]]
+    assert np.isfinite(losses["loss"])
+    assert len(events) == 5
+    assert "skipped" not in train_damaged(tmp_path, set())[0]
+
+
+def test_three_such_steps_in_a_row_end_the_run_with_advice(tmp_path):
+    with pytest.raises(TrainingError, match=r"photo 4, photo 5, photo 6; lower .* \(--lr\)"):
+        train_damaged(tmp_path, {1, 2, 4, 5, 6})
 
 
 def test_the_mask_depends_on_the_prompt(tmp_path):
@@ -159,9 +193,9 @@ def test_the_mask_depends_on_the_prompt(tmp_path):
     batch = loader.load([2], 0, 1, epoch=0)
     group = next(g for g in batch.groups if g.point_coords is not None)
     with torch.no_grad():
-        here, _ = decode_prompts(module.sam, batch.image_embeddings, group, True)
+        here, _ = decode_prompts(module.sam, batch.encoded, group, True)
         group.point_coords = 63 - group.point_coords
-        there, _ = decode_prompts(module.sam, batch.image_embeddings, group, True)
+        there, _ = decode_prompts(module.sam, batch.encoded, group, True)
     assert float((here - there).abs().max()) > 1e-3
 
 

@@ -97,7 +97,7 @@ def test_each_pass_feeds_back_the_answer_and_adds_the_click():
     target, valid = batch.targets[0], batch.valid[1:]
     group, points, labels, total, passes = batch.groups[0], [], [], 0.0, 4
     for number in range(passes):
-        masks, ious = decode_prompts(sam, batch.image_embeddings, group, False)
+        masks, ious = decode_prompts(sam, batch.encoded, group, False)
         total += float(sam_loss(masks, ious, target, valid, WEIGHTS)["loss"].detach())
         if number == passes - 1:
             break

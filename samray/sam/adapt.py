@@ -1,0 +1,183 @@
+"""Which part of the image encoder learns: its last blocks, in full or through LoRA adapters.
+
+The blocks before them are the frozen prefix. Its activations do not change during a run, so they
+are computed once an image and cached; each step runs the suffix only.
+
+    image -> prefix -> activations (cached) -> suffix: trained blocks and neck -> embedding
+
+A block is a transformer block of a ViT, or a stage of `tiny`. If all blocks learn, so do the layers
+before them, and there is no prefix.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from samray.config import ModelConfig
+from samray.errors import ConfigError
+from samray.sam.tiny import TinyImageEncoder
+from samray.sam.weights import digest_of
+
+
+class LoraQV(nn.Module):
+    """A low-rank update of the queries and values in a ViT's `qkv` weight (Hu et al., LoRA, 2021).
+
+    As a parametrization it changes the weight and not the layer's input, so the merged layer
+    computes the same as the adapted one.
+
+    Args:
+        width: of the block; `qkv` has 3 x width outputs: queries, keys and values.
+        rank: of the update.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, rank, width) / rank)
+        self.up = nn.Parameter(torch.zeros(2, width, rank))  # the update starts at zero
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """3W x W -> 3W x W."""
+        query, value = self.up @ self.down
+        return weight + torch.cat([query, torch.zeros_like(query), value])
+
+
+def num_blocks(encoder: Any) -> int:
+    """Return the number of blocks of an image encoder."""
+    return len(encoder.stages if isinstance(encoder, TinyImageEncoder) else encoder.blocks)
+
+
+def num_frozen_blocks(encoder: Any, config: ModelConfig) -> int:
+    """Return the number of blocks before the first that learns; all of them if none does.
+
+    Args:
+        config: resolved.
+
+    Raises:
+        ConfigError: the encoder has fewer blocks than are to be adapted.
+    """
+    there, wanted = num_blocks(encoder), config.adapt_blocks
+    if config.adapt == "none" or wanted == 0:
+        return there
+    if wanted == "all":
+        return 0
+    assert wanted is not None
+    if wanted > there:
+        raise ConfigError(
+            f"model.adapt_blocks: {wanted}, but the image encoder of {config.type} has {there} "
+            f"blocks; give at most {there}, or all"
+        )
+    return there - wanted
+
+
+def set_trainable(sam: Any, config: ModelConfig) -> None:
+    """Enable the gradients of what learns and disable all others, in place; add LoRA adapters.
+
+    Args:
+        config: resolved.
+
+    Raises:
+        ConfigError: see `num_frozen_blocks`; or LoRA for an encoder without attention.
+    """
+    encoder = sam.image_encoder
+    frozen = num_frozen_blocks(encoder, config)
+    encoder.requires_grad_(False)
+    if config.adapt == "lora" and frozen < num_blocks(encoder):
+        if isinstance(encoder, TinyImageEncoder):
+            raise ConfigError(
+                "model.adapt: lora is for attention, which the image encoder of tiny does not "
+                "have; use model.adapt=full"
+            )
+        for block in encoder.blocks[frozen:]:
+            qkv = block.attn.qkv
+            adapter = LoraQV(qkv.in_features, config.lora_rank).to(qkv.weight)
+            parametrize.register_parametrization(qkv, "weight", adapter)
+            qkv.parametrizations.weight.original.requires_grad_(False)
+    elif frozen == 0:
+        encoder.requires_grad_(True)
+    elif frozen < num_blocks(encoder):
+        for module in _suffix_modules(encoder, frozen):
+            module.requires_grad_(True)
+    sam.prompt_encoder.requires_grad_(not config.freeze_prompt_encoder)
+    sam.mask_decoder.requires_grad_(not config.freeze_mask_decoder)
+
+
+def prefix(encoder: Any, images: Tensor, num_frozen: int) -> Tensor:
+    """Return the activations of the frozen blocks, or the embeddings if all blocks are frozen.
+
+    Args:
+        images: B x 3 x S x S, normalised.
+        num_frozen: at least 1.
+
+    Returns:
+        B x N of `tiny`, B x h x w x C of a ViT, or B x C x h x w embeddings.
+    """
+    if num_frozen == num_blocks(encoder):
+        embedding: Tensor = encoder(images)
+        return embedding
+    if isinstance(encoder, TinyImageEncoder):
+        return torch.cat([level.flatten(1) for level in encoder.levels(images, num_frozen)], dim=1)
+    x: Tensor = encoder.patch_embed(images)
+    if encoder.pos_embed is not None:
+        x = x + encoder.pos_embed
+    for block in encoder.blocks[:num_frozen]:
+        x = block(x)
+    return x
+
+
+def suffix(encoder: Any, activations: Tensor, num_frozen: int) -> Tensor:
+    """Return the embeddings of `prefix`'s activations, B x C x h x w."""
+    if num_frozen == num_blocks(encoder):
+        return activations
+    if isinstance(encoder, TinyImageEncoder):
+        levels = []
+        for channels, side in encoder.level_shapes()[:num_frozen]:
+            level, activations = activations.tensor_split([channels * side * side], dim=1)
+            levels.append(level.unflatten(1, (channels, side, side)))
+        embedding: Tensor = encoder.merge(encoder.more_levels(levels))
+        return embedding
+    x = activations
+    for block in encoder.blocks[num_frozen:]:
+        x = block(x)
+    embedding = encoder.neck(x.permute(0, 3, 1, 2))
+    return embedding
+
+
+def prefix_digest(sam: Any, num_frozen: int) -> str:
+    """sha256 of the weights that determine `prefix`'s activations."""
+    encoder = sam.image_encoder
+    state = sam.state_dict()
+    if num_frozen == num_blocks(encoder):
+        return digest_of(state, prefix="image_encoder.")
+    names: tuple[str, ...] = ("patch_embed.", "pos_embed")
+    if isinstance(encoder, TinyImageEncoder):
+        names = ("stem.",)
+    listed = "stages" if isinstance(encoder, TinyImageEncoder) else "blocks"
+    names += tuple(f"{listed}.{number}." for number in range(num_frozen))
+    own = tuple(f"image_encoder.{name}" for name in names)
+    return digest_of({name: value for name, value in state.items() if name.startswith(own)})
+
+
+def merged_weights(sam: Any) -> dict[str, Tensor]:
+    """Return the state dict of a plain SAM, LoRA adapters merged."""
+    weights: dict[str, Tensor] = {}
+    for name, value in sam.state_dict().items():
+        if ".parametrizations.weight.original" in name:
+            plain = name.replace(".parametrizations.weight.original", ".weight")
+            weights[plain] = sam.get_submodule(plain.removesuffix(".weight")).weight
+        elif ".parametrizations." not in name:
+            weights[name] = value
+    return weights
+
+
+def trained_state(sam: Any) -> dict[str, Tensor]:
+    """Return the parameters that learn, by name, adapters not merged."""
+    return {name: value for name, value in sam.named_parameters() if value.requires_grad}
+
+
+def _suffix_modules(encoder: Any, num_frozen: int) -> list[nn.Module]:
+    if isinstance(encoder, TinyImageEncoder):
+        mergers = (getattr(encoder, f"from_stride_{stride}") for stride in (4, 8, 16, 32))
+        return [*encoder.stages[num_frozen:], *mergers, encoder.neck]
+    return [*encoder.blocks[num_frozen:], encoder.neck]
