@@ -458,7 +458,8 @@ class EvaluateConfig(Section):
     data_dir: str | None = None
     """Folder of the prepared dataset."""
     checkpoint: str | None = None
-    """RUN folder to evaluate, at its best checkpoint; or one of its checkpoints, as RUN/latest."""
+    """RUN folder to evaluate, at its best checkpoint; one of its checkpoints, as RUN/latest; or
+    weights of no run: a file, or tiny, vit_b, vit_l or vit_h as published."""
     output_dir: str | None = None
     """Folder to write evaluation.json and report.html to."""
     split: Split = "test"

@@ -110,6 +110,12 @@ def _fit(
     num_frozen = num_frozen_blocks(build_model(config.model.type).image_encoder, config.model)
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
+    if config.model.type != "tiny" and config.model.adapt != "none" and not resources.use_gpu:
+        print(
+            "note: each step computes the last blocks of the image encoder, which takes seconds an "
+            "image without a GPU; --freeze-image-encoder trains the other parts alone",
+            flush=True,
+        )
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     cluster.require_shared(output, "--output-dir")
     run = resumed or RunFolder.create(output, config, dataset.digest)
