@@ -78,6 +78,7 @@ def test_every_image_of_a_folder(folder, predict, run_cli, tmp_path):
     assert sum(len(record.instances) for record in records.values()) == count
 
 
+@pytest.mark.slow
 def test_a_second_call_does_only_what_is_left(folder, predict, tmp_path):
     out = tmp_path / "out"
     words = ("--image-path", folder, "--output-dir", out)
@@ -92,6 +93,7 @@ def test_a_second_call_does_only_what_is_left(folder, predict, tmp_path):
     assert json.loads(kept.read_text())["shapes"][0]["label"] == "cell"
 
 
+@pytest.mark.slow
 def test_bad_images_are_listed_and_the_others_go_through(folder, predict, tmp_path):
     (folder / "one/photo 1.jpg").write_bytes(b"text")
     shutil.copy(folder / "one/photo 0.jpg", folder / "one/photo 0.jpeg")

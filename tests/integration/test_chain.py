@@ -155,6 +155,7 @@ def test_evaluate_scores_a_model_of_no_run_alone(tuned_run, prepared, tmp_path, 
         assert "change" not in html
 
 
+@pytest.mark.slow
 def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
     tuned_run, prepared, tmp_path, run_cli
 ):
@@ -204,6 +205,7 @@ def test_a_relative_data_dir_is_saved_as_an_absolute_one(
     assert status == 0, err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_training_and_its_status(tuned_run, prepared, tmp_path, run_cli):
     """Ctrl-C reaches all processes of the terminal. A second command meanwhile is refused."""
     run = tmp_path / "run"

@@ -580,6 +580,7 @@ def test_requests_are_counted_and_logged(url, photo):
     assert not any(TOKEN in json.dumps(line) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_killed_decoder_costs_no_answer(url, photo):
     """Clicks go on while all Decoders die: they wait for the next, which encodes again."""
     image_id = call(url, "POST", "/v1/images", data=photo).json()["image_id"]
@@ -601,6 +602,7 @@ def test_a_killed_decoder_costs_no_answer(url, photo):
     assert masks == [before] * 100
 
 
+@pytest.mark.slow
 def test_a_killed_ingress_listens_again_at_once(url, photo):
     """Also with connections open, whose remains hold the port for a minute after a kill."""
     image_id = call(url, "POST", "/v1/images", data=photo).json()["image_id"]
@@ -620,6 +622,7 @@ def test_a_killed_ingress_listens_again_at_once(url, photo):
     assert answer["cache"] == "hit", "what the others keep is not lost"
 
 
+@pytest.mark.slow
 def test_a_flood_is_refused_and_health_still_answers(url, photo):
     body = json.dumps(
         {
@@ -684,6 +687,7 @@ def test_clicks_are_answered_beside_an_expensive_request(url, large_photo, photo
         assert expensive.result().status_code == 200
 
 
+@pytest.mark.slow
 def test_the_command_listens_where_it_says_and_nowhere_else(tmp_path, photo):
     """`samray serve` as people start it: its one port, slow bodies refused, a clean end."""
     port = free_port()

@@ -206,6 +206,7 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
     assert not (tmp_path / "sweep" / "sweep.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path):
     """Without a search space; Ctrl-C in the first trial, then the same command."""
     output, log = tmp_path / "sweep", tmp_path / "log"

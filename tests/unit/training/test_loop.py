@@ -1,13 +1,12 @@
 """The training step: ragged batches, workers with few or no images, and known pitfalls."""
 
 import itertools
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sam_parts import blob_record, small_sam
+from sam_parts import blob_record, small_sam, small_vit
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -208,37 +207,69 @@ def test_learning_rate_warms_up_and_decays_to_its_final_fraction():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
-def ddp_worker(rank, world_size, folder, step, prompts):
-    """One process: its part of the step through DDP; saves its gradients."""
+# The images of a step, its prompts, and how the image encoder learns.
+SHARED_STEPS = {
+    "one worker has fewer": ([0, 1, 2], MIXED, "frozen"),
+    "one worker has none": ([2], MIXED, "frozen"),
+    "correction clicks": ([1, 0, 2], INTERACTIVE, "frozen"),
+    "adapters on cached activations": ([0, 1, 2], MIXED, "lora"),
+}
+
+
+def shared_step(folder, name):
+    """The loader and the module of a step that workers share."""
+    _, prompts, kind = SHARED_STEPS[name]
+    if kind == "frozen":
+        return make_loader(folder, prompts=prompts), frozen_module()
+    sam = small_vit()
+    loader = make_loader(folder, prompts=prompts)
+    loader.cache = EmbeddingCache(Path(folder), sam, num_frozen=2)
+    for record in loader.records:
+        rng = np.random.default_rng(int(record.digest, 16))
+        loader.cache.save(record.digest, rng.normal(size=(4, 4, 48)))
+    set_trainable(sam, ModelConfig(adapt="lora", adapt_blocks=1))
+    torch.manual_seed(0)  # the adapters' initial values
+    for name, parameter in sam.named_parameters():
+        if "parametrizations.weight.0" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return loader, PromptedSam(sam, WEIGHTS, 64, num_frozen=2)
+
+
+def ddp_worker(rank, world_size, folder):
+    """One process: its part of each step through DDP; saves its gradients."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
-    loader, module = make_loader(f"{folder}/cache", prompts=prompts), frozen_module()
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
-    ddp = DistributedDataParallel(module)
-    num_instances = sum(INSTANCES[index] for index in step)
-    batch = loader.load(step, rank, world_size, epoch=0)
-    settings = TrainConfig(clip_grad_norm=1e9)
-    train_step(ddp, optimizer, batch, num_instances, Worker(rank, world_size, CPU), settings)
-    torch.save(gradients(module), f"{folder}/gradients_{rank}.pth")
+    for name, (step, _, _) in SHARED_STEPS.items():
+        loader, module = shared_step(f"{folder}/cache {rank}", name)
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
+        ddp = DistributedDataParallel(module)
+        num_instances = sum(INSTANCES[index] for index in step)
+        batch = loader.load(step, rank, world_size, epoch=0)
+        settings = TrainConfig(clip_grad_norm=1e9)
+        train_step(ddp, optimizer, batch, num_instances, Worker(rank, world_size, CPU), settings)
+        torch.save(gradients(module), f"{folder}/{name} {rank}.pth")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("step", "prompts"),
-    [([0, 1, 2], MIXED), ([2], MIXED), ([1, 0, 2], INTERACTIVE)],
-    ids=["one_worker_has_fewer", "one_worker_has_none", "with_correction_clicks"],
-)
-def test_two_workers_give_the_gradients_of_one(step, prompts):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(ddp_worker, args=(2, folder, step, prompts), nprocs=2)
-        both = [torch.load(f"{folder}/gradients_{rank}.pth") for rank in range(2)]
-        module = frozen_module()
-    assert_same_gradients(*both)
-    with tempfile.TemporaryDirectory() as folder:
-        batch = make_loader(folder, prompts=prompts).load(step, 0, 1, epoch=0)
+@pytest.fixture(scope="module")
+def shared_gradients(tmp_path_factory):
+    """Each step's gradients, as two processes have them; started once, which takes seconds."""
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(ddp_worker, args=(2, str(folder)), nprocs=2)
+    return {
+        name: [torch.load(folder / f"{name} {rank}.pth") for rank in range(2)]
+        for name in SHARED_STEPS
+    }
+
+
+@pytest.mark.parametrize("name", SHARED_STEPS)
+def test_two_workers_give_the_gradients_of_one(name, shared_gradients, tmp_path):
+    assert_same_gradients(*shared_gradients[name])
+    step, prompts, _ = SHARED_STEPS[name]
+    loader, module = shared_step(tmp_path, name)
+    batch = loader.load(step, 0, 1, epoch=0)
     assert bool(batch.corrections) == (prompts is INTERACTIVE)
-    total = module(batch)["loss"] / sum(INSTANCES[index] for index in step)
-    total.backward()
-    assert_same_gradients(gradients(module), both[0])
+    (module(batch)["loss"] / len(batch)).backward()
+    assert_same_gradients(shared_gradients[name][0], gradients(module))
