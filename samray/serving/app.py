@@ -86,7 +86,7 @@ def bind_app(
         health_check_period_s=1,  # until a dead one is noticed, clients get no answer
     )
     application: serve.Application = ingress.bind(
-        settings, offered, token, decoder, vault, pictures, listen, log_socket
+        settings, offered, token, decoder, encoder, vault, pictures, listen, log_socket
     )
     return application
 

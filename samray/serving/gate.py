@@ -30,6 +30,7 @@ from samray.serving import labelstudio
 TOKEN_VARIABLE = "SAMRAY_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BODIES = 16  # of the largest size may be in memory at once; more are answered 429
+PAGE_FILES = "/page/"  # style sheet and scripts of the page
 OPEN_PATHS = ("/", "/v1/healthz", "/v1/readyz", f"{labelstudio.PREFIX}/health")  # need no token
 MAX_LOG_BYTES = 60_000  # of a record, to fit a datagram
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -106,15 +107,16 @@ class Policy:
         """
         headers = dict(scope["headers"])
         path = scope["path"]
+        is_open = path in OPEN_PATHS or path.startswith(PAGE_FILES)
         if self.draining:
             raise ApiError("not_ready", "the endpoint is being stopped")
-        if path not in OPEN_PATHS:
+        if not is_open:
             self._require_host(headers)
         if scope["method"] not in SAFE_METHODS:
             self._require_own_origin(headers)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError("unsupported_format", "send the body uncompressed")
-        if path not in OPEN_PATHS:
+        if not is_open:
             if self.token is None:
                 self._require_this_machine(scope, headers)
             else:

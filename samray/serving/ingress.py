@@ -12,7 +12,9 @@ import hashlib
 import re
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from importlib import resources as package_files
+from pathlib import PurePath
 from typing import Any
 
 import ray
@@ -22,7 +24,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.util.metrics import Counter
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -42,9 +44,15 @@ from samray.prediction.requests import (
 )
 from samray.serving import labelstudio
 from samray.serving.catalogue import Call, ModelRef, read_catalogue
-from samray.serving.gate import ACCESS_LOG, Gate, Policy, open_access_log
+from samray.serving.gate import ACCESS_LOG, PAGE_FILES, Gate, Policy, open_access_log
 from samray.serving.listener import Listener
-from samray.serving.openapi import IMAGE_BODY, PREDICT_BODY, describe_api, errors
+from samray.serving.openapi import (
+    IMAGE_BODY,
+    PREDICT_BODY,
+    PREVIEW_ANSWER,
+    describe_api,
+    errors,
+)
 
 POLL_SECONDS = 1.0  # of the store and the decoder
 STUCK_SECONDS = 20.0
@@ -52,6 +60,13 @@ METRICS_SECONDS = 5
 METRIC = re.compile(r"(# \w+ )?ray_samray_")  # Ray puts its name in front
 RETRY_SECONDS = 0.1
 FETCHES = 16  # concurrent fetches of images from Label Studio; more are answered 429
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",  # a page and scripts of two versions must not meet
+}
 KNOWN_PICTURES, KNOWN_SECONDS = 1024, 600  # URLs whose image is not fetched for each click
 
 
@@ -118,6 +133,17 @@ async def _multipart(request: Request) -> tuple[bytes | None, str | None, str | 
         raise ApiError("bad_request", message) from exc
 
 
+async def _uploaded(request: Request) -> bytes:
+    """Return the image of a request: the file `image` of a form, or the body."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        return await request.body()
+    raw, _, _ = await _multipart(request)
+    if raw is None:
+        raise ApiError("invalid_request", "image: a file of this name is missing", "image")
+    return raw
+
+
 async def _picture_bytes(ingress: "Ingress", address: str, field: str) -> bytes:
     """Return the image of a Label Studio task, from a data: URL or from Label Studio."""
     if address.startswith("data:"):
@@ -169,6 +195,7 @@ class Ingress:
         offered: dict[str, ModelRef],
         token: str | None,
         decoder: DeploymentHandle,
+        encoder: DeploymentHandle,
         vault: DeploymentHandle,
         pictures: labelstudio.PictureSource | None,
         listen: bool,
@@ -176,7 +203,7 @@ class Ingress:
     ) -> None:
         open_access_log(log_socket)
         self.settings, self.pictures = settings, pictures
-        self.decoder, self.vault = decoder, vault
+        self.decoder, self.encoder, self.vault = decoder, encoder, vault
         answers = Counter("samray_requests", "answers, by status", ("path", "status"))
         refusals = Counter("samray_rejects", "refusals, by reason", ("code",))
         self.policy = Policy(
@@ -287,9 +314,16 @@ class Ingress:
     async def page(self) -> HTMLResponse:
         """The page where people click."""
         text = (package_files.files("samray") / "templates" / "endpoint.html").read_text("utf-8")
-        policy = "default-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; "
-        policy += "script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(text, headers=PAGE_HEADERS)
+
+    @app.get(f"{PAGE_FILES}{{name}}", include_in_schema=False)
+    async def page_file(self, name: str) -> Response:
+        """A style sheet or script of the page."""
+        folder = package_files.files("samray") / "templates" / "endpoint"
+        kind = {".css": "text/css", ".js": "text/javascript"}.get(PurePath(name).suffix)
+        if kind is None or name not in {file.name for file in folder.iterdir()}:
+            raise ApiError("not_found", "no such path")
+        return Response((folder / name).read_bytes(), media_type=kind, headers=PAGE_HEADERS)
 
     @app.get("/v1/healthz", openapi_extra={"security": []})
     async def healthz(self) -> dict[str, str]:
@@ -340,16 +374,24 @@ class Ingress:
         """Upload and encode an image, so that the first click is fast."""
         started = time.perf_counter()
         ref = self._model(model)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            raw, _, _ = await _multipart(request)
-            if raw is None:
-                raise ApiError("invalid_request", "image: a file of this name is missing", "image")
-        else:
-            raw = await request.body()
-        image_id = await self._keep(raw)
+        image_id = await self._keep(await _uploaded(request))
         answer = await self._ask(Call(image_id, ref, None))
         return self._finished(answer, image_id, ref, request.state.request_id, started)
+
+    @app.post(
+        "/v1/preview",
+        response_class=Response,
+        responses={**errors(400, 415), **PREVIEW_ANSWER},
+        openapi_extra=IMAGE_BODY,
+    )
+    async def preview(self, request: Request) -> Response:
+        """Return an image as the models see it: an 8-bit PNG, EXIF applied, 16 bits stretched."""
+        raw = await _uploaded(request)
+        self._require_acceptable(raw)
+        made = await self._answered(lambda: self.encoder.preview.remote(raw))
+        if isinstance(made, str):
+            raise ApiError("invalid_image", made, "image")
+        return Response(made, media_type="image/png")
 
     @app.delete("/v1/images/{image_id}", status_code=204, responses=errors(404))
     async def forget(self, image_id: str) -> Response:
@@ -492,6 +534,13 @@ class Ingress:
 
     async def _keep(self, raw: bytes) -> str:
         """Check a file by its header and put it into the vault; return its id."""
+        self._require_acceptable(raw)
+        image_id = "sha256:" + await asyncio.to_thread(lambda: hashlib.sha256(raw).hexdigest())
+        await self.vault.put.remote(image_id, raw)
+        return image_id
+
+    def _require_acceptable(self, raw: bytes) -> None:
+        """Refuse what is no image, or too large a one, by its header."""
         try:
             height, width = size_from_header(raw)
         except AnnotationError as exc:
@@ -501,27 +550,30 @@ class Ingress:
         if height * width > self.settings.max_megapixels * 1e6:
             limit = f"{self.settings.max_megapixels:g} megapixels"
             raise ApiError("too_large", f"{width} x {height} pixels; the limit is {limit}", "image")
-        image_id = "sha256:" + await asyncio.to_thread(lambda: hashlib.sha256(raw).hexdigest())
-        await self.vault.put.remote(image_id, raw)
-        return image_id
 
     async def _ask(self, call: Call) -> dict[str, Any]:
-        """Let a Decoder answer unless too many requests wait; retry if its process dies."""
+        """Let a Decoder answer."""
+        decoder = self._decoder(call.model, call.image_id)
+        answer: dict[str, Any] = await self._answered(lambda: decoder.answer.remote(call))
+        if "refused" in answer:
+            raise ApiError(*answer["refused"])
+        return answer
+
+    async def _answered(self, send: Callable[[], DeploymentResponse]) -> Any:
+        """Send a call unless too many requests wait; send it again if its process dies."""
         if self.in_flight >= self.settings.max_in_flight:
             raise ApiError("too_busy", "too many requests wait; try again soon")
         self.in_flight += 1
         try:
-            decoder = self._decoder(call.model, call.image_id)
             async with asyncio.timeout(self.settings.timeout_seconds):
                 while True:
-                    response = decoder.answer.remote(call)
+                    response = send()
                     try:
-                        answer: dict[str, Any] = await response
-                        break
+                        return await response
                     except RayActorError:  # it or its Encoder died; Serve starts another
                         await asyncio.sleep(RETRY_SECONDS)
                     except asyncio.CancelledError:
-                        response.cancel()  # nobody waits for it: free the Decoder
+                        response.cancel()  # nobody waits for it: free the replica
                         raise
         except TimeoutError as exc:
             raise ApiError("timed_out", "the answer took too long; try again") from exc
@@ -529,9 +581,6 @@ class Ingress:
             raise ApiError("too_busy", "too many requests wait; try again soon") from exc
         finally:
             self.in_flight -= 1
-        if "refused" in answer:
-            raise ApiError(*answer["refused"])
-        return answer
 
     def _finished(
         self,

@@ -44,6 +44,12 @@ IMAGE_BODY = {
         },
     }
 }
+PREVIEW_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the image as an 8-bit PNG, grey or RGB",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:

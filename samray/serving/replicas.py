@@ -10,6 +10,7 @@ the Ingress, and of the weights, so neither clients nor models are mixed up.
 import asyncio
 import contextlib
 import ctypes
+import io
 import secrets
 import time
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -68,6 +70,21 @@ class LoadedModels:
         return sam, encoder_digest(sam)
 
 
+def preview_png(raw: bytes) -> bytes:
+    """Return an image file as the models see it: an 8-bit PNG, grey if it has no colours.
+
+    Raises:
+        AnnotationError: as in `decode_image`.
+    """
+    image = decode_image(raw)
+    grey = image[:, :, 0]
+    if np.array_equal(grey, image[:, :, 1]) and np.array_equal(grey, image[:, :, 2]):
+        image = grey
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def keep_large_blocks_apart() -> None:
     """Let glibc give each large array back to the system when it is freed.
 
@@ -90,6 +107,15 @@ class Encoder:
         self.sizes = Histogram("samray_encode_batch_size", "images encoded together", [1, 2, 4, 8])
         on_gpu = self.models.device == "cuda"
         self.encode.set_max_batch_size(settings.encode_batch or (4 if on_gpu else 1))
+        self.previewing = asyncio.Semaphore(1)
+
+    async def preview(self, raw: bytes) -> bytes | str:
+        """Return an image file as the models see it, as PNG, or the reason why it is unusable."""
+        async with self.previewing:  # one at a time, which bounds memory
+            try:
+                return await asyncio.to_thread(preview_png, raw)
+            except AnnotationError as exc:
+                return exc.reason
 
     async def warm_up(self, ref: ModelRef) -> None:
         """Load a model ahead of the first request."""

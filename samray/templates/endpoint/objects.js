@@ -1,0 +1,214 @@
+// The prompt, its candidates and the finished objects: what clicks and keys change, and the list.
+
+import { Item } from "./masks.js";
+import { predict } from "./server.js";
+import { draw } from "./stage.js";
+import { $, canvas, colorOf, say, state } from "./state.js";
+import { keepQueue, keepWork } from "./storage.js";
+
+const MAX_POINTS = 64; // the server's limit for one object
+
+export function click(point, include) {
+  const { picture } = state;
+  if (picture.points.length >= MAX_POINTS) { say(`an object takes ${MAX_POINTS} clicks; finish it, then correct it`, true); return; }
+  picture.remember();
+  picture.points = [...picture.points, point];
+  picture.labels = [...picture.labels, include];
+  answer(picture);
+}
+
+export function drawBox(box) {
+  const { picture } = state;
+  picture.remember();
+  Object.assign(picture, { box, masks: [] });
+  answer(picture);
+}
+
+// Ask for the prompt's mask, and finish the object with it if somebody was faster than the server.
+export async function answer(picture) {
+  picture.preview = null;
+  picture.waiting = true;
+  refresh();
+  const answered = await predict(picture);
+  if (answered === null) return;
+  const finishing = picture.finishing && answered;
+  picture.waiting = picture.finishing = false;
+  if (picture === state.picture) refresh();
+  if (finishing) finish(picture);
+}
+
+export function choose(number) {
+  const { picture } = state;
+  if (number >= picture.masks.length) return;
+  picture.chosen = number;
+  say(`predicted IoU ${picture.masks[number].score.toFixed(2)}`);
+  refresh();
+}
+
+export function undo() {
+  const { picture } = state, last = picture.history.pop();
+  if (!last) { say("nothing to undo"); return; }
+  const { objects, ...prompt } = last;
+  if (picture.base && !prompt.base) restoreLabel();
+  picture.setPrompt(prompt);
+  picture.objects = objects;
+  say("");
+  changed(picture);
+  if (picture.hasPrompt && !picture.masks.length) answer(picture);
+}
+
+export function clear() {
+  const { picture } = state;
+  state.drag = null;
+  say("");
+  if (!picture.hasPrompt && !picture.base) { draw(); return; }
+  picture.remember();
+  if (picture.base) restoreLabel();
+  picture.setPrompt({});
+  refresh();
+}
+
+export function finish(picture = state.picture) {
+  const { base } = picture, mask = picture.masks[picture.chosen], label = $("label").value.trim() || "object";
+  if (picture.waiting) {
+    picture.finishing = true;
+    say("finishing the object once its mask is there …");
+    return;
+  }
+  if (!mask && !base) { say("click on an object first", true); return; }
+  if (mask && !mask.area) { say("this mask is empty; click elsewhere or drag a box", true); return; }
+  picture.remember();
+  const item = mask ? new Item(label, mask, base?.shape ?? null, true) : new Item(label, base.mask, base.shape, base.redrawn);
+  picture.objects = base ? picture.objects.map((other) => (other === base ? item : other)) : [...picture.objects, item];
+  if (base) restoreLabel();
+  picture.setPrompt({});
+  if (picture === state.picture) say(base ? "corrected; click on the next object" : "finished; click on the next object");
+  changed(picture);
+}
+
+// Let the next clicks correct a finished object.
+export function select(item) {
+  const { picture } = state;
+  if (picture.base === item) return;
+  picture.remember();
+  if (!picture.base) state.nextLabel = $("label").value;
+  picture.setPrompt({ base: item });
+  $("label").value = item.label;
+  const corrects = item.area ? "click to correct it, Enter keeps the change" : "change its label, Enter keeps the change";
+  say(`${item.label}: ${corrects}, Esc leaves it as it is`);
+  refresh();
+}
+
+export function remove(item) {
+  const { picture } = state;
+  picture.remember();
+  picture.objects = picture.objects.filter((other) => other !== item);
+  if (picture.base === item) { restoreLabel(); picture.setPrompt({}); }
+  state.lit = null;
+  say(`${item.label} removed; Undo brings it back`);
+  changed(picture);
+}
+
+function relabel(item, label) {
+  const { picture } = state, renamed = new Item(label, item.mask, item.shape, item.redrawn);
+  picture.remember();
+  picture.objects = picture.objects.map((other) => (other === item ? renamed : other));
+  if (picture.base === item) { picture.base = renamed; $("label").value = label; }
+  changed(picture);
+}
+
+function restoreLabel() { $("label").value = state.nextLabel; }
+
+// The objects are others than before: show and keep them.
+export function changed(picture) {
+  if (picture === state.picture) refresh();
+  keepWork(picture);
+  keepQueue(); // the labels' colours
+}
+
+// Show the open picture's prompt, candidates and objects.
+export function refresh() {
+  showCandidates();
+  showList();
+  draw();
+}
+
+function showCandidates() {
+  $("candidates").replaceChildren(...state.masks.map((mask, i) => {
+    const button = document.createElement("button");
+    button.textContent = `${i + 1}: ${mask.score.toFixed(2)}`;
+    button.className = i === state.chosen ? "chosen" : "";
+    button.setAttribute("aria-pressed", i === state.chosen);
+    button.onclick = () => choose(i);
+    return button;
+  }));
+}
+
+function showList() {
+  const { picture, queue, index } = state, list = $("objects"), focused = placeOfFocus();
+  list.replaceChildren(...picture.objects.map(entry));
+  const count = picture.objects.length;
+  $("count").textContent = count;
+  $("position").textContent = queue.length ? `${index + 1} of ${queue.length}` : "no image";
+  $("name").textContent = queue.length ? picture.path : "";
+  $("name").title = $("name").textContent;
+  if (focused) list.children[Math.min(focused[0], count - 1)]?.querySelector(focused[1])?.focus();
+  else if (document.activeElement === document.body && count) canvas.focus({ preventScroll: true });
+}
+
+// [number of the entry, what is focused in it], or null.
+function placeOfFocus() {
+  const item = document.activeElement.closest("#objects li");
+  if (!item) return null;
+  const kind = ["input", "button"].find((name) => document.activeElement.matches(name)) ?? ".pick";
+  return [[...item.parentElement.children].indexOf(item), kind];
+}
+
+function entry(item, i) {
+  const row = document.createElement("li"), swatch = document.createElement("span");
+  const name = document.createElement("input"), pick = document.createElement("span"), button = document.createElement("button");
+  swatch.className = "swatch";
+  swatch.style.background = `rgb(${colorOf(item.label)})`;
+  name.value = item.label; name.maxLength = 200; name.title = "change the label";
+  name.setAttribute("aria-label", `label of object ${i + 1}`);
+  name.onchange = () => setTimeout(() => relabel(item, name.value.trim() || item.label)); // once the focus has moved
+  name.onkeydown = (event) => {
+    if (event.key === "Enter") canvas.focus({ preventScroll: true });
+    if (event.key === "Escape") { name.value = item.label; canvas.focus({ preventScroll: true }); }
+  };
+  pick.className = "pick"; pick.tabIndex = 0; pick.setAttribute("role", "button");
+  pick.textContent = item.area ? `${item.area} pixels` : `${item.shape?.shape_type ?? "shape"}, kept`;
+  pick.title = item.area ? "correct this object" : "samray trains on no such shape; it is written back as it came";
+  pick.setAttribute("aria-label", `correct ${item.label} ${i + 1}, ${pick.textContent}`);
+  button.textContent = "remove";
+  button.setAttribute("aria-label", `remove ${item.label} ${i + 1}`);
+  button.onclick = () => remove(item);
+  row.className = item === state.base ? "chosen" : item === state.lit ? "lit" : "";
+  row.onclick = (event) => { if (event.target !== name && event.target !== button) select(item); };
+  row.onkeydown = (event) => {
+    if (event.target === pick && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); select(item); }
+    if (event.target === pick && event.key === "Delete") remove(item);
+    if (["Enter", " ", "Delete"].includes(event.key)) event.stopPropagation(); // not the page's keys
+  };
+  row.onpointerenter = row.onfocus = () => light(item);
+  row.onpointerleave = () => light(null);
+  row.append(swatch, name, pick, button);
+  return row;
+}
+
+// Mark an object in the list and in the image.
+export function light(item) {
+  if (state.lit === item) return;
+  state.lit = item;
+  state.objects.forEach((other, i) => $("objects").children[i]?.classList.toggle("lit", other === item));
+  const row = $("objects").children[state.objects.indexOf(item)], list = $("objects");
+  if (row && !row.matches(":hover")) {
+    if (row.offsetTop < list.scrollTop) list.scrollTop = row.offsetTop;
+    const below = row.offsetTop + row.offsetHeight - list.clientHeight;
+    if (below > list.scrollTop) list.scrollTop = below;
+  }
+  draw();
+}
+
+// The topmost finished object at a point of the image.
+export const objectAt = ([x, y]) => state.objects.findLast((item) => item.mask?.has(x, y)) ?? null;

@@ -1,0 +1,115 @@
+// What the page knows: a queue of images, each with its prompt, its objects and its history.
+
+export const $ = (id) => document.getElementById(id);
+export const canvas = $("canvas");
+
+const MAX_STEPS = 200; // of undo, for each image
+
+export class Picture {
+  constructor(name, blob, path = name) {
+    this.key = Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
+    this.name = name;
+    this.path = path; // inside the dropped folder, the name included
+    this.blob = blob;
+    this.shown = null; // a Blob from the server, if the browser cannot show the file itself
+    this.image = null; // an ImageBitmap, only while the picture is open
+    this.width = this.height = 0; // of the image as shown; 0 before it was opened
+    this.id = this.model = null; // the server's id, and the model that has encoded it
+    this.encoding = null; // a promise
+    this.document = this.jsonPath = null; // the LabelMe file that came with it
+    this.points = [];
+    this.labels = []; // of the points: 1 include, 0 exclude
+    this.box = null;
+    this.masks = []; // candidates
+    this.chosen = 0;
+    this.base = null; // the finished object that the prompt corrects
+    this.asked = 0; // number of the last request: earlier answers are out of date
+    this.waiting = this.finishing = false; // for an answer; whether to finish the object with it
+    this.preview = null;
+    this.objects = [];
+    this.history = [];
+  }
+
+  // Before each change of the prompt or the objects. Masks and objects are never changed in place.
+  remember() {
+    const { points, labels, box, masks, chosen, base, objects } = this;
+    this.history.push({ points, labels, box, masks, chosen, base, objects });
+    if (this.history.length > MAX_STEPS) this.history.shift();
+  }
+
+  setPrompt(prompt) {
+    this.asked++;
+    Object.assign(this, { points: [], labels: [], box: null, masks: [], chosen: 0, base: null, preview: null });
+    Object.assign(this, { waiting: false, finishing: false }, prompt);
+  }
+
+  get hasPrompt() { return this.points.length > 0 || this.box !== null; }
+
+  // The image was opened before, or came without a LabelMe file: its objects are known.
+  get settled() { return this.width > 0 || this.document === null; }
+
+  // Free what can be computed again.
+  close() {
+    this.image?.close();
+    this.image = this.preview = null;
+    this.history = [];
+    for (const object of this.objects) object.mask?.forget();
+  }
+}
+
+const nothing = new Picture("image.png", null);
+
+export const state = {
+  queue: [],
+  index: -1,
+  exclude: false, // what a plain click does
+  cross: null, // the keyboard's cross-hair
+  drag: null,
+  spaceHeld: false,
+  nextLabel: "object", // of a new object, while another one is corrected
+  panned: false, // while Space was held
+  lit: null, // the object under the pointer, in the list or in the image
+  colors: new Map(), // label -> its number in COLORS
+  get picture() { return this.queue[this.index] ?? nothing; },
+};
+
+// `state.points` is that of the open picture.
+for (const name of Object.keys(nothing)) {
+  Object.defineProperty(state, name, {
+    get: () => state.picture[name],
+    set: (value) => { state.picture[name] = value; },
+  });
+}
+
+export function say(text, bad = false) {
+  $("live").textContent = text;
+  $("live").className = bad ? "bad" : "";
+}
+
+// What stays in sight until the next files are opened or somebody clicks on it.
+export function note(text) {
+  const shown = $("notes").textContent;
+  if (text && shown.includes(text)) return;
+  $("notes").textContent = text && shown ? `${shown}; ${text}` : text;
+}
+
+// Okabe and Ito's and Paul Tol's colours, which colour-blind people can tell apart. Blue is the
+// prompt's, yellow the preview's.
+export const PROMPT_COLOR = [0, 114, 178];
+export const PREVIEW_COLOR = [240, 228, 66];
+const COLORS = [
+  [230, 159, 0], [0, 158, 115], [213, 94, 0], [204, 121, 167], [86, 180, 233],
+  [136, 34, 85], [153, 153, 51], [68, 170, 153], [51, 34, 136], [17, 119, 51],
+];
+
+// The same label has the same colour in all images; two labels share one only after ten.
+export function colorOf(label) {
+  if (!state.colors.has(label)) {
+    let number = 0;
+    for (const letter of label) number = (31 * number + letter.codePointAt(0)) % COLORS.length;
+    const taken = new Set(state.colors.values());
+    while (taken.has(number) && taken.size < COLORS.length) number = (number + 1) % COLORS.length;
+    state.colors.set(label, number);
+  }
+  return COLORS[state.colors.get(label)];
+}
