@@ -6,6 +6,9 @@ import io
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -14,14 +17,15 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from serving import TOKEN, serving
+from serving import TOKEN, free_port, serving, wait_until_ready
 
 from samray.config import ServeConfig, load_config
 from samray.data.dataset import PreparedDataset
 from samray.data.prepare import prepare
 from samray.geometry.images import decode_image
 
-SECONDS = 30
+ROOT = Path(__file__).parents[2]
+SECONDS = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SIZES = {  # width, height and device pixels per CSS pixel
     "laptop": (1366, 768, 1),
@@ -380,6 +384,56 @@ def test_what_the_server_has_lost_is_sent_again(page, some, address):
     page.unroute("**/v1/predict")
     page.mouse.click(*screen(page, 110, 100))
     answered(page, "state.points.length === 4 && $('live').className !== 'bad'")
+
+
+@pytest.mark.slow
+def test_a_restart_of_the_server_is_not_noticed(browser, some, tmp_path):
+    """`samray serve` killed and started again between two clicks."""
+    port = free_port()
+    command = [sys.executable, "-m", "jobs.serve", "--port", str(port)]
+    command += ["serve.cpus_per_replica=0.2"]
+    address = f"http://127.0.0.1:{port}"
+
+    def start(log):
+        deadline = time.monotonic() + SECONDS
+        while not _is_free(port):  # Ray's worker ends after the command
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        wait_until_ready(address)
+        return process
+
+    with open(tmp_path / "log", "w") as log, contextlib.ExitStack() as last:
+        process = start(log)
+        last.callback(lambda: (process.terminate(), process.wait(60)))
+        context = browser.new_context(viewport={"width": 1366, "height": 768})
+        last.callback(context.close)
+        page = context.new_page()
+        page.goto(address)
+        wait(page, "window.$ && $('model').options.length > 0")
+        drop(page, some[0][0])
+        click(page, 120, 80)
+        process.terminate()
+        process.wait(60)
+        page.mouse.click(*screen(page, 110, 90))
+        wait(page, "$('live').className === 'bad'")
+        assert "the server does not answer" in status(page)
+        process = start(log)
+        page.keyboard.down("Shift")
+        page.mouse.click(*screen(page, 5, 5))
+        page.keyboard.up("Shift")
+        answered(page, "$('live').className !== 'bad' && state.points.length === 3")
+        assert "mask in" in status(page)
+
+
+def _is_free(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def canvas_pixels(page):

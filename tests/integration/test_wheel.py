@@ -71,6 +71,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert packed == modules
     assert {"samray/py.typed", "samray/templates/report.html"} <= set(names)
     assert "samray/templates/dataset_report.html" in names
+    page = {p.relative_to(source).as_posix() for p in source.glob("samray/templates/endpoint*/*")}
+    assert page | {"samray/templates/endpoint.html"} <= set(names)
+    assert page
     assert any(name.endswith("/LICENSE") for name in names)
 
 

@@ -85,7 +85,7 @@ async function attach(jsons) {
     if (!picture) { note(`${name} belongs to none of these images`); continue; }
     if (picture.document || picture.objects.length) { note(`${name} is not used: ${picture.name} has objects already`); continue; }
     Object.assign(picture, { document, jsonPath: path });
-    if (picture.width) await readDocument(picture);
+    if (picture.width) await (picture.reading = readDocument(picture));
     annotated.push(picture);
   }
   return annotated;
@@ -170,7 +170,7 @@ async function settle(picture) {
   Object.assign(picture, { width: image.width, height: image.height });
   if (picture === state.picture) picture.image = image;
   else image.close();
-  if (picture.document && !before) await readDocument(picture);
+  if (picture.document && !before) await (picture.reading ??= readDocument(picture));
   if (!before) keepWork(picture);
 }
 

@@ -152,8 +152,10 @@ function showList() {
   $("position").textContent = queue.length ? `${index + 1} of ${queue.length}` : "no image";
   $("name").textContent = queue.length ? picture.path : "";
   $("name").title = $("name").textContent;
-  if (focused) list.children[Math.min(focused[0], count - 1)]?.querySelector(focused[1])?.focus();
-  else if (document.activeElement === document.body && count) canvas.focus({ preventScroll: true });
+  $("labels").replaceChildren(...[...state.colors.keys()].map((label) => new Option(label)));
+  if (!focused) return;
+  const again = list.children[Math.min(focused[0], count - 1)]?.querySelector(focused[1]) ?? canvas;
+  again.focus({ preventScroll: true });
 }
 
 // [number of the entry, what is focused in it], or null.
@@ -177,7 +179,7 @@ function entry(item, i) {
     if (event.key === "Escape") { name.value = item.label; canvas.focus({ preventScroll: true }); }
   };
   pick.className = "pick"; pick.tabIndex = 0; pick.setAttribute("role", "button");
-  pick.textContent = item.area ? `${item.area} pixels` : `${item.shape?.shape_type ?? "shape"}, kept`;
+  pick.textContent = item.area ? `${item.area} px` : `${item.shape?.shape_type ?? "shape"}, kept`;
   pick.title = item.area ? "correct this object" : "samray trains on no such shape; it is written back as it came";
   pick.setAttribute("aria-label", `correct ${item.label} ${i + 1}, ${pick.textContent}`);
   button.textContent = "remove";

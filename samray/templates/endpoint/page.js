@@ -21,16 +21,24 @@ $("zoom-out").onclick = () => zoom(1 / 1.5);
 $("fit").onclick = fit;
 $("notes").onclick = () => note("");
 $("label").onchange = keepQueue;
+$("label").onkeydown = (event) => {
+  if (event.key !== "Enter") return;
+  canvas.focus({ preventScroll: true });
+  if (state.picture.hasPrompt || state.base) finish();
+};
 $("close").onclick = () => closeImages([state.picture]);
 $("close-all").onclick = () => closeImages([...state.queue]);
 
 $("model").onchange = () => {
-  state.picture.setPrompt({ ...state.picture.base && { base: state.picture.base }, points: state.points, labels: state.labels, box: state.box });
+  const { picture } = state, { points, labels, box, base } = picture;
+  picture.setPrompt({ points, labels, box, base });
   encodeAgain();
 };
 $("token").onchange = async () => {
   keepToken();
-  if (await loadModels()) encodeAgain();
+  if (!(await loadModels())) return;
+  $("token-row").hidden = true;
+  encodeAgain();
 };
 
 // For another model, or once there is a token.

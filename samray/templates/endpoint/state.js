@@ -17,6 +17,7 @@ export class Picture {
     this.id = this.model = null; // the server's id, and the model that has encoded it
     this.encoding = null; // a promise
     this.document = this.jsonPath = null; // the LabelMe file that came with it
+    this.reading = null; // a promise, once its shapes are read
     this.points = [];
     this.labels = []; // of the points: 1 include, 0 exclude
     this.box = null;
@@ -52,8 +53,9 @@ export class Picture {
   close() {
     this.image?.close();
     this.image = this.preview = null;
-    this.history = [];
-    for (const object of this.objects) object.mask?.forget();
+    for (const { objects, masks, base } of [this, ...this.history]) {
+      for (const mask of [...masks, base?.mask, ...objects.map((object) => object.mask)]) mask?.forget();
+    }
   }
 }
 

@@ -18,7 +18,7 @@ export function restoreToken() { $("token").value = sessionStorage.getItem("samr
 
 // Whether closing the tab would lose objects.
 export function losesWork() {
-  return state.queue.some((picture) => unkept.has(picture.key) && picture.history.length > 0);
+  return state.queue.some((picture) => unkept.has(picture.key) && picture.objects.length > 0);
 }
 
 // Bring back what this tab had; returns the number of images.
