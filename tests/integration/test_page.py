@@ -379,11 +379,11 @@ def test_what_the_server_has_lost_is_sent_again(page, some, address):
     # Without any server it says so in its own words, and goes on once there is one.
     page.route("**/v1/predict", lambda route: route.abort())
     page.mouse.click(*screen(page, 100, 90))
-    wait(page, "$('live').className === 'bad'")
+    wait(page, "$('status').className === 'bad'")
     assert "the server does not answer; is it running?" in status(page)
     page.unroute("**/v1/predict")
     page.mouse.click(*screen(page, 110, 100))
-    answered(page, "state.points.length === 4 && $('live').className !== 'bad'")
+    answered(page, "state.points.length === 4 && $('status').className !== 'bad'")
 
 
 @pytest.mark.slow
@@ -416,13 +416,13 @@ def test_a_restart_of_the_server_is_not_noticed(browser, some, tmp_path):
         process.terminate()
         process.wait(60)
         page.mouse.click(*screen(page, 110, 90))
-        wait(page, "$('live').className === 'bad'")
+        wait(page, "$('status').className === 'bad'")
         assert "the server does not answer" in status(page)
         process = start(log)
         page.keyboard.down("Shift")
         page.mouse.click(*screen(page, 5, 5))
         page.keyboard.up("Shift")
-        answered(page, "$('live').className !== 'bad' && state.points.length === 3")
+        answered(page, "$('status').className !== 'bad' && state.points.length === 3")
         assert "mask in" in status(page)
 
 
@@ -617,7 +617,6 @@ def test_a_reload_keeps_the_work(page, some, address):
     click(page, 90, 80)
     finish(page, "leaf")
     masks = shown_masks(page, (page.evaluate("canvas.height"), page.evaluate("canvas.width")))
-    page.wait_for_timeout(300)
     page.reload()
     wait(page, "window.state && state.id !== null")  # with the token, and encoded again
     assert page.evaluate("state.index") == 1
@@ -634,7 +633,6 @@ def test_a_reload_keeps_the_work(page, some, address):
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("#close-all")
     wait(page, "state.queue.length === 0")
-    page.wait_for_timeout(200)
     page.reload()
     wait(page, "window.$ && $('model').options.length > 0")
     assert page.evaluate("state.queue.length") == 0

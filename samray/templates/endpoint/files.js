@@ -58,21 +58,26 @@ export async function openFiles(files) {
   state.queue.push(...fresh.splice(0, room));
   const annotated = await attach(jsons);
   const first = added.find((picture) => state.queue.includes(picture)) ?? annotated.find((picture) => picture !== state.picture);
-  const opening = first && first !== state.picture ? open(state.queue.indexOf(first)) : settleOpen(annotated);
-  for (const picture of new Set([...added, ...annotated])) if (state.queue.includes(picture)) await keepFile(picture);
-  keepQueue();
-  await opening;
-  for (const picture of annotated) if (!picture.settled) await settle(picture).catch((error) => note(`${picture.name}: ${error.message}`));
+  const isNew = first && first !== state.picture, opening = isNew ? open(state.queue.indexOf(first)) : null;
+  if (!isNew && annotated.includes(state.picture)) changed(state.picture);
+  await Promise.all([opening, keepFiles([...added, ...annotated]), settleAll(annotated.filter((picture) => picture !== first))]);
   refresh();
+}
+
+async function keepFiles(pictures) {
+  for (const picture of new Set(pictures)) if (state.queue.includes(picture)) await keepFile(picture);
+  keepQueue();
+}
+
+// So that files that do not fit are named now and not when their images are opened.
+async function settleAll(pictures) {
+  for (const picture of pictures) {
+    if (!picture.settled) await settle(picture).catch((error) => note(`${picture.name}: ${error.message}`));
+  }
 }
 
 const known = (path, file) =>
   state.queue.find(({ path: other, blob }) => other === path && blob.size === file.size && blob.lastModified === file.lastModified);
-
-// A LabelMe file of the open picture alone.
-async function settleOpen(annotated) {
-  if (annotated.includes(state.picture)) changed(state.picture);
-}
 
 // Give each LabelMe file to its image; returns the images.
 async function attach(jsons) {
@@ -140,7 +145,7 @@ export async function open(index) {
     const next = state.queue[index + 1];
     if (next && picture === state.picture) encoded(next).catch(() => {});
   } catch (error) {
-    if (ABOUT_THE_FILE.includes(error.code)) { note(error.message); await close(picture); }
+    if (ABOUT_THE_FILE.includes(error.code)) { note(error.message); await close([picture]); }
     else if (picture === state.picture) say(error.message, true);
   }
 }
@@ -151,16 +156,14 @@ export function step(by) {
   else say(by > 0 ? "this is the last image" : "this is the first image");
 }
 
-// Take an image out of the queue.
-export async function close(picture) {
-  const index = state.queue.indexOf(picture);
-  if (index < 0) return;
-  picture.close();
-  state.queue.splice(index, 1);
-  forget(picture);
-  if (index < state.index) state.index--;
-  if (index === state.index || !state.queue.length) await open(Math.min(index, state.queue.length - 1));
-  else refresh();
+// Take images out of the queue.
+export async function close(pictures) {
+  const { picture, queue } = state, gone = new Set(pictures);
+  const index = queue.slice(0, state.index).filter((other) => !gone.has(other)).length;
+  state.queue = queue.filter((other) => !gone.has(other));
+  for (const other of gone) { other.close(); forget(other); }
+  if (gone.has(picture)) await open(Math.min(index, state.queue.length - 1));
+  else { state.index = index; refresh(); }
   keepQueue();
 }
 

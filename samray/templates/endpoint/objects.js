@@ -144,14 +144,18 @@ function showCandidates() {
   }));
 }
 
+let shown = {}; // what the list shows; many objects take time
+
 function showList() {
-  const { picture, queue, index } = state, list = $("objects"), focused = placeOfFocus();
-  list.replaceChildren(...picture.objects.map(entry));
-  const count = picture.objects.length;
+  const { picture, queue, index } = state, count = picture.objects.length;
   $("count").textContent = count;
   $("position").textContent = queue.length ? `${index + 1} of ${queue.length}` : "no image";
   $("name").textContent = queue.length ? picture.path : "";
   $("name").title = $("name").textContent;
+  if (shown.objects === picture.objects && shown.base === picture.base) return;
+  shown = { objects: picture.objects, base: picture.base };
+  const list = $("objects"), focused = placeOfFocus();
+  list.replaceChildren(...picture.objects.map(entry));
   $("labels").replaceChildren(...[...state.colors.keys()].map((label) => new Option(label)));
   if (!focused) return;
   const again = list.children[Math.min(focused[0], count - 1)]?.querySelector(focused[1]) ?? canvas;

@@ -60,7 +60,7 @@ async function closeImages(pictures) {
   const count = pictures.reduce((sum, picture) => sum + picture.objects.length, 0);
   const what = pictures.length > 1 ? `${pictures.length} images` : pictures[0]?.name;
   if (count && !confirm(`Close ${what} with ${count} objects? They are lost unless you have downloaded them.`)) return;
-  for (const picture of pictures.reverse()) await close(picture);
+  await close(pictures);
 }
 
 // Files
@@ -107,7 +107,7 @@ for (const button of document.querySelectorAll("[data-save]")) {
     const { picture } = state, kind = button.dataset.save, stem = picture.name.replace(/\.[^.]*$/, "");
     if (kind === "all") { await saveAll(); return; }
     if (!picture.objects.length && !picture.document) { say("finish an object first", true); return; }
-    if (kind === "png" && picture.objects.length > 255) { say("an 8-bit PNG can hold 255 objects; use COCO or LabelMe", true); return; }
+    if (kind === "png" && picture.objects.filter((item) => item.area).length > 255) { say("an 8-bit PNG can hold 255 objects; use COCO or LabelMe", true); return; }
     if (kind === "png") save(`${stem}_labels.png`, new Blob([await labelMap(picture)], { type: "image/png" }));
     else if (kind === "coco") save(`${stem}_coco.json`, new Blob([text(coco(picture))], { type: "application/json" }));
     else save(nameOf(jsonPathOf(picture)), new Blob([text(await labelme(picture))], { type: "application/json" }));

@@ -85,7 +85,7 @@ for (const name of Object.keys(nothing)) {
 
 export function say(text, bad = false) {
   $("live").textContent = text;
-  $("live").className = bad ? "bad" : "";
+  $("status").className = bad ? "bad" : "";
 }
 
 // What stays in sight until the next files are opened or somebody clicks on it.

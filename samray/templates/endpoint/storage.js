@@ -115,6 +115,7 @@ async function finished(store, mode, send) {
   if (!database) throw new Error("no database");
   return new Promise((done, fail) => {
     const transaction = database.transaction(store, mode), request = send(transaction.objectStore(store));
+    if (mode === "readwrite") transaction.commit(); // at once: the page may be reloaded now
     transaction.oncomplete = () => done(request.result);
     transaction.onabort = transaction.onerror = () => fail(transaction.error);
   });
