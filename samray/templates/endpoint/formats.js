@@ -14,11 +14,12 @@ export async function readShapes(document, width, height) {
   for (const shape of document.shapes) {
     let mask = null;
     try { mask = await rasterized(shape, width, height); } catch { /* kept as it is */ }
-    const label = typeof shape?.label === "string" ? shape.label : String(shape?.label ?? "?");
-    items.push(new Item(label, mask?.area ? mask : null, shape));
+    items.push(new Item(labelOf(shape), mask?.area ? mask : null, shape));
   }
   return items;
 }
+
+const labelOf = (shape) => String(shape?.label ?? "?");
 
 // Samray's boundary rule: points are floored, and what the outline touches belongs to the mask.
 async function rasterized(shape, width, height) {
@@ -88,8 +89,8 @@ function rounded(value) { // to the even number from halfway, as NumPy does
 export async function labelme(picture) {
   const shapes = [];
   for (const item of picture.objects) {
-    if (item.shape && !item.redrawn) {
-      shapes.push(item.label === item.shape.label || !("label" in Object(item.shape)) ? item.shape : { ...item.shape, label: item.label });
+    if (item.shape !== undefined && !item.redrawn) {
+      shapes.push(item.label === labelOf(item.shape) ? item.shape : { ...item.shape, label: item.label });
     } else if (item.area) {
       shapes.push({ group_id: null, flags: {}, ...item.shape, label: item.label, ...(await maskShape(item)) });
     }

@@ -16,8 +16,10 @@ export class Mask {
       for (let x = 0; x < width; x++, i++) {
         if (!pixels[i]) continue;
         area++;
-        left = Math.min(left, x); right = Math.max(right, x + 1);
-        top = Math.min(top, y); bottom = y + 1;
+        if (x < left) left = x;
+        if (x >= right) right = x + 1;
+        if (y < top) top = y;
+        bottom = y + 1;
       }
     }
     const bbox = area ? [x1 + left, y1 + top, x1 + right, y1 + bottom] : [0, 0, 0, 0];
@@ -100,9 +102,9 @@ function painted(mask, [red, green, blue], alpha, edge) {
 
 // A finished object. It is never changed, but replaced, so that undo can bring it back.
 export class Item {
-  // mask: null if its shape covers no area, as a line. shape: of the LabelMe file it came from.
+  // mask: null if its shape covers no area, as a line. shape: its entry in the LabelMe file it came with.
   // redrawn: whether the mask is no longer the shape's.
-  constructor(label, mask, shape = null, redrawn = false) {
+  constructor(label, mask, shape = undefined, redrawn = false) {
     Object.assign(this, { label, mask, shape, redrawn });
   }
 

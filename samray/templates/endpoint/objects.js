@@ -78,7 +78,7 @@ export function finish(picture = state.picture) {
   if (!mask && !base) { say("click on an object first", true); return; }
   if (mask && !mask.area) { say("this mask is empty; click elsewhere or drag a box", true); return; }
   picture.remember();
-  const item = mask ? new Item(label, mask, base?.shape ?? null, true) : new Item(label, base.mask, base.shape, base.redrawn);
+  const item = mask ? new Item(label, mask, base?.shape, true) : new Item(label, base.mask, base.shape, base.redrawn);
   picture.objects = base ? picture.objects.map((other) => (other === base ? item : other)) : [...picture.objects, item];
   if (base) restoreLabel();
   picture.setPrompt({});

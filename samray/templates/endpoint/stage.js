@@ -4,6 +4,7 @@ import { $, PREVIEW_COLOR, PROMPT_COLOR, canvas, colorOf, state } from "./state.
 
 const MAX_SCALE = 40; // screen pixels an image pixel
 const NEAR = 6; // screen pixels that a click may slip
+const MAX_LINE = 1000; // points; drawing a tangle of more takes seconds
 const REST = 120; // ms until the pointer rests
 
 const stage = $("stage"), overlay = $("overlay");
@@ -117,7 +118,7 @@ function drawMarks() {
   marks.clearRect(0, 0, stage.clientWidth, stage.clientHeight);
   for (const item of picture.objects) {
     const points = item.mask || !Array.isArray(item.shape?.points) ? [] : item.shape.points.filter(Array.isArray);
-    if (points.length) stroke(points.map(onStage), `rgb(${colorOf(item.label)})`, item === state.lit);
+    if (points.length && points.length <= MAX_LINE) stroke(points.map(onStage), `rgb(${colorOf(item.label)})`, item === state.lit);
   }
   const box = drag?.moved ? corners(drag) : picture.box;
   if (box) {
