@@ -805,7 +805,11 @@ def test_a_queue_of_images(page, photos, some, tmp_path):
             shutil.copy(source, target)
     (folder / "annotations" / some[3][1].name).unlink()
     (folder / "images" / "notes.txt").write_text("no image")
-    page.set_input_files("#folder", folder)
+    cdp = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):  # from the desktop
+        event = {"type": kind, "x": 300, "y": 300, "data": data}
+        cdp.send("Input.dispatchDragEvent", event)
     wait(page, "state.id !== null && state.queue.every((p) => p.settled)")
     assert page.text_content("#position") == "1 of 4"
     counts = [len(json.loads(annotation.read_text())["shapes"]) for _, annotation in some[:3]]

@@ -43,8 +43,9 @@ async function walk(entry, found) {
 }
 
 // Add images to the queue, with the LabelMe files that belong to them, and open the first.
-export async function openFiles(files) {
+export async function openFiles(given) {
   note("");
+  const files = given.filter(([path]) => !nameOf(path).startsWith(".")); // of the system
   files.sort(([a], [b]) => byName.compare(a, b));
   const isJson = ([path, file]) => /\.json$/i.test(path) || file.type === "application/json";
   const images = files.filter((file) => !isJson(file) && (files.length === 1 || IMAGE.test(file[0])));

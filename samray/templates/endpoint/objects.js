@@ -150,8 +150,8 @@ function showList() {
   const { picture, queue, index } = state, count = picture.objects.length;
   $("count").textContent = count;
   $("position").textContent = queue.length ? `${index + 1} of ${queue.length}` : "no image";
-  $("name").textContent = queue.length ? picture.path : "";
-  $("name").title = $("name").textContent;
+  $("name").textContent = queue.length ? picture.name : "";
+  $("name").title = picture.path;
   if (shown.objects === picture.objects && shown.base === picture.base) return;
   shown = { objects: picture.objects, base: picture.base };
   const list = $("objects"), focused = placeOfFocus();
