@@ -18,7 +18,9 @@ const stemOf = (path) => nameOf(path).replace(/\.[^.]*$/, "");
 // The files of a drop, folders included: [path, File] each. Reads the transfer at once, as the
 // browser empties it after the event.
 export async function filesOfDrop(transfer) {
-  const given = [...transfer.items].filter((item) => item.kind === "file").map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
+  const given = [...transfer.items]
+    .filter((item) => item.kind === "file")
+    .map((item) => item.webkitGetAsEntry() ?? item.getAsFile());
   const found = [];
   for (const entry of given) {
     if (entry instanceof File) found.push([entry.name, entry]);
@@ -51,17 +53,21 @@ export async function openFiles(given) {
   const images = files.filter((file) => !isJson(file) && (files.length === 1 || IMAGE.test(file[0])));
   const jsons = files.filter(isJson);
   const others = files.filter((file) => !images.includes(file) && !jsons.includes(file));
-  if (others.length) note(others.length > 1 ? `${others.length} other files are left out` : `${others[0][0]} is left out: samray reads no such file`);
+  if (others.length === 1) note(`${others[0][0]} is left out: samray reads no such file`);
+  if (others.length > 1) note(`${others.length} other files are left out`);
   const added = images.map(([path, file]) => known(path, file) ?? new Picture(nameOf(path), file, path));
   const fresh = added.filter((picture) => !state.queue.includes(picture));
   const room = MAX_IMAGES - state.queue.length;
   if (fresh.length > room) note(`at most ${MAX_IMAGES} images are open at once; ${fresh.length - room} are left out`);
   state.queue.push(...fresh.splice(0, room));
   const annotated = await attach(jsons);
-  const first = added.find((picture) => state.queue.includes(picture)) ?? annotated.find((picture) => picture !== state.picture);
-  const isNew = first && first !== state.picture, opening = isNew ? open(state.queue.indexOf(first)) : null;
-  if (!isNew && annotated.includes(state.picture)) changed(state.picture);
-  await Promise.all([opening, keepFiles([...added, ...annotated]), settleAll(annotated.filter((picture) => picture !== first))]);
+  const { picture } = state, first = added.find((other) => state.queue.includes(other)) ?? annotated[0] ?? picture;
+  if (annotated.includes(picture)) changed(picture);
+  await Promise.all([
+    first === picture ? null : open(state.queue.indexOf(first)),
+    keepFiles([...added, ...annotated]),
+    settleAll(annotated.filter((other) => other !== first)),
+  ]);
   refresh();
 }
 
@@ -77,32 +83,42 @@ async function settleAll(pictures) {
   }
 }
 
-const known = (path, file) =>
-  state.queue.find(({ path: other, blob }) => other === path && blob.size === file.size && blob.lastModified === file.lastModified);
+// The same file, opened before.
+const known = (path, file) => state.queue.find((picture) =>
+  picture.path === path && ["size", "lastModified"].every((name) => picture.blob[name] === file[name]));
 
 // Give each LabelMe file to its image; returns the images.
 async function attach(jsons) {
   const annotated = [], own = ([path]) => state.queue.some((picture) => isBeside(picture, path, stemOf(path)));
   jsons.sort((a, b) => own(b) - own(a)); // of two for one image, the one with its stem wins
   for (const [path, file] of jsons) {
-    const name = nameOf(path), document = file.size > MAX_JSON_BYTES ? null : await file.text().then(JSON.parse).catch(() => null);
-    if (!Array.isArray(document?.shapes)) { note(`${name} is not a LabelMe file`); continue; }
-    const picture = imageOf(path, typeof document.imagePath === "string" ? document.imagePath.replaceAll("\\", "/") : "");
-    if (!picture) { note(`${name} belongs to none of these images`); continue; }
-    if (picture.document || picture.objects.length) { note(`${name} is not used: ${picture.name} has objects already`); continue; }
-    Object.assign(picture, { document, jsonPath: path });
-    if (picture.width) await (picture.reading = readDocument(picture));
-    annotated.push(picture);
+    const document = await parsed(file), isLabelme = Array.isArray(document?.shapes);
+    const picture = isLabelme ? imageOf(path, document.imagePath) : null;
+    if (!isLabelme) note(`${nameOf(path)} is not a LabelMe file`);
+    else if (!picture) note(`${nameOf(path)} belongs to none of these images`);
+    else if (picture.document || picture.objects.length) {
+      note(`${nameOf(path)} is not used: ${picture.name} has objects already`);
+    } else {
+      Object.assign(picture, { document, jsonPath: path });
+      if (picture.width) await (picture.reading = readDocument(picture));
+      annotated.push(picture);
+    }
   }
   return annotated;
+}
+
+async function parsed(file) {
+  if (file.size > MAX_JSON_BYTES) return null;
+  return file.text().then(JSON.parse).catch(() => null);
 }
 
 // The image that a LabelMe file is for, found as `samray prepare` does: the one that it names; else
 // by a stem, beside the file or in the folder parallel to it. Null if there is none, or if several
 // could be meant: nothing is guessed.
 function imageOf(path, imagePath) {
-  const named = resolved(folderOf(path) + imagePath), stem = stemOf(path), ways = [({ path: other }) => other === named];
-  for (const wanted of imagePath ? [stem, stemOf(imagePath)] : [stem]) {
+  const name = typeof imagePath === "string" ? imagePath.replaceAll("\\", "/") : "", stem = stemOf(path);
+  const named = resolved(folderOf(path) + name), ways = [({ path: other }) => other === named];
+  for (const wanted of name ? [stem, stemOf(name)] : [stem]) {
     ways.push((picture) => isBeside(picture, path, wanted), (picture) => isParallel(picture, path, wanted));
   }
   const found = ways.map((way) => state.queue.filter(way)).find((pictures) => pictures.length) ?? [];
@@ -181,7 +197,8 @@ async function settle(picture) {
 async function readDocument(picture) {
   const { width, height, name, document } = picture, { imageWidth, imageHeight } = document;
   if ((imageWidth ?? width) !== width || (imageHeight ?? height) !== height) {
-    note(`${nameOf(picture.jsonPath)} is not used: it is for ${imageWidth} x ${imageHeight} pixels, ${name} has ${width} x ${height}`);
+    const sizes = `it is for ${imageWidth} x ${imageHeight} pixels, ${name} has ${width} x ${height}`;
+    note(`${nameOf(picture.jsonPath)} is not used: ${sizes}`);
     picture.document = picture.jsonPath = null;
     return;
   }

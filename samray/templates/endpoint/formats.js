@@ -1,6 +1,7 @@
 // LabelMe files to objects and back, as samray reads and writes them; COCO; the label map; ZIP.
 
-import { Item, Mask, crc32, decodePng, encodePng, fillPolygon } from "./masks.js";
+import { Item, Mask, fillPolygon } from "./masks.js";
+import { crc32, decodePng, encodePng } from "./png.js";
 
 const AREAL_SHAPES = { // how many points each has; a polygon may have more
   polygon: [3], rectangle: [2, 4], oriented_rectangle: [4], rotation: [4], quadrilateral: [4], circle: [2], mask: [2],
@@ -25,8 +26,8 @@ const labelOf = (shape) => String(shape?.label ?? "?");
 async function rasterized(shape, width, height) {
   const kind = shape.shape_type || "polygon", { points } = shape, numbers = AREAL_SHAPES[kind];
   const fits = numbers?.includes(points.length) || (kind === "polygon" && points.length > 3);
-  const known = points.every((point) => point.length === 2 && point.every((value) => Math.abs(value) <= MAX_COORDINATE));
-  if (!fits || !known) return null;
+  const isNear = (value) => Math.abs(value) <= MAX_COORDINATE;
+  if (!fits || !points.every((point) => point.length === 2 && point.every(isNear))) return null;
   if (kind === "mask") return pastedMask(shape, width, height);
   const outline = outlineOf(kind, points).map(([x, y]) => [Math.floor(x), Math.floor(y)]);
   const [x1, y1, x2, y2] = bounds(outline);

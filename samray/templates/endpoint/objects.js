@@ -10,7 +10,10 @@ const MAX_POINTS = 64; // the server's limit for one object
 
 export function click(point, include) {
   const { picture } = state;
-  if (picture.points.length >= MAX_POINTS) { say(`an object takes ${MAX_POINTS} clicks; finish it, then correct it`, true); return; }
+  if (picture.points.length >= MAX_POINTS) {
+    say(`an object takes ${MAX_POINTS} clicks; finish it, then correct it`, true);
+    return;
+  }
   picture.remember();
   picture.points = [...picture.points, point];
   picture.labels = [...picture.labels, include];
@@ -82,7 +85,7 @@ export function finish(picture = state.picture) {
   picture.objects = base ? picture.objects.map((other) => (other === base ? item : other)) : [...picture.objects, item];
   if (base) restoreLabel();
   picture.setPrompt({});
-  if (picture === state.picture) say(base ? "corrected; click on the next object" : "finished; click on the next object");
+  if (picture === state.picture) say(`${base ? "corrected" : "finished"}; click on the next object`);
   changed(picture);
 }
 
@@ -94,8 +97,8 @@ export function select(item) {
   if (!picture.base) state.nextLabel = $("label").value;
   picture.setPrompt({ base: item });
   $("label").value = item.label;
-  const corrects = item.area ? "click to correct it, Enter keeps the change" : "change its label, Enter keeps the change";
-  say(`${item.label}: ${corrects}, Esc leaves it as it is`);
+  const way = item.area ? "click to correct it" : "change its label";
+  say(`${item.label}: ${way}, Enter keeps the change, Esc leaves it as it is`);
   refresh();
 }
 
@@ -171,8 +174,8 @@ function placeOfFocus() {
 }
 
 function entry(item, i) {
-  const row = document.createElement("li"), swatch = document.createElement("span");
-  const name = document.createElement("input"), pick = document.createElement("span"), button = document.createElement("button");
+  const tags = ["li", "span", "input", "span", "button"];
+  const [row, swatch, name, pick, button] = tags.map((tag) => document.createElement(tag));
   swatch.className = "swatch";
   swatch.style.background = `rgb(${colorOf(item.label)})`;
   name.value = item.label; name.maxLength = 200; name.title = "change the label";

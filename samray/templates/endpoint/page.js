@@ -90,7 +90,10 @@ $("sample").onclick = async () => { // discs on a background
     brush.fillStyle = `rgba(90, 80, 60, ${Math.random() * 0.12})`;
     brush.fillRect(Math.random() * 480, Math.random() * 360, 6, 6);
   }
-  for (const [x, y, radius, color] of [[120, 110, 60, "#7a4a21"], [300, 90, 45, "#2e6b8a"], [370, 250, 70, "#a8323e"], [160, 270, 50, "#4f7a3a"]]) {
+  const discs = [
+    [120, 110, 60, "#7a4a21"], [300, 90, 45, "#2e6b8a"], [370, 250, 70, "#a8323e"], [160, 270, 50, "#4f7a3a"],
+  ];
+  for (const [x, y, radius, color] of discs) {
     const shade = brush.createRadialGradient(x - radius / 3, y - radius / 3, radius / 8, x, y, radius);
     shade.addColorStop(0, "#fff"); shade.addColorStop(0.3, color); shade.addColorStop(1, "#222");
     brush.fillStyle = shade;
@@ -107,7 +110,10 @@ for (const button of document.querySelectorAll("[data-save]")) {
     const { picture } = state, kind = button.dataset.save, stem = picture.name.replace(/\.[^.]*$/, "");
     if (kind === "all") { await saveAll(); return; }
     if (!picture.objects.length && !picture.document) { say("finish an object first", true); return; }
-    if (kind === "png" && picture.objects.filter((item) => item.area).length > 255) { say("an 8-bit PNG can hold 255 objects; use COCO or LabelMe", true); return; }
+    if (kind === "png" && picture.objects.filter((item) => item.area).length > 255) {
+      say("an 8-bit PNG can hold 255 objects; use COCO or LabelMe", true);
+      return;
+    }
     if (kind === "png") save(`${stem}_labels.png`, new Blob([await labelMap(picture)], { type: "image/png" }));
     else if (kind === "coco") save(`${stem}_coco.json`, new Blob([text(coco(picture))], { type: "application/json" }));
     else save(nameOf(jsonPathOf(picture)), new Blob([text(await labelme(picture))], { type: "application/json" }));
@@ -150,7 +156,8 @@ canvas.onkeydown = (event) => {
   if (move) {
     event.preventDefault();
     const [x, y] = state.cross ?? [canvas.width / 2, canvas.height / 2];
-    state.cross = [Math.min(Math.max(x + move[0], 0), canvas.width - 1), Math.min(Math.max(y + move[1], 0), canvas.height - 1)];
+    const within = (value, size) => Math.min(Math.max(value, 0), size - 1);
+    state.cross = [within(x + move[0], canvas.width), within(y + move[1], canvas.height)];
     reveal(state.cross);
     draw();
   } else if (event.key.toLowerCase() === "x" && state.cross) click([...state.cross], 0);
@@ -165,7 +172,8 @@ const KEYS = {
 };
 
 document.onkeydown = (event) => {
-  const { activeElement } = document, key = event.key.toLowerCase(), undoes = (event.ctrlKey || event.metaKey) && key === "z";
+  const { activeElement } = document, key = event.key.toLowerCase();
+  const undoes = (event.ctrlKey || event.metaKey) && key === "z";
   if (["INPUT", "SELECT"].includes(activeElement.tagName)) return;
   if ((event.ctrlKey || event.metaKey || event.altKey) && !undoes) return;
   if (key === " " && [canvas, document.body].includes(activeElement)) {

@@ -3,6 +3,7 @@
 import { Mask } from "./masks.js";
 import { $, note, say, state } from "./state.js";
 
+const BYTES = "application/octet-stream", JSON_TYPE = "application/json";
 const WAITS = 30; // seconds for a busy or starting server
 const WORDS = {
   forbidden: "the server refuses this address; open the page at the address that samray serve prints",
@@ -54,7 +55,7 @@ export async function loadModels() {
 
 // The image as the model sees it, for files that a browser shows otherwise or not at all.
 export function fetchPreview(blob) {
-  return ask("POST", "/v1/preview", blob, "application/octet-stream");
+  return ask("POST", "/v1/preview", blob, BYTES);
 }
 
 // Resolves once the server has encoded the picture; all clicks until then wait for one encoding.
@@ -73,14 +74,15 @@ async function encode(picture, model) {
   };
   const clock = setInterval(tell, 100);
   try {
-    const answer = await ask("POST", "/v1/images?model=" + encodeURIComponent(model), picture.blob, "application/octet-stream");
+    const answer = await ask("POST", `/v1/images?model=${encodeURIComponent(model)}`, picture.blob, BYTES);
     Object.assign(picture, { id: answer.image_id, model });
     if (picture.width && (picture.width !== answer.width || picture.height !== answer.height)) {
       note(`${picture.name}: the browser shows another size than the model sees`);
     }
     clearInterval(clock);
     if (picture !== state.picture || picture.hasPrompt) return;
-    say(answer.cache === "hit" ? "ready (was encoded before); click on an object" : `encoded in ${seconds()} s; click on an object`);
+    const ready = answer.cache === "hit" ? "ready (was encoded before)" : `encoded in ${seconds()} s`;
+    say(`${ready}; click on an object`);
   } catch (error) {
     if (ABOUT_THE_FILE.includes(error.code)) error.message = `${picture.name}: ${error.message}`;
     throw error;
@@ -101,8 +103,9 @@ export async function predict(picture) {
     Object.assign(picture, { masks: answer.results[0].masks.map((mask) => new Mask(mask)), chosen: 0, preview: null });
     const [best] = picture.masks;
     if (picture === state.picture) {
-      const found = best.area ? `predicted IoU ${best.score.toFixed(2)}` : "nothing found here; click elsewhere or drag a box";
-      say(`mask in ${answer.timing_ms.total.toFixed(0)} ms, ${found}`);
+      const time = `mask in ${answer.timing_ms.total.toFixed(0)} ms`;
+      if (best.area) say(`${time}, predicted IoU ${best.score.toFixed(2)}`);
+      else say(`${time}, but it is empty; click elsewhere or drag a box`);
     }
     return true;
   } catch (error) {
@@ -117,7 +120,8 @@ export async function predict(picture) {
 export async function previewMask(picture, point) {
   if (!picture.id || picture.model !== $("model").value) return null;
   try {
-    const answer = await ask("POST", "/v1/predict", request(picture, { point_coords: [point], point_labels: [1] }), "application/json", 0);
+    const prompt = { point_coords: [point], point_labels: [1] };
+    const answer = await ask("POST", "/v1/predict", request(picture, prompt), JSON_TYPE, 0);
     return new Mask(answer.results[0].masks[0]);
   } catch {
     return null;
@@ -144,7 +148,7 @@ function boxAround([x1, y1, x2, y2], points, labels) {
 async function answerTo(picture, prompt) {
   for (let tries = 0; tries < 4; tries++) {
     try {
-      return await ask("POST", "/v1/predict", request(picture, prompt), "application/json");
+      return await ask("POST", "/v1/predict", request(picture, prompt), JSON_TYPE);
     } catch (error) {
       if (error.code === "unknown_image") {
         picture.id = null;

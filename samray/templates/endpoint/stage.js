@@ -118,7 +118,8 @@ function drawMarks() {
   marks.clearRect(0, 0, stage.clientWidth, stage.clientHeight);
   for (const item of picture.objects) {
     const points = item.mask || !Array.isArray(item.shape?.points) ? [] : item.shape.points.filter(Array.isArray);
-    if (points.length && points.length <= MAX_LINE) stroke(points.map(onStage), `rgb(${colorOf(item.label)})`, item === state.lit);
+    if (!points.length || points.length > MAX_LINE) continue;
+    stroke(points.map(onStage), `rgb(${colorOf(item.label)})`, item === state.lit);
   }
   const box = drag?.moved ? corners(drag) : picture.box;
   if (box) {
@@ -256,6 +257,7 @@ function isOnImage({ clientX, clientY }) {
 // The point of the image under a pointer; its border if the pointer is outside.
 function pointAt({ clientX, clientY }) {
   const area = canvas.getBoundingClientRect();
-  const x = ((clientX - area.left) * canvas.width) / area.width, y = ((clientY - area.top) * canvas.height) / area.height;
+  const x = ((clientX - area.left) * canvas.width) / area.width;
+  const y = ((clientY - area.top) * canvas.height) / area.height;
   return [Math.min(Math.max(x, 0), canvas.width - 0.01), Math.min(Math.max(y, 0), canvas.height - 0.01)];
 }

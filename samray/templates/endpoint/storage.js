@@ -26,7 +26,9 @@ export async function restore() {
   try {
     database = await new Promise((done, fail) => {
       const opening = indexedDB.open("samray", 1);
-      opening.onupgradeneeded = () => ["files", "work", "queues"].forEach((name) => opening.result.createObjectStore(name));
+      opening.onupgradeneeded = () => {
+        for (const name of ["files", "work", "queues"]) opening.result.createObjectStore(name);
+      };
       opening.onsuccess = () => done(opening.result);
       opening.onerror = opening.onblocked = () => fail(opening.error);
     });
@@ -51,15 +53,16 @@ function restored(key, { name, path, blob, document, jsonPath }, work) {
   kept.add(key);
   const picture = Object.assign(new Picture(name, blob, path), { key, document, jsonPath });
   if (!work) return picture;
-  const objects = work.objects.map(({ label, mask, shape, redrawn }) => new Item(label, mask && new Mask(mask), shape, redrawn));
-  return Object.assign(picture, { width: work.width, height: work.height, objects });
+  const { width, height } = work, item = ({ label, mask, shape, redrawn }) =>
+    new Item(label, mask && new Mask(mask), shape, redrawn);
+  return Object.assign(picture, { width, height, objects: work.objects.map(item) });
 }
 
 // Keep a picture's file, and the LabelMe file it came with.
 export async function keepFile(picture) {
   const { key, name, path, blob, document, jsonPath } = picture, more = kept.has(key) ? 0 : blob.size;
-  const fits = bytes + more <= MAX_BYTES && (await write("files", [session, key], { name, path, blob, document, jsonPath }));
-  if (!fits) { lose(picture); return; }
+  const file = { name, path, blob, document, jsonPath };
+  if (bytes + more > MAX_BYTES || !(await write("files", [session, key], file))) { lose(picture); return; }
   bytes += more;
   kept.add(key);
 }
