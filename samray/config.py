@@ -403,7 +403,8 @@ class ServeConfig(Section):
     label_studio_url: str | None = None
     """Address of Label Studio, the only one that /compat/labelstudio fetches images from."""
     label_studio_key_file: str | None = None
-    """File with your access token of Label Studio; unset: $LABEL_STUDIO_API_KEY, else none."""
+    """File with your personal access token of Label Studio, or a legacy one; unset:
+    $LABEL_STUDIO_API_KEY, else none."""
     label_studio_timeout_seconds: float = Field(20.0, gt=0)
     """Time limit for fetching an image from Label Studio, in seconds."""
     decoder_replicas: int = Field(1, ge=1)

@@ -1,5 +1,7 @@
 """`samray labelme` with a hand that clicks: the real program, driven in place of its event loop.
 
+It runs with labelme 6 on PyQt5 and with labelme 7 on PySide6.
+
 Words: the endpoint's address, its token file, a photo, an output folder, labelme's mode, and the
 clicks, each `x,y` in shares of the photo. The last line printed is JSON of what came of it.
 """
@@ -7,16 +9,29 @@ clicks, each `x,y` in shares of the photo. The last line printed is JSON of what
 import json
 import sys
 
-from PyQt5 import QtCore, QtWidgets
-from PyQt5.QtTest import QTest
+try:
+    from PySide6 import QtCore, QtWidgets
+    from PySide6.QtTest import QTest
+except ModuleNotFoundError:
+    from PyQt5 import QtCore, QtWidgets
+    from PyQt5.QtTest import QTest
 
 from samray.cli import main
+
+SEVEN = QtCore.__name__.startswith("PySide6")
 
 url, token_file, photo, output, mode, *clicks = sys.argv[1:]
 
 
+def xy(point):
+    return [float(value) for value in (point if SEVEN else (point.x(), point.y()))]
+
+
 def drive(*_):
-    from labelme.app import MainWindow
+    if SEVEN:
+        from labelme._app import MainWindow
+    else:
+        from labelme.app import MainWindow
 
     app = QtWidgets.QApplication.instance()
     window = next(w for w in app.topLevelWidgets() if isinstance(w, MainWindow))
@@ -36,30 +51,29 @@ def drive(*_):
 
     def place(click):
         x, y = (float(part) for part in click.split(","))
-        spot = QtCore.QPointF(x * size[0], y * size[1]) + canvas._compute_image_origin_offset()
+        offset = canvas._compute_image_origin_offset(**({"area": None} if SEVEN else {}))
+        spot = QtCore.QPointF(x * size[0], y * size[1]) + offset
         return (spot * canvas.scale).toPoint()
 
     for number, click in enumerate(clicks):
         last = number == len(clicks) - 1 and mode == "ai_points_to_shape"
-        held = QtCore.Qt.ControlModifier if last else QtCore.Qt.NoModifier
+        keys = QtCore.Qt.KeyboardModifier
+        held = keys.ControlModifier if last else keys.NoModifier
         QTest.mouseMove(canvas, place(click))
-        QTest.mouseClick(canvas, QtCore.Qt.LeftButton, held, place(click))
+        QTest.mouseClick(canvas, QtCore.Qt.MouseButton.LeftButton, held, place(click))
         app.processEvents()
         canvas.repaint()  # labelme asks for a mask whenever it draws
     QTest.qWait(50)
     result["warnings"] = warnings
     result["size"] = size
     result["shapes"] = [
-        {
-            "shape_type": shape.shape_type,
-            "points": [[point.x(), point.y()] for point in shape.points],
-        }
+        {"shape_type": shape.shape_type, "points": [xy(point) for point in shape.points]}
         for shape in canvas.shapes
     ]
     print(json.dumps(result), flush=True)
     return 0
 
 
-QtWidgets.QApplication.exec_ = drive
+setattr(QtWidgets.QApplication, "exec" if SEVEN else "exec_", drive)
 words = ["labelme", "--url", url, "--token-file", token_file, "--", photo, "--output", output]
 sys.exit(main([*words, "--logger-level", "error"]))

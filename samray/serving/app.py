@@ -18,7 +18,7 @@ from ray import serve
 from samray import cluster
 from samray.config import ServeConfig
 from samray.errors import ConfigError
-from samray.serving import labelstudio
+from samray.serving import labelstudio_client
 from samray.serving.catalogue import read_catalogue
 from samray.serving.gate import LOOPBACK, TOKEN_VARIABLE, read_token
 from samray.serving.ingress import Ingress
@@ -60,7 +60,7 @@ def bind_app(
         require_folder(resolve(settings.store, "--store"), "--store")
     offered = read_catalogue(settings, {})  # fail now if no replica could load the models
     token = read_token(settings)
-    pictures = labelstudio.read_source(settings)
+    pictures = labelstudio_client.read_source(settings)
     options = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
     vault = ImageVault.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0}
@@ -95,8 +95,8 @@ def serve_here(settings: ServeConfig) -> None:
     """Start the endpoint on this machine, or on the cluster of RAY_ADDRESS, until Ctrl-C.
 
     Raises:
-        ConfigError: no model can be served, the port is taken, or other machines could send
-            requests without a token.
+        ConfigError: no model can be served, the port is taken, Label Studio refuses the key, or
+            other machines could send requests without a token.
     """
     if settings.host not in LOOPBACK and read_token(settings) is None:
         raise ConfigError(
@@ -112,6 +112,8 @@ def serve_here(settings: ServeConfig) -> None:
                 f"--port {settings.port} on {settings.host} cannot be had ({exc.strerror}); "
                 "choose another --port"
             ) from exc
+    if (pictures := labelstudio_client.read_source(settings)) is not None:
+        pictures.check_key(_say)
     alone = not os.environ.get("RAY_ADDRESS")
     # The handlers never block, so they need no thread of their own; this raises throughput.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import concurrent.futures
 import hashlib
+import json
 import re
 import time
 from collections import OrderedDict
@@ -42,7 +43,7 @@ from samray.prediction.requests import (
     read_request,
     require_json,
 )
-from samray.serving import labelstudio
+from samray.serving import labelstudio, labelstudio_client
 from samray.serving.catalogue import Call, ModelRef, read_catalogue
 from samray.serving.gate import ACCESS_LOG, PAGE_FILES, Gate, Policy, open_access_log
 from samray.serving.listener import Listener
@@ -147,7 +148,7 @@ async def _uploaded(request: Request) -> bytes:
 async def _picture_bytes(ingress: "Ingress", address: str, field: str) -> bytes:
     """Return the image of a Label Studio task, from a data: URL or from Label Studio."""
     if address.startswith("data:"):
-        return await asyncio.to_thread(labelstudio.read_data_url, address, field)
+        return await asyncio.to_thread(labelstudio_client.read_data_url, address, field)
     if ingress.pictures is None:
         message = (
             f"{field}: pictures are fetched from Label Studio alone; start the endpoint with its "
@@ -197,7 +198,7 @@ class Ingress:
         decoder: DeploymentHandle,
         encoder: DeploymentHandle,
         vault: DeploymentHandle,
-        pictures: labelstudio.PictureSource | None,
+        pictures: labelstudio_client.PictureSource | None,
         listen: bool,
         log_socket: str | None,
     ) -> None:
@@ -462,24 +463,42 @@ class Ingress:
         require_json(kind)
         body = await request.body()
         asked = await asyncio.to_thread(read_body, labelstudio.PredictionRequest, body)
+        ref = self._model(None)
+        version = self._label_studio_version(ref)
+        nothing = labelstudio.no_prediction(version, drawn=bool(asked.regions()))
+        try:
+            return {"results": await self._label_studio_predictions(asked, ref, nothing)}
+        except ApiError as exc:
+            # Label Studio drops the body of an error. This one it gives to the browser, and shows
+            # to a project's owner who sends a test request.
+            self.policy.on_refusal(exc.code)
+            error = exc.body(request.state.request_id)
+            ACCESS_LOG.warning("no mask for Label Studio: %s", json.dumps(error["error"]))
+            return {"results": [{**nothing, **error} for _ in asked.tasks]}
+
+    async def _label_studio_predictions(
+        self, asked: labelstudio.PredictionRequest, ref: ModelRef, nothing: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return one prediction a task: `nothing` where nothing is drawn.
+
+        Of a single task the image is fetched all the same: a test request then shows whether it
+        can be, and the first click is faster.
+        """
         regions = asked.regions()
-        if not regions:  # a request for a whole task; an empty list stores nothing
-            return {"results": []}
         to_name = next((region.to_name for region in regions if region.to_name), None)
         output = await asyncio.to_thread(labelstudio.read_output, asked.label_config, to_name)
+        if len(asked.tasks) > 1:
+            return [nothing for _ in asked.tasks]
         field = f"tasks[0].data.{output.data_key}"
         address = asked.tasks[0].data.get(output.data_key)
         if not isinstance(address, str) or not address:
             message = f"{field}: needs the address of a picture"
             raise ApiError("invalid_request", message, field)
-        ref = self._model(None)
-        version = self._label_studio_version(ref)
-        nothing = {"result": [], "score": 0.0, "model_version": version}
         for fresh in (False, True):
             image_id, size = await self._label_studio_image(address, field, fresh)
             prompt = labelstudio.prompt_of_regions(regions, size, output.to_name)
             if prompt is None:
-                return {"results": [nothing]}
+                return [nothing]
             try:
                 call = Call(image_id, ref, labelstudio.request_for(prompt, output))
                 answer = await self._ask(call)
@@ -489,10 +508,11 @@ class Ingress:
                     raise ApiError(exc.code, exc.message, field) from exc
         label = labelstudio.choose_label(regions, output)
         mask = answer["results"][0]["masks"][0]
-        made = await asyncio.to_thread(
-            labelstudio.build_prediction, mask, size, output, label, version
-        )
-        return {"results": [made]}
+        return [
+            await asyncio.to_thread(
+                labelstudio.build_prediction, mask, size, output, label, nothing["model_version"]
+            )
+        ]
 
     def _label_studio_version(self, ref: ModelRef) -> str:
         return f"{ref.name} {ref.version}"

@@ -5,6 +5,7 @@ forwards to an endpoint: the image is uploaded once, clicks and boxes are sent a
 """
 
 import base64
+import dataclasses
 import io
 import os
 import sys
@@ -20,6 +21,8 @@ from PIL import Image
 from samray.config import LabelmeConfig
 from samray.errors import ConfigError, EndpointError
 
+TRIED = "6.3.1 and 7.9.1"
+INSTALL = "pip install labelme==6.3.1, or labelme==7.9.1 on Python 3.12 and newer"
 NAME = "samray:latest"  # a model name in osam's format
 TITLE = "samray"  # in labelme's list
 TOKEN_VARIABLE = "SAMRAY_TOKEN"
@@ -205,21 +208,7 @@ def start(settings: LabelmeConfig) -> None:
         EndpointError: the endpoint does not answer, or refuses.
     """
     endpoint = Endpoint(settings.url, _read_token(settings.token_file))
-    try:
-        import osam
-        from labelme import __version__
-        from labelme.__main__ import main
-        from labelme.widgets._ai_assisted_annotation_widget import AiAssistedAnnotationWidget
-        from PyQt5 import QtCore, QtWidgets
-
-        available = AiAssistedAnnotationWidget._available_models
-    except ImportError as exc:
-        if (exc.name or "").split(".")[0] in ("labelme", "osam") and "." not in (exc.name or ""):
-            raise ConfigError("labelme is not installed here; pip install labelme==6.3.1") from exc
-        raise ConfigError(
-            f"this labelme cannot be used ({_first_words(exc)}); "
-            "it was tried with 6.3.1: pip install labelme==6.3.1"
-        ) from exc
+    version, main, qt_core, qt_widgets = _import_labelme()
     endpoint.require_samray()
     showing = False
 
@@ -229,16 +218,62 @@ def start(settings: LabelmeConfig) -> None:
         print(f"samray: {message}", file=sys.stderr)
         if not showing:
             showing = True
-            QtCore.QTimer.singleShot(0, lambda: show(message))
+            qt_core.QTimer.singleShot(0, lambda: show(message))
 
     def show(message: str) -> None:
         nonlocal showing
-        QtWidgets.QMessageBox.warning(None, TITLE, message)
+        qt_widgets.QMessageBox.warning(None, TITLE, message)
         showing = False
 
+    import osam
+
     osam.apis.registered_model_types.append(model_type(endpoint, tell))
-    AiAssistedAnnotationWidget._available_models = [(NAME, TITLE), *available]
-    begin = AiAssistedAnnotationWidget.__init__
+    print(f"labelme {version} with {endpoint.url}", flush=True)
+    sys.argv = ["labelme", *settings.arguments]
+    main()
+
+
+def _import_labelme() -> tuple[str, Callable[[], None], Any, Any]:
+    """Import the labelme that is installed, with samray first in its list of models.
+
+    Returns:
+        Its version, its `main`, and QtCore and QtWidgets of its Qt.
+
+    Raises:
+        ConfigError: it is missing, or built otherwise than the versions that were tried.
+    """
+    try:
+        import osam  # noqa: F401
+        from labelme import __version__
+
+        if int(__version__.split(".")[0]) >= 7:
+            _offer_in_labelme_7()
+            from PySide6 import QtCore, QtWidgets
+        else:
+            _offer_in_labelme_6()
+            from PyQt5 import QtCore, QtWidgets
+        from labelme.__main__ import main
+    except ModuleNotFoundError as exc:
+        if exc.name in ("labelme", "osam"):
+            raise ConfigError(f"labelme is not installed here; {INSTALL}") from exc
+        raise _unusable(exc) from exc
+    except (ImportError, AttributeError, TypeError) as exc:
+        raise _unusable(exc) from exc
+    return __version__, main, QtCore, QtWidgets
+
+
+def _unusable(exc: Exception) -> ConfigError:
+    reason = " ".join(str(exc).split())[:160]
+    return ConfigError(
+        f"this labelme cannot be used ({reason}); it was tried with {TRIED}: {INSTALL}"
+    )
+
+
+def _offer_in_labelme_6() -> None:
+    from labelme.widgets._ai_assisted_annotation_widget import AiAssistedAnnotationWidget as Widget
+
+    Widget._available_models = [(NAME, TITLE), *Widget._available_models]
+    begin = Widget.__init__
 
     def begin_with_samray(
         self: Any,
@@ -250,10 +285,33 @@ def start(settings: LabelmeConfig) -> None:
         begin(self, TITLE, on_model_changed, *words, **options)
         on_model_changed(NAME)  # Qt emits no signal when the first entry is selected
 
-    AiAssistedAnnotationWidget.__init__ = begin_with_samray
-    print(f"labelme {__version__} with {endpoint.url}", flush=True)
-    sys.argv = ["labelme", *settings.arguments]
-    main()
+    Widget.__init__ = begin_with_samray
+
+
+def _offer_in_labelme_7() -> None:
+    # The settings repeat the list of models, so they are imported before it grows.
+    from labelme import _ai_models, _config
+
+    option = _ai_models._AiAssistModelOption(
+        model_name=NAME, display_name=TITLE, supports_point_prompts=True
+    )
+
+    def with_samray(setting: Any) -> Any:
+        if setting.key_path != ("ai", "default"):
+            return setting
+        choices, labels = (*setting.choices, TITLE), (*setting.choice_labels, TITLE)
+        return dataclasses.replace(setting, choices=choices, choice_labels=labels)
+
+    load = _config.load_config
+
+    def load_config(**options: Any) -> dict[str, Any]:
+        config: dict[str, Any] = load(**options)
+        config["ai"]["default"] = TITLE  # for this run only; the user's file stays as it is
+        return config
+
+    _config.SETTINGS = tuple(with_samray(setting) for setting in _config.SETTINGS)
+    _config.load_config = load_config
+    _ai_models.AI_ASSIST_MODEL_OPTIONS = (option, *_ai_models.AI_ASSIST_MODEL_OPTIONS)
 
 
 def _read_token(path: str | None) -> str | None:
@@ -263,7 +321,3 @@ def _read_token(path: str | None) -> str | None:
         return Path(path).expanduser().read_text(encoding="utf-8").strip()
     except OSError as exc:
         raise ConfigError(f"--token-file: cannot be read ({exc.strerror})") from exc
-
-
-def _first_words(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:160]

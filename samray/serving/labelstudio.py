@@ -1,4 +1,4 @@
-"""Label Studio's ML backend protocol: labelling config, regions, predictions, and its images.
+"""Label Studio's ML backend protocol: labelling config, regions, predictions.
 
 Label Studio sends a task, the XML of its labelling interface and, after a click with a smart tool,
 the regions drawn so far. The answer is the mask in the form of the interface's output tag. Source:
@@ -6,28 +6,16 @@ https://labelstud.io/guide/ml_create and Label Studio's `label_studio/ml/api_con
 Coordinates are percentages (0..100) of the image as shown.
 """
 
-import base64
-import binascii
-import contextlib
-import http.client
 import math
-import os
-import re
 import secrets
-import socket
-import threading
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from samray.config import ServeConfig
-from samray.errors import ConfigError
 from samray.geometry.masks import decode_rle
 from samray.prediction.requests import (
     MAX_POINTS,
@@ -38,11 +26,8 @@ from samray.prediction.requests import (
 )
 
 PREFIX = "/compat/labelstudio"
-KEY_VARIABLE = "LABEL_STUDIO_API_KEY"
 MAX_CONFIG = 1_000_000  # characters of a labelling config
-MAX_ADDRESS = 8000  # characters
-MAX_REDIRECTS = 3
-CHUNK = 2**16  # bytes
+NO_WHOLE_TASKS = "samray answers clicks and boxes of Auto-Annotation, not whole tasks"
 
 # Output tags in order of preference: a brush holds the exact mask, a polygon its outline.
 OUTPUTS = {
@@ -229,41 +214,56 @@ def request_for(prompt: PromptRequest, output: Output) -> PredictRequest:
 def build_prediction(
     mask: dict[str, Any], size: tuple[int, int], output: Output, label: str | None, version: str
 ) -> dict[str, Any]:
-    """Return a prediction in Label Studio's format.
+    """Return a prediction of at most one region in Label Studio's format.
+
+    A polygon is the largest part of the mask.
 
     Args:
         mask: a `MaskAnswer` in the format of `request_for`.
         size: (H, W).
     """
     height, width = size
-    values: list[dict[str, Any]] = []
+    value: dict[str, Any] | None = None
     if mask["format"] == "rle":
         pixels = decode_rle(mask["rle"]["counts"].encode(), size)
         if pixels.any():
-            values.append({"format": "rle", "rle": encode_brush(pixels)})
+            value = {"format": "rle", "rle": encode_brush(pixels)}
     else:
-        scale = np.array([100 / width, 100 / height])
-        for part in mask["polygons"]:
-            # Outlines run through pixel centres. Label Studio's polygons have no holes.
-            if not part["hole"] and len(part["points"]) >= 3:
-                points = (np.array(part["points"]) + 0.5) * scale
-                values.append({"points": points.round(4).tolist(), "closed": True})
+        # A region has one outline without holes; one mask must not become several objects.
+        outer = [np.array(part["points"]) for part in mask["polygons"] if not part["hole"]]
+        outer = [outline for outline in outer if len(outline) >= 3]
+        if outer:
+            largest = max(outer, key=lambda outline: cv2.contourArea(outline.astype(np.float32)))
+            # Outlines run through pixel centres.
+            points = (largest + 0.5) * [100 / width, 100 / height]
+            value = {"points": points.round(4).tolist(), "closed": True}
+    if value is None:
+        return no_prediction(version, drawn=True)
     labels = {output.kind: [label]} if output.kind.endswith("labels") and label else {}
-    regions = [
-        {
-            "id": secrets.token_hex(5),
-            "type": output.kind,
-            "from_name": output.from_name,
-            "to_name": output.to_name,
-            "original_width": width,
-            "original_height": height,
-            "image_rotation": 0,
-            "score": mask["score"],
-            "value": {**value, **labels},
-        }
-        for value in values
-    ]
-    return {"result": regions, "score": mask["score"], "model_version": version}
+    region = {
+        "id": secrets.token_hex(5),
+        "type": output.kind,
+        "from_name": output.from_name,
+        "to_name": output.to_name,
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": mask["score"],
+        "value": {**value, **labels},
+    }
+    return {"result": [region], "score": mask["score"], "model_version": version}
+
+
+def no_prediction(version: str, drawn: bool) -> dict[str, Any]:
+    """Return the answer without a mask.
+
+    Args:
+        drawn: for a click or a box; otherwise for a whole task. Label Studio stores each answer
+            for a whole task that has a `result`, and shows it beside the annotations.
+    """
+    if drawn:
+        return {"result": [], "score": 0.0, "model_version": version}
+    return {"model_version": version, "note": NO_WHOLE_TASKS}
 
 
 def encode_brush(mask: np.ndarray) -> list[int]:
@@ -332,203 +332,3 @@ def _upright(
 
 def _refusal(field: str, message: str) -> ApiError:
     return mistakes_error([(field, message)])
-
-
-# Pictures -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PictureSource:
-    """The one server that images are fetched from.
-
-    Attributes:
-        scheme, host, port: of Label Studio; no other host is ever connected to.
-        base: its URL, which relative URLs are resolved against.
-        key: sent as `Authorization: Token KEY`.
-        max_bytes: larger images are refused while they arrive.
-        timeout: seconds for an image, redirects included.
-    """
-
-    scheme: str
-    host: str
-    port: int
-    base: str
-    key: str | None
-    max_bytes: int
-    timeout: float
-
-    def fetch(self, url: str, field: str) -> bytes:
-        """Return an image file. Blocks: never call it on an event loop.
-
-        Args:
-            url: as in the task; relative ones refer to Label Studio.
-            field: its place in the request, for messages.
-
-        Raises:
-            ApiError: the URL is of another host, Label Studio refuses it, or it is too large.
-        """
-        deadline = time.monotonic() + self.timeout
-        base = self.base
-        for hop in range(MAX_REDIRECTS + 1):
-            path, base = self._own_path(url, base, field, redirected=hop > 0)
-            content = self._get(path, deadline, field)
-            if isinstance(content, bytes):
-                return content
-            url = content
-        raise _refusal(field, f"Label Studio redirects more than {MAX_REDIRECTS} times")
-
-    def _own_path(self, url: str, base: str, field: str, redirected: bool) -> tuple[str, str]:
-        """Return path and query of a URL of Label Studio, and the whole URL.
-
-        The connection always goes to the configured host, so URL parsers that disagree (on
-        backslashes, user names, white space) cannot be exploited.
-        """
-        if len(url) > MAX_ADDRESS:
-            raise _refusal(field, f"is an address of more than {MAX_ADDRESS} characters")
-        try:
-            whole = urljoin(base, url)
-            parts = urlsplit(whole)
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-        except ValueError as exc:
-            raise _refusal(field, "is no address of a picture") from exc
-        place = (parts.scheme, parts.hostname, port)
-        odd = "@" in parts.netloc or re.search(r"^ |[\x00-\x1f\x7f\\]| $", url)
-        if odd or place != (self.scheme, self.host, self.port):
-            raise _refusal(
-                field,
-                f"{'is redirected to ' if redirected else ''}{url[:200]!r}, which does not lie at "
-                f"{self.scheme}://{self.host}:{self.port}; pictures are fetched only from the "
-                "address of samray serve's --label-studio-url",
-            )
-        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-        if parts.query:
-            path += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
-        return path, whole
-
-    def _get(self, path: str, deadline: float, field: str) -> bytes | str:
-        """Return the content, or the URL of a redirect.
-
-        http.client follows no redirects, uses no proxy, reads no .netrc and decompresses nothing.
-        """
-        left = max(deadline - time.monotonic(), 0.01)
-        kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=left)
-        late = threading.Event()
-        watch = threading.Timer(left, _hang_up)
-        headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "samray"}
-        if self.key is not None:
-            headers["Authorization"] = f"Token {self.key}"
-        try:
-            connection.connect()
-            # A socket's own timeout restarts with each byte received; this one does not.
-            watch.args = (connection.sock, late)
-            watch.daemon = True
-            watch.start()
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                return response.headers.get("Location", "")
-            if response.status != 200:
-                hint = ""
-                if response.status in (401, 403, 404):
-                    hint = f"; check the key (--label-studio-key-file or ${KEY_VARIABLE})"
-                raise _refusal(field, f"Label Studio answered {response.status} for it{hint}")
-            return self._read(response, late, field)
-        except (OSError, http.client.HTTPException) as exc:
-            if late.is_set() or isinstance(exc, TimeoutError):
-                message = f"{field}: Label Studio took more than {self.timeout:g} seconds for it"
-                raise ApiError("timed_out", message, field) from exc
-            reason = " ".join(str(exc).split())[:120] or type(exc).__name__
-            message = f"{field}: Label Studio does not answer ({reason})"
-            raise ApiError("bad_gateway", message, field) from exc
-        finally:
-            watch.cancel()
-            connection.close()
-
-    def _read(self, response: http.client.HTTPResponse, late: threading.Event, field: str) -> bytes:
-        length = response.length  # None without Content-Length
-        if (length or 0) > self.max_bytes:
-            raise self._too_large(field)
-        content = bytearray()
-        while length is None or len(content) < length:
-            chunk = response.read1(CHUNK if length is None else min(CHUNK, length - len(content)))
-            if not chunk:
-                break
-            content += chunk
-            if len(content) > self.max_bytes:
-                raise self._too_large(field)
-        if late.is_set():
-            raise TimeoutError
-        if length is not None and len(content) < length:
-            raise http.client.IncompleteRead(b"", length - len(content))
-        return bytes(content)
-
-    def _too_large(self, field: str) -> ApiError:
-        message = f"{field}: the picture has more than {self.max_bytes} bytes"
-        return ApiError("too_large", message, field)
-
-
-def _hang_up(sock: socket.socket, late: threading.Event) -> None:
-    late.set()
-    with contextlib.suppress(OSError):
-        # Unlike `close` this wakes the reader. Not SSLSocket.shutdown, which would unwrap it.
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def read_data_url(url: str, field: str) -> bytes:
-    """Return the content of a `data:` URL.
-
-    Raises:
-        ApiError: invalid_request; it is not base64.
-    """
-    head, comma, content = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise _refusal(field, "a data: address needs ;base64, before its content")
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise _refusal(field, "the content of this data: address is not base64") from exc
-
-
-def read_source(settings: ServeConfig) -> PictureSource | None:
-    """Return the server to fetch images from; None if the settings name no Label Studio.
-
-    Raises:
-        ConfigError: the address or the key cannot be used.
-    """
-    option = "--label-studio-url"
-    if settings.label_studio_url is None:
-        if settings.label_studio_key_file is not None:
-            raise ConfigError(f"--label-studio-key-file needs {option}, where the key is sent")
-        return None
-    url = settings.label_studio_url.rstrip("/") + "/"
-    try:
-        parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError as exc:
-        raise ConfigError(f"{option}: {url} is no address ({exc})") from exc
-    plain = not (parts.query or parts.fragment or "@" in parts.netloc)
-    if port is None or parts.scheme not in ("http", "https") or not parts.hostname or not plain:
-        raise ConfigError(f"{option}: {url} must look like https://label-studio.example:8080")
-    return PictureSource(
-        scheme=parts.scheme,
-        host=parts.hostname,
-        port=port,
-        base=url,
-        key=_read_key(settings),
-        max_bytes=int(settings.max_body_mb * 2**20),
-        timeout=settings.label_studio_timeout_seconds,
-    )
-
-
-def _read_key(settings: ServeConfig) -> str | None:
-    key = os.environ.get(KEY_VARIABLE)
-    if settings.label_studio_key_file is not None:
-        try:
-            key = Path(settings.label_studio_key_file).expanduser().read_text(encoding="utf-8")
-        except OSError as exc:
-            raise ConfigError(f"--label-studio-key-file: cannot be read ({exc.strerror})") from exc
-    key = (key or "").strip()
-    if key and not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ConfigError("Label Studio's key must be one word of plain characters")
-    return key or None

@@ -23,7 +23,7 @@ prediction  requests answers predictor segmentation batch*
 training    losses batches step loop finetuning encode* train* tune* search_space* sweep_report \
             pretraining scenes
 serving     gate openapi listener ingress* app* replicas* vault* catalogue labelstudio \
-            labelme_client
+            labelstudio_client labelme_client
 """
 ROOMS = {line.split()[0]: line.split()[1:] for line in HOUSE.strip().splitlines()}
 ORDER = list(ROOMS)

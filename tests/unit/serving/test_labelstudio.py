@@ -1,6 +1,5 @@
-"""Label Studio's words to ours and back: its config, its percents, its brush, its addresses."""
+"""Label Studio's words to ours and back: its config, its percents, its brush."""
 
-import base64
 import contextlib
 
 import numpy as np
@@ -9,21 +8,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from samray.config import ServeConfig
-from samray.errors import ConfigError
 from samray.prediction.answers import describe_mask
 from samray.prediction.requests import MAX_POINTS, ApiError, PromptRequest
 from samray.serving.labelstudio import (
     Output,
-    PictureSource,
     Region,
     build_prediction,
     choose_label,
     encode_brush,
+    no_prediction,
     prompt_of_regions,
-    read_data_url,
     read_output,
-    read_source,
     request_for,
 )
 
@@ -289,116 +284,20 @@ def test_a_brush_answer():
     assert prediction["model_version"] == "tiny 1"
 
 
-def test_a_polygon_answer_has_a_region_for_each_part():
+def test_a_polygon_answer_is_one_region_of_the_largest_part():
     output = Output("outline", "picture", "photo", "polygonlabels", ("Nut",))
-    prediction = answer(ring(), output)
-    assert len({region["id"] for region in prediction["result"]}) == 2
-    corners = sorted(
-        (tuple(np.min(points, axis=0)), tuple(np.max(points, axis=0)))
-        for points in (region["value"]["points"] for region in prediction["result"])
-    )
-    assert corners == [((20.25, 20.5), (59.75, 59.5)), ((75.25, 80.5), (79.75, 89.5))]
-    assert all(region["value"]["polygonlabels"] == ["Nut"] for region in prediction["result"])
+    (region,) = answer(ring(), output)["result"]
+    points = region["value"]["points"]
+    assert tuple(np.min(points, axis=0)) == (20.25, 20.5)
+    assert tuple(np.max(points, axis=0)) == (59.75, 59.5)
+    assert region["value"]["polygonlabels"] == ["Nut"]
+
+
+def test_only_an_answer_to_a_click_has_a_result_that_label_studio_stores():
+    assert no_prediction("tiny 1", drawn=True)["result"] == []
+    assert set(no_prediction("tiny 1", drawn=False)) == {"model_version", "note"}
 
 
 @pytest.mark.parametrize("kind", ["brush", "polygonlabels"])
 def test_an_empty_mask_is_no_region(kind):
     assert answer(np.zeros(SIZE, bool), Output("o", "i", "image", kind, ("Nut",)))["result"] == []
-
-
-def test_data_addresses():
-    content = base64.b64encode(b"a picture").decode()
-    assert read_data_url(f"data:image/png;base64,{content}", "f") == b"a picture"
-    for wrong in ("data:image/png,abc", "data:", "data:;base64,!!", "data:x;base64"):
-        with refused("f: "):
-            read_data_url(wrong, "f")
-
-
-def source(url="http://studio.example:8080/"):
-    return read_source(ServeConfig(label_studio_url=url))
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "http://evil.example/x.png",
-        "//evil.example/x.png",
-        "https://studio.example:8080/x.png",
-        "http://studio.example/x.png",
-        "http://studio.example:8081/x.png",
-        "http://studio.example:8080@evil.example/x.png",
-        "http://me:secret@studio.example:8080/x.png",
-        "http://studio.example:8080\\@evil.example/x.png",
-        "http://studio.example:8080.evil.example/x.png",
-        "\\\\evil.example/x.png",
-        "http://studio.example:x/x.png",
-        "http://[::1/x.png",
-        "file:///etc/passwd",
-        "ftp://studio.example:8080/x.png",
-        "s3://bucket/x.png",
-        "/x.png\r\nX-More: 1",
-        "\t//evil.example/x.png",
-        "/" + "x" * 9000,
-    ],
-)
-def test_no_address_but_label_studios_is_asked(address, monkeypatch):
-    """Nothing is connected to, so a wrong address costs nobody anything."""
-    asked = []
-    monkeypatch.setattr(PictureSource, "_get", lambda *words: asked.append(words))
-    with refused("tasks[0].data.image: "):
-        source().fetch(address, "tasks[0].data.image")
-    assert not asked
-
-
-@pytest.mark.parametrize(
-    ("address", "path"),
-    [
-        ("/data/upload/1/a.jpg", "/data/upload/1/a.jpg"),
-        ("http://studio.example:8080/data/x.jpg?a=1&b=%2F", "/data/x.jpg?a=1&b=%2F"),
-        ("HTTP://Studio.Example:8080/x.jpg#part", "/x.jpg"),
-        ("/data/a b ü.jpg", "/data/a%20b%20%C3%BC.jpg"),
-        ("data/local-files/?d=a.jpg", "/data/local-files/?d=a.jpg"),
-    ],
-)
-def test_label_studios_own_addresses(address, path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(PictureSource, "_get", lambda self, *words: asked.append(words) or b"x")
-    assert source().fetch(address, "f") == b"x"
-    assert [words[0] for words in asked] == [path]
-
-
-def test_a_relative_address_starts_at_label_studios_own(monkeypatch):
-    asked = []
-    monkeypatch.setattr(PictureSource, "_get", lambda self, *words: asked.append(words) or b"x")
-    below = source("https://example.org/studio")
-    below.fetch("data/x.jpg", "f")
-    assert asked[0][0] == "/studio/data/x.jpg"
-    assert (below.host, below.port) == ("example.org", 443)
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["studio", "ftp://studio", "http://", "http://me@studio", "http://studio?x=1", "http://s:x"],
-)
-def test_an_address_of_label_studio_that_is_none(url):
-    with pytest.raises(ConfigError, match="--label-studio-url"):
-        source(url)
-
-
-def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
-    url = "http://studio.example"
-    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "fromtheenvironment\n")
-    assert source(url).key == "fromtheenvironment"
-    file = tmp_path / "key"
-    file.write_text("fromthefile\n")
-    settings = ServeConfig(label_studio_url=url, label_studio_key_file=str(file))
-    assert read_source(settings).key == "fromthefile"
-    file.write_text("two words")
-    with pytest.raises(ConfigError, match="one word"):
-        read_source(settings)
-    file.unlink()
-    with pytest.raises(ConfigError, match="--label-studio-key-file: cannot be read"):
-        read_source(settings)
-    with pytest.raises(ConfigError, match="needs --label-studio-url"):
-        read_source(ServeConfig(label_studio_key_file=str(file)))
-    assert read_source(ServeConfig()) is None
