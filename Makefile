@@ -5,16 +5,23 @@
 # make format    format and fix lint
 # make s3        a real S3 server on this machine, to try things with
 # make chromium  Debian's browser, which the test of the web page drives (without it that test is skipped)
+# make label-studio  tests with a running Label Studio, installed into an environment of its own
+# make labelme   tests with labelme 6 and 7, each in an environment of its own
 # make venv      the set-up alone; PIP_ARGS="..." passes options to pip
 # make wheel     build the package
-# make clean     remove what the commands above made, except .venv
+# make clean     remove what the commands above made, except .venv*
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := --config configs/demo.yaml
+# labelme 7 needs Python 3.12 or newer.
+PYTHON_LABELME_7 ?= $(PYTHON)
+# What `samray labelme` imports, without torch and Ray.
+LABELME_SAMRAY := boto3 cloudpathlib filelock pydantic pyyaml requests
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: demo test test-all check format s3 chromium wheel venv clean
+.PHONY: demo test test-all check format s3 chromium label-studio labelme wheel venv clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -53,6 +60,29 @@ chromium:
 	command -v chromium || { $(SUDO) apt-get update -qq -o Acquire::Retries=5 && \
 	  $(SUDO) apt-get install -y -qq -o Acquire::Retries=5 --no-install-recommends chromium; }
 
+label-studio: $(STAMP) .venv-label-studio/.installed
+	SAMRAY_LABEL_STUDIO=$(CURDIR)/.venv-label-studio/bin/label-studio \
+	  $(BIN)/python -m pytest -q tests/integration/test_label_studio.py
+
+labelme: $(STAMP) .venv-labelme-6/.installed .venv-labelme-7/.installed
+	SAMRAY_LABELME=$(CURDIR)/.venv-labelme-6/bin/python:$(CURDIR)/.venv-labelme-7/bin/python \
+	  $(BIN)/python -m pytest -q tests/integration/test_labelme.py
+
+.venv-label-studio/.installed:
+	$(PYTHON) -m venv .venv-label-studio
+	.venv-label-studio/bin/python $(PIP_INSTALL) label-studio==1.23.2
+	touch $@
+
+.venv-labelme-6/.installed:
+	$(PYTHON) -m venv .venv-labelme-6
+	.venv-labelme-6/bin/python $(PIP_INSTALL) labelme==6.3.1 $(LABELME_SAMRAY)
+	touch $@
+
+.venv-labelme-7/.installed:
+	$(PYTHON_LABELME_7) -m venv .venv-labelme-7
+	.venv-labelme-7/bin/python $(PIP_INSTALL) labelme==7.9.1 $(LABELME_SAMRAY)
+	touch $@
+
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
 
@@ -60,7 +90,7 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
