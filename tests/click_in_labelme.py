@@ -43,6 +43,14 @@ def drive(*_):
     canvas = window._canvas_widgets.canvas
     combo = window._ai_annotation._model_combo
     result = {"model": canvas.get_ai_model_name(), "title": combo.currentText()}
+    if SEVEN:  # its dialogs list the models, too
+        window._open_settings()
+        window._open_models()
+        app.processEvents()
+        setting = window._settings_dialog._editors["ai", "default"]
+        result["setting"] = setting.currentText()
+        window._settings_dialog.close()
+        window._models_dialog.close()
     window._switch_canvas_mode(edit=False, create_mode=mode)
     size = canvas.pixmap.width(), canvas.pixmap.height()
     warnings = []

@@ -479,7 +479,7 @@ class Ingress:
     async def _label_studio_predictions(
         self, asked: labelstudio.PredictionRequest, ref: ModelRef, nothing: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Return one prediction a task: `nothing` where nothing is drawn.
+        """Return one prediction a task: `nothing`, with the reason, where no object is shown.
 
         Of a single task the image is fetched all the same: a test request then shows whether it
         can be, and the first click is faster.
@@ -487,8 +487,9 @@ class Ingress:
         regions = asked.regions()
         to_name = next((region.to_name for region in regions if region.to_name), None)
         output = await asyncio.to_thread(labelstudio.read_output, asked.label_config, to_name)
+        note = labelstudio.NO_OBJECT if regions else labelstudio.NO_WHOLE_TASKS
         if len(asked.tasks) > 1:
-            return [nothing for _ in asked.tasks]
+            return [{**nothing, "note": note} for _ in asked.tasks]
         field = f"tasks[0].data.{output.data_key}"
         address = asked.tasks[0].data.get(output.data_key)
         if not isinstance(address, str) or not address:
@@ -498,7 +499,7 @@ class Ingress:
             image_id, size = await self._label_studio_image(address, field, fresh)
             prompt = labelstudio.prompt_of_regions(regions, size, output.to_name)
             if prompt is None:
-                return [nothing]
+                return [{**nothing, "note": note}]
             try:
                 call = Call(image_id, ref, labelstudio.request_for(prompt, output))
                 answer = await self._ask(call)

@@ -28,6 +28,7 @@ from samray.prediction.requests import (
 PREFIX = "/compat/labelstudio"
 MAX_CONFIG = 1_000_000  # characters of a labelling config
 NO_WHOLE_TASKS = "samray answers clicks and boxes of Auto-Annotation, not whole tasks"
+NO_OBJECT = "click inside the object or draw a box around it; strokes are not answered"
 
 # Output tags in order of preference: a brush holds the exact mask, a polygon its outline.
 OUTPUTS = {
@@ -261,9 +262,7 @@ def no_prediction(version: str, drawn: bool) -> dict[str, Any]:
         drawn: for a click or a box; otherwise for a whole task. Label Studio stores each answer
             for a whole task that has a `result`, and shows it beside the annotations.
     """
-    if drawn:
-        return {"result": [], "score": 0.0, "model_version": version}
-    return {"model_version": version, "note": NO_WHOLE_TASKS}
+    return {"model_version": version, **({"result": [], "score": 0.0} if drawn else {})}
 
 
 def encode_brush(mask: np.ndarray) -> list[int]:

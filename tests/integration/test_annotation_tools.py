@@ -340,7 +340,7 @@ def test_without_a_click_there_is_nothing_to_answer(url, studio):
     assert [path for path, _ in studio.asked].count("/data/upload/1/batch.jpg") == 1
     (nothing,) = ask(url, "/data/upload/1/a.jpg", click(is_positive=False)).json()["results"]
     assert nothing["result"] == []
-    assert "error" not in nothing
+    assert "click inside the object" in nothing["note"]
 
 
 def test_a_test_request_tells_what_clicks_would_meet(url, studio):

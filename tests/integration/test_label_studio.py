@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ PROGRAM = os.environ.get("SAMRAY_LABEL_STUDIO", "")
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "annotation-tools.md").read_text(encoding="utf-8")
 MAIL, PASSWORD = "annotator@samray.example", "annotate-1234"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PATIENCE = 300  # seconds for a start on a busy machine
 pytestmark = [
     pytest.mark.slow,
@@ -220,13 +222,50 @@ def test_a_click_becomes_one_brush_region_with_the_endpoints_own_pixels(
     assert np.array_equal(decoded_by_label_studio(region), expected)
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `make chromium` installs it")
+def test_the_steps_of_the_page_in_a_browser(studio, endpoint, project, photo):
+    """Auto-Annotation, Auto-Detect, a label, a click, the tick, Submit: one brush region."""
+    from playwright.sync_api import sync_playwright
+
+    number, _, _ = project
+    with photo.open("rb") as file:
+        studio.ask("POST", f"projects/{number}/import", 201, files={"file": file})
+    task = studio.ask("GET", f"tasks?project={number}")["tasks"][-1]["id"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1366, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(f"{studio.address}/user/login")
+        page.fill("input[name=email]", MAIL)
+        page.fill("input[name=password]", PASSWORD)
+        page.click("button[type=submit]")
+        page.goto(f"{studio.address}/projects/{number}/data?task={task}")
+        page.get_by_text("Auto-Annotation", exact=True).click()
+        page.locator(".lsf-tool_smart").first.click()  # Auto-Detect
+        page.locator(".lsf-label").nth(1).click()  # below "click"
+        picture = page.locator("canvas").first.bounding_box()
+        x, y = (picture["x"] + 0.45 * picture["width"], picture["y"] + 0.45 * picture["height"])
+        with page.expect_response("**/interactive-annotating") as answer:
+            page.mouse.click(x, y)
+        assert len(answer.value.json()["data"]["result"]) == 1
+        page.get_by_test_id("bottombar-accept-suggestions-button").click()
+        with page.expect_response("**/annotations*") as submitted:
+            page.get_by_text("Submit", exact=True).click()
+        assert submitted.value.ok
+        browser.close()
+    (annotation,) = studio.ask("GET", f"tasks/{task}")["annotations"]
+    (region,) = annotation["result"]
+    assert region["type"] == "brushlabels"
+
+
 def test_an_annotation_of_the_answer_is_kept_and_exported(studio, project):
     number, task, model = project
     box = {"x": 10, "y": 10, "width": 50, "height": 60, "rotation": 0, "rectanglelabels": ["nut"]}
     drag = {**keypoint(0, 0), "from_name": "box", "type": "rectanglelabels", "value": box}
     (region,) = studio.draw(model, task, drag)["data"]["result"]
     studio.ask("POST", f"tasks/{task}/annotations/", 201, json={"result": [region]})
-    (exported,) = studio.ask("GET", f"projects/{number}/export?exportType=JSON")
+    exports = studio.ask("GET", f"projects/{number}/export?exportType=JSON")
+    (exported,) = [export for export in exports if export["id"] == task]
     (kept,) = exported["annotations"][0]["result"]
     assert kept["value"]["rle"] == region["value"]["rle"]
     assert exported["predictions"] == []

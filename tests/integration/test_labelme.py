@@ -70,7 +70,7 @@ def run_in_labelme(python, script, words, folder):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
 
 
@@ -158,6 +158,8 @@ def test_clicks_in_labelme_become_polygons(python, url, photo, tmp_path, mode, c
     status, result, stderr = in_labelme(python, url, photo, tmp_path, mode, *clicks)
     assert status == 0, stderr
     assert (result["model"], result["title"]) == ("samray:latest", "samray")
+    assert result.get("setting", "samray") == "samray"  # in labelme 7
+    assert "samray" not in (tmp_path / ".labelmerc").read_text()
     assert result["warnings"] == []
     shapes = result["shapes"]
     assert {shape["shape_type"] for shape in shapes} == {"polygon"}
