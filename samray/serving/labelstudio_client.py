@@ -42,10 +42,6 @@ RENEW_EARLY = 0.8  # of an access token's life, after which it is renewed
 ACCESS_SECONDS = 60.0  # its life if it does not tell
 
 
-class KeyRefusedError(Exception):
-    """Label Studio does not exchange the personal access token."""
-
-
 class TooLargeError(Exception):
     """An answer has more bytes than it may."""
 
@@ -108,8 +104,6 @@ class PictureSource:
                 url = answer.location
             else:
                 raise _refusal(field, f"Label Studio redirects more than {MAX_REDIRECTS} times")
-        except KeyRefusedError as exc:
-            raise _refusal(field, f"Label Studio refuses the key; check {self.key_origin}") from exc
         except TooLargeError as exc:
             message = f"{field}: the picture has more than {self.max_bytes} bytes"
             raise ApiError("too_large", message, field) from exc
@@ -138,12 +132,10 @@ class PictureSource:
         deadline = time.monotonic() + min(self.timeout, CHECK_SECONDS)
         try:
             answer = self._ask("GET", urlsplit(self.base).path + WHOAMI, deadline, MAX_ANSWER)
-            status = answer.status
-        except KeyRefusedError:
-            status = 401
         except (OSError, http.client.HTTPException, TooLargeError) as exc:
             tell(f"Label Studio at {self.base} does not answer yet ({_first_words(exc)})")
             return
+        status = answer.status
         if status in REFUSED and self.key is None:
             why = "Label Studio gives no pictures without a key"
             tell(f"${KEY_VARIABLE} is not set; {why}; {HOW_TO}")
@@ -187,14 +179,17 @@ class PictureSource:
         return path, whole
 
     def _ask(self, method: str, path: str, deadline: float, max_bytes: int) -> Answer:
-        """Send a request with the key.
+        """Send a request with the key; return its answer, or that to the exchange of the key.
 
         Raises:
-            KeyRefusedError, TooLargeError, TimeoutError, OSError, http.client.HTTPException.
+            TooLargeError, TimeoutError, OSError, http.client.HTTPException.
         """
         headers = {}
         if self.key is not None and _is_jwt(self.key):
-            headers["Authorization"] = f"Bearer {self._access_token(deadline)}"
+            token = self._access_token(deadline)
+            if isinstance(token, Answer):
+                return token
+            headers["Authorization"] = f"Bearer {token}"
         elif self.key is not None:
             headers["Authorization"] = f"Token {self.key}"
         answer = self._exchange(method, path, headers, None, deadline, max_bytes)
@@ -202,24 +197,23 @@ class PictureSource:
             self._access = None  # ended early
         return answer
 
-    def _access_token(self, deadline: float) -> str:
-        """Return an access token for the personal access token; a new one before it expires.
+    def _access_token(self, deadline: float) -> str | Answer:
+        """Return an access token, a new one before it expires; or the answer that holds none.
 
         Two threads may both get a new one, which does no harm.
         """
-        now = time.monotonic()
-        if self._access is None or now >= self._access[1]:
-            body = json.dumps({"refresh": self.key}).encode()
-            headers = {"Content-Type": "application/json"}
-            path = urlsplit(self.base).path + REFRESH
-            answer = self._exchange("POST", path, headers, body, deadline, MAX_ANSWER)
-            if 400 <= answer.status < 500:
-                raise KeyRefusedError
-            token = _json(answer.content).get("access")
-            if answer.status != 200 or not isinstance(token, str) or not _is_jwt(token):
-                raise http.client.HTTPException(f"status {answer.status} for an access token")
-            self._access = token, now + RENEW_EARLY * _lifetime(token)
-        return self._access[0]
+        now, known = time.monotonic(), self._access
+        if known is not None and now < known[1]:
+            return known[0]
+        body = json.dumps({"refresh": self.key}).encode()
+        headers = {"Content-Type": "application/json"}
+        path = urlsplit(self.base).path + REFRESH
+        answer = self._exchange("POST", path, headers, body, deadline, MAX_ANSWER)
+        token = _json(answer.content).get("access")
+        if not isinstance(token, str) or not _is_jwt(token):
+            return answer
+        self._access = token, now + RENEW_EARLY * _lifetime(token)
+        return token
 
     def _exchange(
         self,

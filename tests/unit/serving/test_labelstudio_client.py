@@ -152,6 +152,9 @@ class Keeper(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.path.startswith("/api"):
+            self.do_GET()
+            return
         if self.path == "/api/token/refresh/" and body == {"refresh": self.server.valid}:
             ends = 100 + self.server.lifetime
             self.server.access = jwt(token_type="access", iat=100, exp=ends)
@@ -165,9 +168,9 @@ class Keeper(http.server.BaseHTTPRequestHandler):
         valid = (f"Token {self.server.valid}", f"Bearer {self.server.access}")
         if self.path.startswith("/moved"):
             self.answer(302, b"", Location="https://studio.example/")
-        elif self.path == "/broken/api/current-user/whoami":
+        elif self.path.startswith("/broken"):
             self.answer(500, b"")
-        elif self.path == "/other/api/current-user/whoami":
+        elif self.path.startswith("/other"):
             self.answer(200, b"<html>another program</html>")
         elif given not in valid:
             self.answer(401, b"{}")
@@ -253,15 +256,18 @@ def test_a_label_studio_that_may_come_later_is_a_warning(keeper, monkeypatch):
     told = []
     with_key(monkeypatch, "http://127.0.0.1:9", PERSONAL).check_key(told.append)
     with_key(monkeypatch, f"{keeper.address}/broken", LEGACY).check_key(told.append)
+    with_key(monkeypatch, f"{keeper.address}/broken", PERSONAL).check_key(told.append)
     with_key(monkeypatch, keeper.address, "").check_key(told.append)
     assert "does not answer yet" in told[0]
     assert "answers 500 now" in told[1]
-    assert "$LABEL_STUDIO_API_KEY is not set" in told[2]
-    assert len(told) == 3
+    assert "answers 500 now" in told[2]
+    assert "$LABEL_STUDIO_API_KEY is not set" in told[3]
+    assert len(told) == 4
 
 
+@pytest.mark.parametrize("key", [LEGACY, PERSONAL])
 @pytest.mark.parametrize("path", ["other", "moved"])
-def test_another_server_is_not_taken_for_label_studio(keeper, monkeypatch, path):
-    studio = with_key(monkeypatch, f"{keeper.address}/{path}", LEGACY)
+def test_another_server_is_not_taken_for_label_studio(keeper, monkeypatch, path, key):
+    studio = with_key(monkeypatch, f"{keeper.address}/{path}", key)
     with pytest.raises(ConfigError, match="--label-studio-url: there is no Label Studio at"):
         studio.check_key(pytest.fail)
