@@ -54,6 +54,29 @@ def test_consumers_take_the_best_and_only_best_and_latest_are_kept(run):
         assert (run.path / name / "weights.pth").is_file()
 
 
+def test_the_base_is_the_best_until_an_epoch_beats_it_without_losing_on_a_row(tmp_path, tiny):
+    run = RunFolder.create(tmp_path / "run", load_config(), dataset_digest="d1")
+    save_checkpoint(run.base, tiny.state_dict(), load_config(), {"e": 0})
+    run.update(base_metrics={"val_iou": 0.5, "val_iou_random": 0.4, "val_iou_bbox": 0.6})
+    for epoch, random, box, best in (
+        (1, 0.3, 0.6, "base"),  # worse
+        (2, 0.9, 0.58, "base"),  # better on the mean, and worse with a box
+        (3, 0.5, 0.598, "checkpoints/epoch_0003"),  # within the tolerance
+        (4, 0.45, 0.7, "checkpoints/epoch_0004"),
+        (5, 0.9, 0.5, "checkpoints/epoch_0004"),
+    ):
+        name = f"epoch_{epoch:04d}"
+        save_checkpoint(
+            run.path / "checkpoints" / name, tiny.state_dict(), load_config(), {"e": epoch}
+        )
+        rows = {"val_iou_random": random, "val_iou_bbox": box}
+        run.register(name, {"epoch": epoch, "val_iou": (random + box) / 2, **rows})
+        assert run.state["best"] == best
+        found = load_checkpoint(run.path)
+        assert found.progress == {"e": 0 if best == "base" else int(best[-4:])}
+        assert (run.path / "best" / "weights.pth").is_file()
+
+
 @pytest.mark.parametrize(
     ("named", "epoch"),
     [
