@@ -509,6 +509,8 @@ def test_a_promotion_reaches_clients_and_none_fails(url, store, photo, tmp_path)
     assert all(len(masks) == 1 for masks in by_version.values())
     assert len(set.union(*by_version.values())) == 2
     assert (version.version, version.record["checkpoint_digest"]) in by_version
+    # The image encoder is the same, so no version encodes the image again.
+    assert {response.json()["cache"] for response in answers} == {"hit"}
 
 
 def test_a_version_that_cannot_be_loaded_is_not_taken(url, store, photo, tmp_path):
@@ -527,6 +529,9 @@ def test_a_version_that_cannot_be_loaded_is_not_taken(url, store, photo, tmp_pat
         answer = predict(url, photo, prompts=[point()])
         assert answer.status_code == 200
         assert answer.json()["model"] == before
+    assert call(url, "GET", "/v1/readyz").json()["models"] == {"drawn": "outdated"}
+    assert call(url, "GET", "/v1/readyz?model=drawn").status_code == 200
+    refusal(call(url, "GET", "/v1/readyz?model=other"), 404, "unknown_model")
     store.add("other", load_checkpoint(good.folder), good.record)
     while predict(url, photo, prompts=[point()], model="other").status_code != 200:
         assert time.monotonic() < deadline
