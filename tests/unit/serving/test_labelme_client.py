@@ -1,0 +1,33 @@
+"""labelmes that `samray labelme` cannot use; tests/integration/test_labelme.py has those it can."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from samray.config import LabelmeConfig
+from samray.errors import ConfigError
+from samray.serving.labelme_client import start
+
+installed = importlib.util.find_spec("labelme") is not None
+pytestmark = pytest.mark.skipif(installed, reason="labelme is installed here")
+
+
+def test_without_labelme_a_sentence_says_what_to_install():
+    with pytest.raises(ConfigError, match=r"^labelme is not installed here; pip install labelme=="):
+        start(LabelmeConfig())
+
+
+@pytest.mark.parametrize("version", ["5.5.0", "7.0.0", "8.0.0"])
+def test_a_labelme_that_is_built_otherwise_is_refused_in_a_sentence(version, tmp_path, monkeypatch):
+    for name, text in (("osam", ""), ("labelme", f"__version__ = {version!r}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"^this labelme cannot be used \(.+\); it was tried with 6.3.1 and 7.9.1: pip install"
+    try:
+        with pytest.raises(ConfigError, match=message):
+            start(LabelmeConfig())
+    finally:
+        for name in ("osam", "labelme"):
+            sys.modules.pop(name, None)
