@@ -107,15 +107,16 @@ class Encoder:
         self.sizes = Histogram("samray_encode_batch_size", "images encoded together", [1, 2, 4, 8])
         on_gpu = self.models.device == "cuda"
         self.encode.set_max_batch_size(settings.encode_batch or (4 if on_gpu else 1))
-        self.previewing = asyncio.Semaphore(1)
+        # One at a time, which bounds memory, also when clients disconnect.
+        self.previewer = ThreadPoolExecutor(1)
 
     async def preview(self, raw: bytes) -> bytes | str:
         """Return an image file as the models see it, as PNG, or the reason why it is unusable."""
-        async with self.previewing:  # one at a time, which bounds memory
-            try:
-                return await asyncio.to_thread(preview_png, raw)
-            except AnnotationError as exc:
-                return exc.reason
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.previewer, preview_png, raw)
+        except AnnotationError as exc:
+            return exc.reason
 
     async def warm_up(self, ref: ModelRef) -> None:
         """Load a model ahead of the first request."""

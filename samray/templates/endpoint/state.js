@@ -3,6 +3,7 @@
 export const $ = (id) => document.getElementById(id);
 export const canvas = $("canvas");
 
+const MAX_NOTES = 1000, MORE = "; and more"; // letters
 const MAX_STEPS = 200; // of undo, for each image
 
 export class Picture {
@@ -91,8 +92,9 @@ export function say(text, bad = false) {
 // What stays in sight until the next files are opened or somebody clicks on it.
 export function note(text) {
   const shown = $("notes").textContent;
-  if (text && shown.includes(text)) return;
-  $("notes").textContent = text && shown ? `${shown}; ${text}` : text;
+  if (text && (shown.includes(text) || shown.endsWith(MORE))) return;
+  const whole = text && shown ? `${shown}; ${text}` : text;
+  $("notes").textContent = whole.length > MAX_NOTES ? `${shown}${MORE}` : whole;
 }
 
 // Okabe and Ito's and Paul Tol's colours, which colour-blind people can tell apart. Blue is the
