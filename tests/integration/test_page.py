@@ -33,6 +33,14 @@ SIZES = {  # width, height and device pixels per CSS pixel
     "200_percent": (683, 384, 2),
 }
 
+YELLOW = """(() => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    let found = 0;
+    for (let i = 0; i < data.length; i += 4)
+        if (data[i] === 240 && data[i + 1] === 228 && data[i + 2] === 66) found++;
+    return found;
+})()"""  # pixels of the preview's edge
+
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `make chromium` installs it"),
@@ -300,7 +308,7 @@ def test_nothing_moves_the_stage_and_everything_is_in_sight(open_page, some, siz
         assert page.evaluate("document.documentElement.scrollTop + document.body.scrollTop") == 0
 
     page.mouse.move(*screen(page, 125, 130))
-    wait(page, "state.preview !== null")
+    wait(page, f"state.preview !== null && {YELLOW} > 50")  # the preview can be seen
     screenshot(page, f"{size}_hover")
     click(page, 120, 80)
     require_unmoved()
