@@ -207,14 +207,14 @@ class MixtureConfig(Section):
 class PromptConfig(Section):
     """The training prompts, drawn again in every epoch."""
 
-    point_selection: PointSelection = "mixed"
+    point_selection: PointSelection = "interactive"
     """Prompt of each instance: center, random or bbox; mixed draws one of these three for each;
     interactive starts with one of them and adds clicks on the prediction's errors."""
     mixture: MixtureConfig = MixtureConfig()
     """Relative frequencies of the prompts that `mixed` draws, and `interactive` starts with."""
     num_points: int = Field(1, ge=1, le=64)
     """Points per instance, for center and random."""
-    num_clicks: int = Field(8, ge=0, le=32)
+    num_clicks: int = Field(3, ge=0, le=32)
     """Maximum number of correction clicks, for interactive; each step draws the number."""
     per_object: int = Field(1, ge=1, le=16)
     """Prompts drawn for each instance in a step."""

@@ -24,7 +24,7 @@ ON_TARGET = {
     "random": {"random"},
     "bbox": {"bbox"},
     "mixed": {"center", "random", "bbox"},
-    "interactive": {"random", "bbox", "clicks"},
+    "interactive": {"center", "random", "bbox", "clicks"},
 }
 
 

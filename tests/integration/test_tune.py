@@ -33,6 +33,7 @@ def own_prepared(prepared, tmp_path_factory):
 def config_file(folder: Path, **tune) -> Path:
     settings = {
         "model": {"adapt": "none"},
+        "prompts": {"point_selection": "mixed"},
         "train": {"num_epochs": 3, "batch_size": 8},
         "tune": {"search_space": SPACE, "num_trials": 4, "grace_epochs": 1, **tune},
     }

@@ -42,7 +42,9 @@ def loader(tmp_path):
     rng = np.random.default_rng(0)
     for record in records:
         cache.save(record.digest, rng.normal(size=(32, 4, 4)))
-    return BatchLoader(None, records, PromptConfig(), 5, cache, img_size=64, low_res_size=16)
+    return BatchLoader(
+        None, records, PromptConfig(point_selection="mixed"), 5, cache, img_size=64, low_res_size=16
+    )
 
 
 def everything_in(batch):
@@ -110,7 +112,7 @@ def test_many_objects_are_trained_on_in_turn(loader):
 
 
 def test_several_prompts_of_an_object_share_its_target(loader):
-    loader.prompts = PromptConfig(per_object=3)
+    loader.prompts = PromptConfig(point_selection="mixed", per_object=3)
     batch = loader.load([1], 0, 1, epoch=0)
     assert len(batch) == loader.num_prompts([1], epoch=0) == 12
     areas = sorted(area for _, area in everything_in(batch))

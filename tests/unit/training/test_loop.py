@@ -25,7 +25,7 @@ INSTANCES = (1, 4, 7)
 CPU = torch.device("cpu")
 
 
-MIXED, INTERACTIVE = PromptConfig(), PromptConfig(point_selection="interactive", num_clicks=3)
+MIXED, INTERACTIVE = PromptConfig(point_selection="mixed"), PromptConfig(num_clicks=3)
 
 
 def make_loader(folder, instances=INSTANCES, prompts=MIXED):
