@@ -66,7 +66,7 @@ label-studio: $(STAMP) .venv-label-studio/.installed
 
 labelme: $(STAMP) .venv-labelme-6/.installed .venv-labelme-7/.installed
 	SAMRAY_LABELME=$(CURDIR)/.venv-labelme-6/bin/python:$(CURDIR)/.venv-labelme-7/bin/python \
-	  $(BIN)/python -m pytest -q tests/integration/test_labelme.py
+	  $(BIN)/python -m pytest -q tests/integration/test_labelme_tool.py
 
 .venv-label-studio/.installed:
 	$(PYTHON) -m venv .venv-label-studio

@@ -1,4 +1,4 @@
-"""labelmes that `samray labelme` cannot use; tests/integration/test_labelme.py has those it can."""
+"""labelmes that `samray labelme` cannot use; tests/integration/test_labelme_tool.py has those it can."""
 
 import importlib.util
 import sys
