@@ -1,4 +1,4 @@
-"""labelmes that `samray labelme` cannot use; tests/integration/test_labelme_tool.py has those it can."""
+"""labelmes that `samray labelme` refuses; integration/test_labelme_tool.py has those it can use."""
 
 import importlib.util
 import sys
