@@ -199,7 +199,8 @@ function entry(item, i) {
     if (event.target === pick && event.key === "Delete") remove(item);
     if (["Enter", " ", "Delete"].includes(event.key)) event.stopPropagation(); // not the page's keys
   };
-  row.onpointerenter = row.onfocus = () => light(item);
+  row.onpointerenter = () => light(item);
+  row.addEventListener("focusin", () => light(item));
   row.onpointerleave = () => light(null);
   row.append(swatch, name, pick, button);
   return row;

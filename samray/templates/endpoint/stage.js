@@ -74,8 +74,9 @@ new ResizeObserver(() => {
 
 // Show the open picture from now on.
 export function show() {
-  const { image } = state;
-  stage.className = image ? "full" : "";
+  const { image, blob } = state;
+  stage.className = blob ? "full" : "";
+  canvas.style.visibility = overlay.style.visibility = image ? "visible" : "hidden"; // not the one before
   if (!image) return;
   canvas.width = image.width;
   canvas.height = image.height;

@@ -76,10 +76,10 @@ export const state = {
   get picture() { return this.queue[this.index] ?? nothing; },
 };
 
-// `state.points` is that of the open picture.
+// `state.points` is that of the open picture; `state.id` is null until it can be seen and clicked on.
 for (const name of Object.keys(nothing)) {
   Object.defineProperty(state, name, {
-    get: () => state.picture[name],
+    get: () => (name === "id" && !state.picture.image ? null : state.picture[name]),
     set: (value) => { state.picture[name] = value; },
   });
 }
