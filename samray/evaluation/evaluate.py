@@ -31,6 +31,7 @@ from samray.sam.checkpoint import (
 )
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
+from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import OFFICIAL_WEIGHTS, fetch_official
 from samray.storage import (
@@ -249,7 +250,13 @@ class Evaluator:
         self.dataset, self.seed = PreparedDataset(dataset), seed
         device = cluster.actor_device()
         self.sams = {m: _load(path).model().to(device) for m, path in checkpoints.items()}
-        self.caches = {m: EmbeddingCache(cache_dir, sam) for m, sam in self.sams.items()}
+        base, *_ = self.sams
+        cache = EmbeddingCache(cache_dir, self.sams[base])
+        # Embeddings of a tuned image encoder would be read by nobody else and only fill the disk.
+        self.caches = {
+            model: cache if encoder_digest(sam) == cache.encoder_digest else None
+            for model, sam in self.sams.items()
+        }
 
     def score(self, name: str) -> dict[str, list[Score]]:
         """Score every instance of an image, per model."""

@@ -142,5 +142,4 @@ def embedding_of(
     embedding = encode_image(sam, decode_image(dataset.image_bytes(record)))
     if cache is not None:
         cache.save(record.digest, embedding.cpu().numpy())
-        embedding = embedding.half().float()  # equal to what is read from the cache later
-    return embedding
+    return embedding.half().float()  # equal to what is read from a cache

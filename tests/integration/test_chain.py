@@ -100,11 +100,15 @@ def test_each_image_is_encoded_once_for_all_epochs_and_runs(
     assert f"0 images encoded, {images} found" in out
 
 
-def test_evaluate_compares_base_with_tuned(tuned_run, prepared, tmp_path, run_cli):
+def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cli):
+    cached = set((prepared / "embeddings").rglob("*.npy"))
     status, out, err = run_cli(
-        "evaluate", "--data-dir", prepared, "--checkpoint", tuned_run, "--output-dir", tmp_path
+        "evaluate", "--data-dir", prepared, "--checkpoint", first_run, "--output-dir", tmp_path
     )
     assert status == 0, err
+    new = set((prepared / "embeddings").rglob("*.npy")) - cached
+    # Those of the tuned encoder are of no use to others.
+    assert len(new) == len(PreparedDataset(prepared).split("test"))
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     labels = set(PreparedDataset(prepared).manifest["labels"])
     for model in ("base", "tuned"):
