@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,19 +16,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ports import free_ports
+
 ADMIN = ("testkey", "testsecret")
 READER = ("readonlykey", "readonlysecret")
 START_SECONDS = 120
 SERVICES = ("master", "volume", "filer", "s3")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return free ports; all are held open until the last is found."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in sockets]
 
 
 class S3Server:

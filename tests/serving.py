@@ -1,23 +1,15 @@
 """A real endpoint on Ray Serve, for the tests that speak to it over HTTP."""
 
 import contextlib
-import socket
 import time
 from collections.abc import Iterator
 
 import requests
+from ports import free_port
 
 from samray.config import ServeConfig
 
 TOKEN = "a token of enough letters"
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ import ray
 import requests
 import torch
 from PIL import Image
+from ports import free_port
 from pycocotools import mask as coco_mask
-from serving import TOKEN, free_port, serving, wait_until_ready
+from serving import TOKEN, serving, wait_until_ready
 
 from samray.config import ServeConfig, load_config
 from samray.data.dataset import PreparedDataset

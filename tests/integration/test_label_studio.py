@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from ports import free_port
 from pycocotools import mask as coco_mask
-from serving import free_port
 
 PROGRAM = os.environ.get("SAMRAY_LABEL_STUDIO", "")
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from serving import TOKEN, free_port, serving, wait_until_ready
+from ports import free_port
+from serving import TOKEN, serving, wait_until_ready
 
 from samray.config import ServeConfig, load_config
 from samray.data.dataset import PreparedDataset
