@@ -158,8 +158,10 @@ def find_run(path: Place) -> Place:
 
 
 def stands_alone(path: Place) -> bool:
-    """Whether a path is a weights file, a checkpoint folder or a stored model outside any RUN."""
+    """Whether a path is a weights file, a checkpoint or a stored model, of no RUN or SWEEP."""
     folder = path.parent if path.is_file() else path
+    if (folder / "sweep.json").is_file():
+        return False
     if any((f / "run.json").is_file() for f in (folder, folder.parent, folder.parent.parent)):
         return False
     return path.is_file() or any((path / name).is_file() for name in ("config.yaml", CURRENT))

@@ -34,7 +34,7 @@ def config_file(folder: Path, **tune) -> Path:
     settings = {
         "model": {"adapt": "none"},
         "prompts": {"point_selection": "mixed"},
-        "train": {"num_epochs": 3, "batch_size": 8},
+        "train": {"num_epochs": 3, "batch_size": 2},
         "tune": {"search_space": SPACE, "num_trials": 4, "grace_epochs": 1, **tune},
     }
     path = folder / "tune.yaml"
