@@ -98,25 +98,32 @@ class ModelStore:
     def current(self, name: str) -> Version | None:
         """Return the version in use, or None before the first promotion.
 
-        Reads `current` and the record of that version, and no other file.
-
         Raises:
             StoreError: `current` names a version that does not exist, or cannot be read.
         """
-        file = self.folder / require_name(name) / CURRENT
-        try:
-            version = read_bytes(file, 1000).decode("ascii", "replace").strip()
-        except (FileNotFoundError, NotADirectoryError):
+        version = self.current_version(name)
+        if version is None:
             return None
-        except AnnotationError as exc:  # it is too long
-            raise StoreError(f"{file}: {exc}; {_REPAIR}") from exc
         try:
             found = self._version(name, version)
         except DatasetError as exc:
             raise StoreError(f"{exc}; {_REPAIR}") from exc
         if found is None:
-            raise StoreError(f"{file}: names version {version!r}, which does not exist; {_REPAIR}")
+            raise StoreError(
+                f"{self.folder / name / CURRENT}: names version {version!r}, which does not exist; "
+                f"{_REPAIR}"
+            )
         return found
+
+    def current_version(self, name: str) -> str | None:
+        """Return the name of the version in use, existing or not; reads `current` alone."""
+        file = self.folder / require_name(name) / CURRENT
+        try:
+            return read_bytes(file, 1000).decode("ascii", "replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except AnnotationError as exc:  # it is too long
+            raise StoreError(f"{file}: {exc}; {_REPAIR}") from exc
 
     def require_current(self, name: str) -> Version:
         """Return the version in use.

@@ -5,6 +5,7 @@ torch, which takes 400 MB in each process.
 """
 
 import contextlib
+import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -69,11 +70,15 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
         found = {}
         for name in names:
             try:
+                # Polled every second, so the record of a version is read once.
+                if name in known and known[name].version == store.current_version(name):
+                    found[name] = known[name]
+                    continue
                 current = store.current(name)
-            except StoreError:
+            except StoreError as exc:
                 if settings.model:
                     raise
-                LOG.exception("%s cannot be read and is not served", name)
+                _tell_once(name, str(exc))
                 continue
             if current is None:
                 raise ConfigError(f"--model: {store.folder} has no model {name!r}")
@@ -87,6 +92,11 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
     if known:
         return known  # a checkpoint is read once
     return _read_checkpoints(settings)
+
+
+@functools.cache
+def _tell_once(name: str, reason: str) -> None:
+    LOG.error("%s cannot be read and is not served: %s", name, reason)
 
 
 def _read_checkpoints(settings: ServeConfig) -> dict[str, ModelRef]:

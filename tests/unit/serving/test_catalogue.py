@@ -25,8 +25,26 @@ def store(tmp_path):
     return store
 
 
-def test_a_damaged_model_does_not_hide_the_others(store):
-    assert list(read_catalogue(ServeConfig(store=str(store.folder)), {})) == ["nuts"]
+def test_a_damaged_model_does_not_hide_the_others_and_is_logged_once(store, caplog):
+    settings = ServeConfig(store=str(store.folder))
+    for _ in range(3):
+        assert list(read_catalogue(settings, {})) == ["nuts"]
+    (line,) = caplog.messages
+    assert line.startswith("figs cannot be read and is not served: ")
+
+
+def test_a_version_is_read_once_and_a_new_one_is_noticed(store):
+    """The record may go, as the poll of a store reads `current` alone."""
+    settings = ServeConfig(store=str(store.folder), model="nuts")
+    known = read_catalogue(settings, {})
+    version = store.current("nuts")
+    record = version.folder / "promotion.json"
+    content = record.read_bytes()
+    record.unlink()
+    assert read_catalogue(settings, known) == known
+    record.write_bytes(content)
+    again = store.add("nuts", load_checkpoint(version.folder), version.record)
+    assert read_catalogue(settings, known)["nuts"].version == again.version
 
 
 def test_a_damaged_model_that_is_asked_for_is_an_error(store):
