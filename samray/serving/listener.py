@@ -98,7 +98,7 @@ class Listener:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.socket.bind((host, port))
         # uvicorn's own handlers need the main thread, which is the replica's.
-        self.server.capture_signals = contextlib.nullcontext  # type: ignore
+        self.server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
     async def run(self) -> None:
         """Serve until `stop`; requests in progress are answered first."""
