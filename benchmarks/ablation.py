@@ -24,7 +24,7 @@ from samray.config import load_config
 from samray.data.dataset import PreparedDataset
 from samray.evaluation.scoring import MATRIX, score_image
 from samray.geometry.images import decode_image
-from samray.sam.adapt import num_frozen_blocks
+from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images
 from samray.training.finetuning import FineTuning
@@ -64,7 +64,7 @@ def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[st
     save_checkpoint(run.base, base.weights, config, base.progress)
     started = time.perf_counter()
     sam = load_checkpoint(run.base).model()
-    frozen = num_frozen_blocks(sam.image_encoder, config.model)
+    frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
     cache = None
     if frozen:
         cache = EmbeddingCache(folder / "cache", sam, frozen)

@@ -25,10 +25,11 @@ Split = Literal["train", "val", "test"]
 
 MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
 
+# Transformer blocks of the image encoder; stages of `tiny`.
+ENCODER_BLOCKS = {"tiny": 4, "vit_b": 12, "vit_l": 24, "vit_h": 32}
+
 # With SAM's own ratio of 20 : 1, a decoder with random weights predicts empty masks for thousands
 # of images before it learns anything else.
-VIT_BLOCKS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}
-
 FOCAL_WEIGHT_TUNING, FOCAL_WEIGHT_SCRATCH = 20.0, 1.0
 
 
@@ -263,8 +264,15 @@ class TrainConfig(Section):
     """Learning rate at the end, as a share of the peak."""
     clip_grad_norm: float = Field(1.0, gt=0)
     """Maximum norm of the gradient; longer gradients are scaled down to it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of convolutions and matrix products; weights and sums stay float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of convolutions and matrix products; weights and sums stay float32. auto: bfloat16
+    on a GPU that computes in it, float16 (with a scaled loss) on an older one, float32 on a CPU."""
+    images_at_once: int | None = Field(None, ge=1)
+    """Images of a worker in one pass; a step of more adds up the gradients of several passes, which
+    gives the same step in less memory; unset: all."""
+    recompute_encoder: bool = False
+    """Compute the image encoder's trained blocks again in the backward pass instead of keeping
+    their activations: the same step in less memory and more time."""
     max_objects: int | None = Field(None, ge=1)
     """Instances of an image to train on in one step, in turn over the epochs; unset: all."""
     augment: bool = False
@@ -274,8 +282,11 @@ class TrainConfig(Section):
     """Instances decoded at once; a step with more is recomputed in chunks, to save memory."""
     seed: int = Field(0, ge=0)
     """Random seed of the image order, the prompts and any random weights."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many epochs in a row without a new best; unset: train all epochs."""
     resume: bool = False
-    """Resume the run in `output_dir`; only the numbers of epochs and workers may have changed."""
+    """Resume the run in `output_dir`; only the numbers of epochs and workers, and what limits
+    memory (max_prompts, images_at_once, recompute_encoder), may have changed."""
 
 
 class ScalingConfig(Section):
@@ -589,7 +600,7 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
     """Return the config with the defaults that depend on whether weights are given.
 
     Raises:
-        ConfigError: all three parts are frozen.
+        ConfigError: all three parts are frozen, or the image encoder cannot learn in this way.
     """
     model = _resolve_adaptation(config.model, weights_given)
     if model.freeze_image_encoder and model.freeze_prompt_encoder and model.freeze_mask_decoder:
@@ -612,6 +623,7 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
 
 def _resolve_adaptation(model: ModelConfig, weights_given: bool) -> ModelConfig:
     """Choose how the image encoder learns, so that the settings about it agree."""
+    there = ENCODER_BLOCKS[model.type]
     whole = model.type == "tiny" or not weights_given
     adapt, blocks = model.adapt, model.adapt_blocks
     if adapt is None and model.freeze_image_encoder is not None:
@@ -622,11 +634,21 @@ def _resolve_adaptation(model: ModelConfig, weights_given: bool) -> ModelConfig:
     if adapt == "none" or blocks == 0:
         adapt, blocks = "none", 0
     elif blocks is None:
-        blocks = "all" if whole else VIT_BLOCKS[model.type] // 4
+        blocks = "all" if whole else there // 4
     if model.freeze_image_encoder is not None and model.freeze_image_encoder != (adapt == "none"):
         raise ConfigError(
             f"model.freeze_image_encoder: is {str(model.freeze_image_encoder).lower()}, but "
             f"model.adapt is {model.adapt}; set one of them"
+        )
+    if adapt == "lora" and model.type == "tiny":
+        raise ConfigError(
+            "model.adapt: lora is for attention, which the image encoder of tiny does not have; "
+            "use model.adapt=full"
+        )
+    if isinstance(blocks, int) and blocks > there:
+        raise ConfigError(
+            f"model.adapt_blocks: {blocks}, but the image encoder of {model.type} has {there} "
+            f"blocks; give at most {there}, or all"
         )
     update = {"adapt": adapt, "adapt_blocks": blocks, "freeze_image_encoder": adapt == "none"}
     return model.model_copy(update=update)

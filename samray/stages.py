@@ -89,6 +89,8 @@ def run_train(config: Config) -> None:
 
     state = fit(config)
     output = config.train.output_dir
+    if len(state["epochs"]) < config.train.num_epochs:
+        print(f"stopped after epoch {len(state['epochs'])}: train.patience")
     print(f"best: {_best_epoch(state)}")
     if state["embeddings"]:
         encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from samray.config import ModelConfig
-from samray.errors import ConfigError
 from samray.sam.tiny import TinyImageEncoder
 from samray.sam.weights import digest_of
 
@@ -48,26 +48,19 @@ def num_blocks(encoder: Any) -> int:
     return len(encoder.stages if isinstance(encoder, TinyImageEncoder) else encoder.blocks)
 
 
-def num_frozen_blocks(encoder: Any, config: ModelConfig) -> int:
+def num_frozen_blocks(there: int, config: ModelConfig) -> int:
     """Return the number of blocks before the first that learns; all of them if none does.
 
     Args:
+        there: number of the encoder's blocks.
         config: resolved.
-
-    Raises:
-        ConfigError: the encoder has fewer blocks than are to be adapted.
     """
-    there, wanted = num_blocks(encoder), config.adapt_blocks
+    wanted = config.adapt_blocks
     if config.adapt == "none" or wanted == 0:
         return there
     if wanted == "all":
         return 0
     assert wanted is not None
-    if wanted > there:
-        raise ConfigError(
-            f"model.adapt_blocks: {wanted}, but the image encoder of {config.type} has {there} "
-            f"blocks; give at most {there}, or all"
-        )
     return there - wanted
 
 
@@ -76,19 +69,11 @@ def set_trainable(sam: Any, config: ModelConfig) -> None:
 
     Args:
         config: resolved.
-
-    Raises:
-        ConfigError: see `num_frozen_blocks`; or LoRA for an encoder without attention.
     """
     encoder = sam.image_encoder
-    frozen = num_frozen_blocks(encoder, config)
+    frozen = num_frozen_blocks(num_blocks(encoder), config)
     encoder.requires_grad_(False)
     if config.adapt == "lora" and frozen < num_blocks(encoder):
-        if isinstance(encoder, TinyImageEncoder):
-            raise ConfigError(
-                "model.adapt: lora is for attention, which the image encoder of tiny does not "
-                "have; use model.adapt=full"
-            )
         for block in encoder.blocks[frozen:]:
             qkv = block.attn.qkv
             adapter = LoraQV(qkv.in_features, config.lora_rank).to(qkv.weight)
@@ -118,16 +103,21 @@ def prefix(encoder: Any, images: Tensor, num_frozen: int) -> Tensor:
         return embedding
     if isinstance(encoder, TinyImageEncoder):
         return torch.cat([level.flatten(1) for level in encoder.levels(images, num_frozen)], dim=1)
-    x: Tensor = encoder.patch_embed(images)
-    if encoder.pos_embed is not None:
-        x = x + encoder.pos_embed
+    x = _embed_patches(encoder, images)
     for block in encoder.blocks[:num_frozen]:
         x = block(x)
     return x
 
 
-def suffix(encoder: Any, activations: Tensor, num_frozen: int) -> Tensor:
-    """Return the embeddings of `prefix`'s activations, B x C x h x w."""
+def suffix(encoder: Any, activations: Tensor, num_frozen: int, recompute: bool = False) -> Tensor:
+    """Return the embeddings of `prefix`'s activations, or of images if no block is frozen.
+
+    Args:
+        recompute: compute each block again in the backward pass, instead of keeping what it needs.
+
+    Returns:
+        B x C x h x w.
+    """
     if num_frozen == num_blocks(encoder):
         return activations
     if isinstance(encoder, TinyImageEncoder):
@@ -135,11 +125,15 @@ def suffix(encoder: Any, activations: Tensor, num_frozen: int) -> Tensor:
         for channels, side in encoder.level_shapes()[:num_frozen]:
             level, activations = activations.tensor_split([channels * side * side], dim=1)
             levels.append(level.unflatten(1, (channels, side, side)))
-        embedding: Tensor = encoder.merge(encoder.more_levels(levels))
+        x = levels[-1] if levels else encoder.stem(activations)
+        for stage in encoder.stages[num_frozen:]:
+            x = _pass(stage, x, recompute)
+            levels.append(x)
+        embedding: Tensor = encoder.merge(levels)
         return embedding
-    x = activations
+    x = activations if num_frozen else _embed_patches(encoder, activations)
     for block in encoder.blocks[num_frozen:]:
-        x = block(x)
+        x = _pass(block, x, recompute)
     embedding = encoder.neck(x.permute(0, 3, 1, 2))
     return embedding
 
@@ -174,6 +168,17 @@ def merged_weights(sam: Any) -> dict[str, Tensor]:
 def trained_state(sam: Any) -> dict[str, Tensor]:
     """Return the parameters that learn, by name, adapters not merged."""
     return {name: value for name, value in sam.named_parameters() if value.requires_grad}
+
+
+def _embed_patches(encoder: Any, images: Tensor) -> Tensor:
+    """The tokens before the first block of a ViT, B x h x w x C."""
+    x: Tensor = encoder.patch_embed(images)
+    return x if encoder.pos_embed is None else x + encoder.pos_embed
+
+
+def _pass(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    y: Tensor = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return y
 
 
 def _suffix_modules(encoder: Any, num_frozen: int) -> list[nn.Module]:

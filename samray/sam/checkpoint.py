@@ -254,6 +254,12 @@ class RunFolder:
         """Folder of the last finished epoch's checkpoint."""
         return self.path / self.state["latest"] if self.state["latest"] else None
 
+    @property
+    def epochs_without_best(self) -> int:
+        """Number of epochs since the best one, or since the base where it is the best."""
+        best = str(self.state["best"] or "").rpartition("epoch_")[2]
+        return len(self.state["epochs"]) - (int(best) if best.isdigit() else 0)
+
     def update(self, **changes: Any) -> None:
         """Change entries of run.json, in one write."""
         self.state = {**self.state, **changes}
@@ -351,14 +357,15 @@ def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> Non
     ]
     if changed:
         raise ConfigError(
-            f"--resume: {run.path} has other settings: {', '.join(changed)}; only epochs and "
-            "workers may change"
+            f"--resume: {run.path} has other settings: {', '.join(changed)}; only epochs, "
+            "workers, patience and what limits memory may change"
         )
 
 
 def _deciding(config: Config) -> dict[str, Any]:
     """The settings that determine a run's result, by dotted path."""
-    free = {"data_dir", "output_dir", "num_epochs", "resume"}
+    free = {"data_dir", "output_dir", "num_epochs", "patience", "resume"}
+    free |= {"max_prompts", "images_at_once", "recompute_encoder"}  # the same step in less memory
     sections = config.model_dump(mode="json", include={"model", "prompts", "loss", "train"})
     return {
         f"{section}.{key}": value

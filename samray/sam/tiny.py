@@ -73,12 +73,6 @@ class TinyImageEncoder(nn.Module):
             levels.append(stage(levels[-1]))
         return levels
 
-    def more_levels(self, levels: list[Tensor]) -> list[Tensor]:
-        """Add the outputs of the other stages to those of the first ones."""
-        for stage in self.stages[len(levels) :]:
-            levels = [*levels, stage(levels[-1])]
-        return levels
-
     def level_shapes(self) -> list[tuple[int, int]]:
         """Return (channels, side) of each stage's output."""
         return [(width, self.img_size // 4 >> place) for place, width in enumerate(WIDTHS)]

@@ -41,6 +41,7 @@ class BatchLoader:
         img_size, low_res_size: sides of the model's input and of its masks.
         augment: flip, turn and recolour the images; only without a cache.
         max_objects: instances of an image in one step; None: all.
+        images_at_once: images of a batch; None: all of a worker's part of a step.
     """
 
     def __init__(
@@ -54,44 +55,47 @@ class BatchLoader:
         low_res_size: int,
         augment: bool = False,
         max_objects: int | None = None,
+        images_at_once: int | None = None,
     ) -> None:
         self.dataset, self.records = dataset, records
         self.augment = augment and cache is None
-        self.max_objects = max_objects
+        self.max_objects, self.images_at_once = max_objects, images_at_once
         self.prompts, self.seed, self.cache = prompts, seed, cache
         self.img_size, self.low_res_size = img_size, low_res_size
 
-    def load(self, step: list[int], rank: int, world_size: int, epoch: int) -> Batch | None:
-        """Return a worker's part of a step with newly drawn prompts; None if it has no image.
+    def load(self, step: list[int], rank: int, world_size: int, epoch: int) -> list[Batch]:
+        """Return a worker's part of a step with newly drawn prompts; empty if it has no image.
 
         An instance's prompt depends on (seed, epoch, image, instance) and not on the worker.
         """
         mine = share_of(step, rank, world_size)
-        if not mine:
-            return None
-        settings = self.prompts
         plan: tuple[bool, ...] = ()
-        if settings.point_selection == "interactive":
+        if self.prompts.point_selection == "interactive":
             rng = np.random.default_rng([self.seed, epoch, step[0], 1])  # the same for all workers
-            plan = draw_correction_plan(settings.num_clicks, rng)
+            plan = draw_correction_plan(self.prompts.num_clicks, rng)
+        size = self.images_at_once or max(1, len(mine))
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [self._batch(part, plan, epoch) for part in parts]
+
+    def _batch(self, part: list[int], plan: tuple[bool, ...], epoch: int) -> Batch:
         prompts: list[Prompt] = []
         draws: list[np.ndarray] = []
         image_index: list[int] = []
         targets: list[np.ndarray] = []
         views: list[View] = []
-        for place, index in enumerate(mine):
+        for place, index in enumerate(part):
             record = self.records[index]
             rng = np.random.default_rng([self.seed, epoch, index])
             views.append(draw_view(rng) if self.augment else AS_IT_IS)
             for number in self.chosen(index, epoch):
                 mask = views[-1].turn(record.decode(record.instances[number]))
                 target = mask_to_target(mask, self.img_size, self.low_res_size)
-                for _ in range(settings.per_object):
+                for _ in range(self.prompts.per_object):
                     prompts.append(self._draw_prompt(mask, rng))
                     draws.append(rng.random(len(plan), dtype=np.float32))
                     image_index.append(place)
                     targets.append(target)
-        records = [self.records[index] for index in mine]
+        records = [self.records[index] for index in part]
         sizes = [view.size(record.size) for view, record in zip(views, records, strict=True)]
         grouped = group_prompts(prompts, image_index, sizes, self.img_size)
         valid = [valid_region(size, self.img_size, self.low_res_size) for size in sizes]

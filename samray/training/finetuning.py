@@ -42,6 +42,7 @@ class FineTuning:
             low_res_size(sam),
             config.train.augment,
             config.train.max_objects,
+            config.train.images_at_once,
         )
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -50,8 +51,8 @@ class FineTuning:
 
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
-    ) -> tuple[Batch | None, int]:
-        """Return a worker's part of a step, if any, and the number of prompts of the step."""
+    ) -> tuple[list[Batch], int]:
+        """Return a worker's part of a step, and the number of prompts of the whole step."""
         num_prompts = self.loader.num_prompts(step, epoch)
         return self.loader.load(step, rank, world_size, epoch), num_prompts
 

@@ -4,6 +4,7 @@ Reads down the page: `train_loop` -> `train_epoch` -> `train_step` -> `PromptedS
 come from a `Source`. Every worker runs the same code and differs only in its rank.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samray.config import Config, TrainConfig
 from samray.errors import TrainingError
-from samray.sam.adapt import merged_weights, num_frozen_blocks, set_trainable, trained_state
+from samray.sam.adapt import (
+    merged_weights,
+    num_blocks,
+    num_frozen_blocks,
+    set_trainable,
+    trained_state,
+)
 from samray.sam.checkpoint import RunFolder, load_checkpoint, load_optimizer, save_checkpoint
+from samray.training.optimizer import Optimizer
 from samray.training.step import LOSSES, Batch, PromptedSam
 
 MAX_SKIPPED = 3  # steps in a row whose gradient is not finite
@@ -58,8 +66,11 @@ class Source(Protocol):
 
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
-    ) -> tuple[Batch | None, int]:
-        """Return a worker's part of a step, if any, and the number of instances of the step."""
+    ) -> tuple[list[Batch], int]:
+        """Return a worker's part of a step, and the number of prompts of the whole step.
+
+        The part is empty, or one batch, or several whose gradients are added up.
+        """
 
     def names(self, step: list[int]) -> list[str]:
         """Return the names of a step's items, for messages."""
@@ -90,7 +101,7 @@ def train_loop(
     settings = config.train
     base = load_checkpoint(run.base)
     module = _prompted_sam(config, base.model().to(worker.device))
-    optimizer = _optimizer(module, settings)
+    optimizer = Optimizer(module.sam, settings, worker.device)
     epoch, step = 0, 0
     if run.latest is not None:
         trained, state = load_optimizer(run.latest)
@@ -103,7 +114,7 @@ def train_loop(
     if epoch == 0 and config.model.checkpoint != "none":
         _score_base(run, source, worker, report)
     began = started = time.perf_counter()
-    while epoch < settings.num_epochs:
+    while epoch < settings.num_epochs and not _out_of_patience(run, settings, worker):
         now = time.perf_counter()
         if max_minutes is not None and now - began + (now - started) > 60 * max_minutes:
             break
@@ -128,7 +139,7 @@ def train_loop(
 
 def train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     source: Source,
     settings: TrainConfig,
     worker: Worker,
@@ -150,12 +161,11 @@ def train_epoch(
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
     skipped: list[list[str]] = []  # the images of each skipped step
     in_a_row = 0
-    for number, (batch, num_instances) in enumerate(
+    for number, (batches, num_prompts) in enumerate(
         _load_ahead(source, steps, worker, epoch), start=1
     ):
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate_at(step, total_steps, settings)
-        losses = train_step(model, optimizer, batch, num_instances, worker, settings)
+        optimizer.set_learning_rate(learning_rate_at(step, total_steps, settings))
+        losses = train_step(model, optimizer, batches, num_prompts, worker)
         step += 1
         in_a_row = in_a_row + 1 if losses is None else 0
         if losses is None:
@@ -163,7 +173,7 @@ def train_epoch(
             if in_a_row == min(MAX_SKIPPED, len(steps)):
                 raise TrainingError(_not_finite(skipped[-in_a_row:]))
             continue
-        mine = len(batch) if batch else 0
+        mine = sum(len(batch) for batch in batches)
         sums += torch.tensor([*(losses[name] for name in LOSSES), mine], dtype=torch.float64)
         if worker.rank == 0 and mine:
             report(
@@ -182,32 +192,55 @@ def train_epoch(
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch | None,
-    num_instances: int,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    num_prompts: int,
     worker: Worker,
-    settings: TrainConfig,
 ) -> dict[str, float] | None:
-    """Make one optimiser step; every worker calls this, with or without a batch.
+    """Make one optimiser step; every worker calls this, with or without batches.
 
     DDP averages gradients over workers. Each worker's loss is therefore world size x its sum / all
-    instances, which gives the mean over instances for any distribution over workers.
+    prompts, which gives the mean over prompts for any distribution over workers and batches.
 
     Returns:
         This worker's sums of the losses; None if the gradient is not finite, and nothing changed.
     """
-    with torch.autocast(
-        worker.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
-    ):
-        sums: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
-    optimizer.zero_grad(set_to_none=True)
-    (sums["loss"] * (worker.world_size / num_instances)).backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
-    if not torch.isfinite(norm):  # the reduced gradient, so every worker sees it
-        return None
-    optimizer.step()
-    return {name: float(value.detach()) for name, value in sums.items()}
+    weight = worker.world_size / num_prompts
+    while True:
+        optimizer.zero_grad()
+        sums = dict.fromkeys(LOSSES, 0.0)
+        # Workers may have different numbers of batches; each takes part in one reduction.
+        with _unreduced(model):
+            for batch in batches[:-1]:
+                _add_gradient(model, optimizer, batch, weight, worker, sums)
+        last = batches[-1] if batches else None
+        _add_gradient(model, optimizer, last, weight, worker, sums)
+        outcome = optimizer.step()
+        if outcome != "loss scale lowered":
+            return sums if outcome == "done" else None
+
+
+def _add_gradient(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: Batch | None,
+    weight: float,
+    worker: Worker,
+    sums: dict[str, float],
+) -> None:
+    """Add a batch's gradient to the parameters', and its losses to `sums`."""
+    with optimizer.autocast():
+        losses: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
+    optimizer.backward(losses["loss"] * weight)
+    for name in sums:
+        sums[name] += float(losses[name].detach())
+
+
+def _unreduced(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Add gradients up without reducing them over the workers."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def _not_finite(skipped: list[list[str]]) -> str:
@@ -239,24 +272,17 @@ def _prompted_sam(config: Config, sam: Sam) -> PromptedSam:
     focal_weight = config.loss.focal_weight
     assert focal_weight is not None
     weights = (focal_weight, config.loss.dice_weight, config.loss.iou_weight)
-    num_frozen = num_frozen_blocks(sam.image_encoder, config.model)
-    return PromptedSam(sam, weights, config.train.max_prompts, num_frozen)
+    num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
+    settings = config.train
+    return PromptedSam(sam, weights, settings.max_prompts, num_frozen, settings.recompute_encoder)
 
 
-def _optimizer(module: PromptedSam, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with two groups: the image encoder, at a share of the learning rate, and the rest."""
-    named = [(name, p) for name, p in module.sam.named_parameters() if p.requires_grad]
-    encoder = [p for name, p in named if name.startswith("image_encoder.")]
-    others = [p for name, p in named if not name.startswith("image_encoder.")]
-    groups = [
-        {"params": others, "share": 1.0},
-        {"params": encoder, "share": settings.encoder_lr_share},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+def _out_of_patience(run: RunFolder, settings: TrainConfig, worker: Worker) -> bool:
+    """Whether the last epochs brought no new best; the same on all workers."""
+    stop = 0.0
+    if settings.patience is not None and worker.rank == 0:  # it alone keeps run.json up to date
+        stop = float(run.epochs_without_best >= settings.patience)
+    return bool(worker.sum(torch.tensor(stop, device=worker.device)))
 
 
 def _score_base(run: RunFolder, source: Source, worker: Worker, report: Report) -> None:
@@ -277,7 +303,7 @@ def _save_epoch(
     run: RunFolder,
     config: Config,
     sam: Sam,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     metrics: dict[str, Any],
     origin: dict[str, Any],
 ) -> None:
@@ -295,10 +321,10 @@ def _save_epoch(
 
 def _load_ahead(
     source: Source, steps: list[list[int]], worker: Worker, epoch: int
-) -> Iterator[tuple[Batch | None, int]]:
+) -> Iterator[tuple[list[Batch], int]]:
     """Load the next batch while the current one trains."""
 
-    def load(step: list[int]) -> tuple[Batch | None, int]:
+    def load(step: list[int]) -> tuple[list[Batch], int]:
         return source.load(step, worker.rank, worker.world_size, epoch)
 
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -26,12 +26,12 @@ from samray.sam.checkpoint import (
     save_checkpoint,
 )
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
+from samray.sam.losses import low_res_iou
 from samray.sam.model import build_model, low_res_size
 from samray.sam.shipped import export_weights, load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import Place, lock_folder, resolve, resolve_local
 from samray.training.loop import Worker, train_loop
-from samray.training.losses import low_res_iou
 from samray.training.scenes import VERSION, draw_scenes, region_masks
 from samray.training.step import Batch, draw_correction_plan, drawn_place, error_click
 
@@ -104,7 +104,7 @@ class DrawnScenes:
 
     def load(
         self, step: list[int], rank: int, world_size: int, epoch: int
-    ) -> tuple[Batch | None, int]:
+    ) -> tuple[list[Batch], int]:
         """Draw a step's scenes and prompts: point or box with equal chance, then clicks."""
         prompts, seed = self.config.prompts, self.config.train.seed
         drawing = self._draw(seed * SEEDS + step[0], len(step))
@@ -123,7 +123,7 @@ class DrawnScenes:
             targets.append(drawing.targets[chosen])
             draws.append(drawing.uniform(len(chosen), len(plan)))
         batch = Batch(drawing.images, None, groups, targets, drawing.valid, plan, draws)
-        return batch, max(1, len(batch))
+        return [batch], max(1, len(batch))
 
     @torch.inference_mode()
     def validate(self, worker: Worker) -> dict[str, float]:

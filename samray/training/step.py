@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from samray.sam.adapt import num_blocks, suffix
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
-from samray.training.losses import sam_loss
+from samray.sam.losses import sam_loss
 
 LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou")
 
@@ -75,6 +75,7 @@ class PromptedSam(nn.Module):
         max_prompts: prompts whose activations are kept; a larger batch is decoded in chunks that
             are recomputed in the backward pass.
         num_frozen: blocks of the image encoder before the first that learns; None: all blocks.
+        recompute_encoder: compute the image encoder's trained blocks again in the backward pass.
     """
 
     def __init__(
@@ -83,13 +84,15 @@ class PromptedSam(nn.Module):
         loss_weights: tuple[float, float, float],
         max_prompts: int,
         num_frozen: int | None = None,
+        recompute_encoder: bool = False,
     ) -> None:
         super().__init__()
         self.sam = sam
         self.num_frozen = num_blocks(sam.image_encoder) if num_frozen is None else num_frozen
         self.loss_weights = loss_weights
         self.max_prompts = max_prompts
-        self.balanced_weight = 0.0  # see `samray.training.losses.sam_loss`; set by the loop
+        self.recompute_encoder = recompute_encoder
+        self.balanced_weight = 0.0  # see `samray.sam.losses.sam_loss`; set by the loop
 
     def forward(self, batch: Batch | None) -> dict[str, Tensor]:
         """Return the sums of the losses over the batch's instances; zeros for no batch."""
@@ -99,10 +102,7 @@ class PromptedSam(nn.Module):
         sums = dict.fromkeys(LOSSES, zero)
         if batch is None:
             return sums
-        if batch.encoded is None:
-            embeddings = self.sam.image_encoder(batch.images)
-        else:
-            embeddings = suffix(self.sam.image_encoder, batch.encoded, self.num_frozen)
+        embeddings = self._embed(batch)
         draws = batch.click_draws or [target.new_zeros(len(target), 0) for target in batch.targets]
         size = self.max_prompts
         chunks = [
@@ -126,6 +126,13 @@ class PromptedSam(nn.Module):
                 losses = self._passes(*arguments)
             sums = {name: sums[name] + losses[name] for name in LOSSES}
         return sums
+
+    def _embed(self, batch: Batch) -> Tensor:
+        given, num_frozen = batch.encoded, self.num_frozen
+        if given is None:
+            assert batch.images is not None
+            given, num_frozen = batch.images, 0
+        return suffix(self.sam.image_encoder, given, num_frozen, self.recompute_encoder)
 
     def _decode(
         self, embeddings: Tensor, group: PromptGroup, multimask_output: bool

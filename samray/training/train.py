@@ -24,10 +24,10 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from samray import cluster
-from samray.config import Config, required, resolve_model, with_settings
+from samray.config import ENCODER_BLOCKS, Config, required, resolve_model, with_settings
 from samray.data.dataset import PreparedDataset
 from samray.errors import CheckpointError, ConfigError, SamrayError
-from samray.sam.adapt import num_frozen_blocks
+from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -37,6 +37,7 @@ from samray.sam.checkpoint import (
     save_checkpoint,
 )
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
+from samray.sam.encode import encode_missing
 from samray.sam.model import build_model, load_weights
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of, fetch_official, load_state_dict
@@ -48,9 +49,9 @@ from samray.storage import (
     require_folder,
     resolve,
 )
-from samray.training.encode import encode_missing
 from samray.training.finetuning import FineTuning
 from samray.training.loop import Report, Worker, train_loop
+from samray.training.optimizer import training_dtype
 
 ABORT_SECONDS = 20  # for the workers of an interrupted run to end
 
@@ -100,16 +101,19 @@ def _fit(
 ) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
     _require_enough_images(config, dataset)
-    if trial is None:
+    base = None
+    if trial is None and not (resumed and resumed.base.exists()):
         base, config = base_checkpoint(config)
-    else:
+    else:  # RUN/base or the sweep holds the weights; their origin may be gone
         config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
         print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
-    num_frozen = num_frozen_blocks(build_model(config.model.type).image_encoder, config.model)
+    num_frozen = num_frozen_blocks(ENCODER_BLOCKS[config.model.type], config.model)
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
+    if not resources.use_gpu:
+        training_dtype(config.train.precision, "cpu")
     if config.model.type != "tiny" and config.model.adapt != "none" and not resources.use_gpu:
         print(
             "note: each step computes the last blocks of the image encoder, which takes seconds an "
@@ -121,9 +125,9 @@ def _fit(
     run = resumed or RunFolder.create(output, config, dataset.digest)
     with run.running():
         if not run.base.exists():
-            if trial is None:
+            if base is not None:
                 save_checkpoint(run.base, base.weights, config, base.progress)
-            else:
+            elif trial is not None:
                 copy_folder(trial.base, run.base, link=True)
         cache_dir = _fill_cache(config, run, dataset, num_frozen) if num_frozen else None
         _train(config, run, dataset, cache_dir, resources, trial.report if trial else None)
@@ -143,7 +147,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     config, cache = arguments["config"], None
     if arguments["cache_dir"] is not None:
         sam = load_checkpoint(run.base).model()
-        num_frozen = num_frozen_blocks(sam.image_encoder, config.model)
+        num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
         cache = EmbeddingCache(arguments["cache_dir"], sam, num_frozen)
     train_loop(
         config,

@@ -28,7 +28,14 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 from tqdm import tqdm
 
 from samray import __version__, cluster
-from samray.config import Config, required, resolve_model, save_config, with_settings
+from samray.config import (
+    ENCODER_BLOCKS,
+    Config,
+    required,
+    resolve_model,
+    save_config,
+    with_settings,
+)
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.errors import ConfigError, SweepError
 from samray.evaluation.evaluate import score_models, summary
@@ -36,7 +43,7 @@ from samray.evaluation.scoring import MATRIX
 from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder
-from samray.sam.model import build_model
+from samray.sam.encode import EncodingReport, encode_missing
 from samray.storage import (
     Place,
     is_used,
@@ -48,7 +55,6 @@ from samray.storage import (
     write_bytes,
     write_json,
 )
-from samray.training.encode import EncodingReport, encode_missing
 from samray.training.search_space import (
     SEARCHED,
     count_trials,
@@ -237,7 +243,7 @@ def _encode(
 ) -> EncodingReport:
     """Fill the cache that all trials and the final test share."""
     model = resolve_model(plan.config, plan.config.model.checkpoint != "none").model
-    num_frozen = num_frozen_blocks(build_model(model.type).image_encoder, model)
+    num_frozen = num_frozen_blocks(ENCODER_BLOCKS[model.type], model)
     if num_frozen == 0:
         return EncodingReport(0, 0, 0.0)
     return encode_missing(

@@ -653,9 +653,14 @@ def test_resume_with_other_settings_or_data(
     refused(run_cli(*words, tmp_path / "other"), "--resume", "dataset")
 
 
-def test_more_workers_than_images(prepared, tmp_path, run_cli):
+def test_more_than_there_is(prepared, tmp_path, run_cli, ray_cluster):
     words = ["train", "--data-dir", prepared, "--output-dir", tmp_path / "run"]
     refused(run_cli(*words, "--num-workers", 500), "--num-workers 500", "images of the train split")
+    refused(run_cli(*words, "model.adapt_blocks=5"), "model.adapt_blocks: 5", "tiny has 4 blocks")
+    refused(run_cli(*words, "model.adapt=lora"), "model.adapt", "use model.adapt=full")
+    refused(
+        run_cli(*words, "train.precision=float16"), "train.precision", "needs a GPU", "bfloat16"
+    )
     assert not (tmp_path / "run").exists()
 
 

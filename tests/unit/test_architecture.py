@@ -16,11 +16,11 @@ HOUSE = """
 geometry    shapes masks polygons images tiles prompts frames drawing duplicates
 data        annotation labelme coco discovery pairing outcome intake prepare* splits dataset \
             export sample_data
-sam         model tiny adapt weights shipped checkpoint store embeddings decode
+sam         model tiny adapt weights shipped checkpoint store losses embeddings encode* decode
 inspection  preview report problems
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
-training    losses batches step loop finetuning encode* train* tune* search_space* sweep_report \
+training    batches step optimizer loop finetuning train* tune* search_space* sweep_report \
             pretraining scenes
 serving     gate openapi listener ingress* app* replicas* vault* catalogue labelstudio \
             labelstudio_client labelme_client

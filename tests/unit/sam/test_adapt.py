@@ -7,12 +7,11 @@ import torch
 from sam_parts import small_sam, small_vit
 from segment_anything import sam_model_registry
 
-from samray.config import ModelConfig, load_config, resolve_model
+from samray.config import ENCODER_BLOCKS, ModelConfig, load_config, resolve_model
 from samray.errors import ConfigError
 from samray.sam.adapt import (
     merged_weights,
     num_blocks,
-    num_frozen_blocks,
     prefix,
     prefix_digest,
     set_trainable,
@@ -146,9 +145,17 @@ def test_the_other_parts_freeze_alone(frozen):
 
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ConfigError, match=r"lora is for attention.*use model.adapt=full"):
-        adapted(small_sam(), "lora", 1)
-    with pytest.raises(ConfigError, match="5, but the image encoder of tiny has 4 blocks"):
-        num_frozen_blocks(small_sam().image_encoder, ModelConfig(adapt="full", adapt_blocks=5))
+        resolve_model(load_config(overrides=["model.adapt=lora"]), True)
+    settings = ["model.type=vit_b", "model.adapt_blocks=13"]
+    with pytest.raises(ConfigError, match="13, but the image encoder of vit_b has 12 blocks"):
+        resolve_model(load_config(overrides=settings), True)
+
+
+@pytest.mark.parametrize("model_type", ["tiny", "vit_b"])
+def test_the_number_of_blocks_is_known_without_the_model(model_type):
+    with torch.device("meta"):
+        encoder = build_model(model_type).image_encoder
+    assert num_blocks(encoder) == ENCODER_BLOCKS[model_type]
 
 
 @pytest.mark.parametrize(

@@ -58,28 +58,28 @@ def everything_in(batch):
 
 
 def test_every_instance_of_every_image_is_trained_on(loader):
-    batch = loader.load([0, 1, 2], 0, 1, epoch=0)
+    (batch,) = loader.load([0, 1, 2], 0, 1, epoch=0)
     assert sum(len(group) for group in batch.groups) == 1 + 4 + 7
     assert batch.encoded.shape == (3, 32, 4, 4)
     assert batch.valid.shape == (3, 1, 16, 16)
 
 
 def test_prompts_do_not_depend_on_the_number_of_workers(loader):
-    alone = everything_in(loader.load([2, 0, 1], 0, 1, epoch=4))
-    shared = [loader.load([2, 0, 1], rank, 2, epoch=4) for rank in range(2)]
+    alone = everything_in(*loader.load([2, 0, 1], 0, 1, epoch=4))
+    shared = [loader.load([2, 0, 1], rank, 2, epoch=4)[0] for rank in range(2)]
     assert sorted(row for batch in shared for row in everything_in(batch)) == alone
 
 
 def test_prompts_are_drawn_anew_each_epoch_and_repeat_with_the_seed(loader):
     first, again, later = (
-        everything_in(loader.load([1, 2], 0, 1, epoch=epoch)) for epoch in (0, 0, 1)
+        everything_in(*loader.load([1, 2], 0, 1, epoch=epoch)) for epoch in (0, 0, 1)
     )
     assert first == again
     assert first != later
 
 
 def test_a_worker_without_an_image_gets_no_batch(loader):
-    assert loader.load([1], rank=1, world_size=2, epoch=0) is None
+    assert loader.load([1], rank=1, world_size=2, epoch=0) == []
 
 
 def test_a_missing_embedding_is_an_error_that_names_it(loader):
@@ -108,12 +108,12 @@ def test_many_objects_are_trained_on_in_turn(loader):
     assert all(len(set(chosen)) == 3 for chosen in seen)
     assert sorted(number for chosen in seen for number in chosen) == sorted(3 * list(range(7)))
     assert loader.num_prompts([0, 1, 2], epoch=0) == 1 + 3 + 3
-    assert len(loader.load([0, 1, 2], 0, 1, epoch=0)) == 7
+    assert len(loader.load([0, 1, 2], 0, 1, epoch=0)[0]) == 7
 
 
 def test_several_prompts_of_an_object_share_its_target(loader):
     loader.prompts = PromptConfig(point_selection="mixed", per_object=3)
-    batch = loader.load([1], 0, 1, epoch=0)
+    (batch,) = loader.load([1], 0, 1, epoch=0)
     assert len(batch) == loader.num_prompts([1], epoch=0) == 12
     areas = sorted(area for _, area in everything_in(batch))
     assert [areas[number] for number in range(0, 12, 3)] == sorted(set(areas))

@@ -10,14 +10,17 @@ from sam_parts import blob_record, small_sam, small_vit
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from samray.config import ModelConfig, PromptConfig, TrainConfig
-from samray.errors import TrainingError
-from samray.sam.adapt import set_trainable
+from samray.config import ModelConfig, PromptConfig, TrainConfig, load_config, resolve_model
+from samray.errors import ConfigError, TrainingError
+from samray.sam.adapt import num_blocks, prefix, set_trainable
+from samray.sam.checkpoint import RunFolder, save_checkpoint
 from samray.sam.decode import decode_prompts
 from samray.sam.embeddings import EmbeddingCache
+from samray.sam.losses import sam_loss
+from samray.sam.shipped import load_shipped
 from samray.training.batches import BatchLoader
-from samray.training.loop import Worker, learning_rate_at, train_epoch, train_step
-from samray.training.losses import sam_loss
+from samray.training.loop import Worker, learning_rate_at, train_epoch, train_loop, train_step
+from samray.training.optimizer import Optimizer, training_dtype
 from samray.training.step import PromptedSam
 
 WEIGHTS = (20.0, 1.0, 1.0)
@@ -43,6 +46,10 @@ def frozen_module(max_prompts=64):
     return PromptedSam(sam, WEIGHTS, max_prompts)
 
 
+def optimizer_of(module, **settings):
+    return Optimizer(module.sam, TrainConfig(**settings), CPU)
+
+
 def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
 
@@ -63,8 +70,10 @@ def loss_and_gradients(module, batches):
 
 def test_a_ragged_batch_equals_looping_over_its_images(tmp_path):
     loader, module = make_loader(tmp_path), frozen_module()
-    whole, grads = loss_and_gradients(module, [loader.load([0, 1, 2], 0, 1, epoch=0)])
-    parts = [loader.load([index], 0, 1, epoch=0) for index in range(3)]
+    whole, grads = loss_and_gradients(module, loader.load([0, 1, 2], 0, 1, epoch=0))
+    loader.images_at_once = 1
+    parts = loader.load([0, 1, 2], 0, 1, epoch=0)
+    assert len(parts) == 3
     looped, looped_grads = loss_and_gradients(module, parts)
     assert whole == pytest.approx(looped, rel=1e-5)
     assert_same_gradients(grads, looped_grads)
@@ -72,7 +81,7 @@ def test_a_ragged_batch_equals_looping_over_its_images(tmp_path):
 
 def test_the_loss_equals_the_stock_decoder_called_image_by_image(tmp_path):
     loader, module = make_loader(tmp_path), frozen_module()
-    batch = loader.load([0, 1, 2], 0, 1, epoch=0)
+    (batch,) = loader.load([0, 1, 2], 0, 1, epoch=0)
     ours = float(module(batch)["loss"].detach())
     sam, total = module.sam, 0.0
     for group, targets in zip(batch.groups, batch.targets, strict=True):
@@ -98,16 +107,126 @@ def test_the_loss_equals_the_stock_decoder_called_image_by_image(tmp_path):
 
 def test_chunks_do_not_change_loss_and_gradients(tmp_path):
     loader = make_loader(tmp_path)
-    batch = loader.load([0, 1, 2], 0, 1, epoch=0)
+    (batch,) = loader.load([0, 1, 2], 0, 1, epoch=0)
     whole = loss_and_gradients(frozen_module(max_prompts=64), [batch])
     chunked = loss_and_gradients(frozen_module(max_prompts=2), [batch])
     assert whole[0] == pytest.approx(chunked[0], rel=1e-5)
     assert_same_gradients(whole[1], chunked[1])
 
 
+@pytest.mark.parametrize(("build", "num_frozen"), [(small_sam, 0), (small_vit, 0), (small_vit, 1)])
+def test_recomputing_the_encoder_changes_no_gradient(build, num_frozen, tmp_path):
+    (batch,) = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
+    images = torch.randn(3, 3, 64, 64)
+    found = []
+    for recompute in (False, True):
+        sam = build()
+        blocks = num_blocks(sam.image_encoder) - num_frozen
+        set_trainable(sam, ModelConfig(adapt="full", adapt_blocks=blocks if num_frozen else "all"))
+        batch.images, batch.encoded = images, None
+        if num_frozen:
+            with torch.no_grad():
+                batch.images, batch.encoded = None, prefix(sam.image_encoder, images, num_frozen)
+        module = PromptedSam(sam, WEIGHTS, 64, num_frozen, recompute)
+        found.append(loss_and_gradients(module, [batch])[1])
+    assert any("image_encoder" in name for name in found[0])
+    assert_same_gradients(*found)
+
+
+def in_half(module, scale):
+    """An optimiser in float16, as on a GPU without bfloat16."""
+    optimizer = optimizer_of(module, clip_grad_norm=1e9)
+    optimizer.dtype = torch.float16
+    optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return optimizer
+
+
+def test_in_float16_the_scale_falls_until_the_gradient_is_finite(tmp_path):
+    batches = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
+    found = []
+    for half in (False, True):
+        module = frozen_module()
+        optimizer = in_half(module, 2.0**40) if half else optimizer_of(module, clip_grad_norm=1e9)
+        losses = train_step(module, optimizer, batches, 12, Worker(0, 1, CPU))
+        found.append((losses["loss"], gradients(module)))
+    assert 1 < optimizer.scaler.get_scale() < 2.0**40
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.01)
+    largest = max(float(g.abs().max()) for g in found[0][1].values())
+    assert all(
+        float((found[1][1][name] - gradient).abs().max()) < 0.02 * largest
+        for name, gradient in found[0][1].items()
+    )
+
+
+def test_what_is_not_finite_at_any_scale_is_skipped_and_the_scale_kept(tmp_path):
+    module = frozen_module()
+    before = [p.detach().clone() for p in module.parameters()]
+    batches = make_loader(tmp_path).load([0], 0, 1, epoch=0)
+    batches[0].encoded = batches[0].encoded * float("nan")
+    optimizer = in_half(module, 1024.0)
+    assert train_step(module, optimizer, batches, 1, Worker(0, 1, CPU)) is None
+    assert optimizer.scaler.get_scale() == 1024
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_the_state_of_the_scale_is_resumed():
+    optimizer = in_half(frozen_module(), 512.0)
+    resumed = in_half(frozen_module(), 2.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.scaler.get_scale() == 512
+
+
+def test_precision_by_device():
+    assert training_dtype("auto", "cpu") == torch.float32
+    assert training_dtype("bfloat16", "cpu") == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"train.precision: float16 needs a GPU.*or auto"):
+        training_dtype("float16", "cpu")
+
+
+class NeverBetter:
+    """A source whose validation never improves."""
+
+    digest = "0"
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def steps(self, epoch):
+        return [[0]]
+
+    def load(self, step, rank, world_size, epoch):
+        batches = self.loader.load(step, rank, world_size, epoch)
+        return batches, len(batches[0])
+
+    def names(self, step):
+        return ["photo"]
+
+    def validate(self, worker):
+        return {"val_iou": 0.5, "val_iou_center": 0.5}
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path):
+    settings = ["model.adapt=none", "train.num_epochs=9", "train.patience=2"]
+    config = resolve_model(load_config(overrides=settings), weights_given=True)
+
+    def open_source(sam):
+        record = blob_record("0", (60, 80), 1)
+        cache = EmbeddingCache(tmp_path / "cache", sam)
+        cache.save(record.digest, np.zeros((128, 16, 16)))
+        return NeverBetter(BatchLoader(None, [record], MIXED, 5, cache, 256, 64))
+
+    run = RunFolder.create(tmp_path / "run", config, "0")
+    save_checkpoint(run.base, load_shipped().weights, config, {})
+    for _ in range(2):  # resumed, it has had its epochs
+        train_loop(config, run, open_source, Worker(0, 1, CPU))
+        run = RunFolder(run.path)
+        assert len(run.state["epochs"]) == run.epochs_without_best == 2
+        assert run.state["best"] == "base"
+
+
 def test_the_image_encoder_gets_gradients_unless_frozen(tmp_path):
     loader = make_loader(tmp_path)
-    batch = loader.load([0, 1], 0, 1, epoch=0)
+    (batch,) = loader.load([0, 1], 0, 1, epoch=0)
     batch.images, batch.encoded = torch.randn(2, 3, 64, 64), None
     for max_prompts in (64, 2):  # through recomputed chunks, too
         module = PromptedSam(small_sam(), WEIGHTS, max_prompts)
@@ -118,9 +237,8 @@ def test_the_image_encoder_gets_gradients_unless_frozen(tmp_path):
 def test_frozen_parts_get_no_gradient_and_never_move(tmp_path):
     module = frozen_module()
     before = {k: v.clone() for k, v in module.sam.image_encoder.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    batch = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
-    train_step(module, optimizer, batch, 12, Worker(0, 1, CPU), TrainConfig())
+    batches = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
+    train_step(module, optimizer_of(module, learning_rate=0.1), batches, 12, Worker(0, 1, CPU))
     after = module.sam.image_encoder.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in module.sam.image_encoder.parameters())
@@ -128,7 +246,7 @@ def test_frozen_parts_get_no_gradient_and_never_move(tmp_path):
 
 def test_a_step_uses_its_own_gradients_only(tmp_path):
     """Gradients left over from the previous step would change the result."""
-    batch = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
+    batches = make_loader(tmp_path).load([0, 1, 2], 0, 1, epoch=0)
     results = []
     for leftover in (False, True):
         module = frozen_module()
@@ -136,8 +254,7 @@ def test_a_step_uses_its_own_gradients_only(tmp_path):
         if leftover:
             for parameter in parameters:
                 parameter.grad = torch.ones_like(parameter)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        train_step(module, optimizer, batch, 12, Worker(0, 1, CPU), TrainConfig())
+        train_step(module, optimizer_of(module), batches, 12, Worker(0, 1, CPU))
         results.append(module.sam.mask_decoder.iou_token.weight.detach().clone())
     assert torch.equal(*results)
 
@@ -152,10 +269,10 @@ class Damaged:
         return [[number] for number in range(self.count)]
 
     def load(self, step, rank, world_size, epoch):
-        batch = self.loader.load([step[0] % 3], rank, world_size, epoch)
+        (batch,) = self.loader.load([step[0] % 3], rank, world_size, epoch)
         if step[0] in self.damaged:
             batch.encoded = batch.encoded * float("nan")
-        return batch, len(batch)
+        return [batch], len(batch)
 
     def names(self, step):
         return [f"photo {step[0]}"]
@@ -163,9 +280,7 @@ class Damaged:
 
 def train_damaged(tmp_path, damaged):
     module, settings = frozen_module(), TrainConfig(num_epochs=1)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in module.parameters() if p.requires_grad], "share": 1.0}]
-    )
+    optimizer = optimizer_of(module)
     source, worker = Damaged(make_loader(tmp_path), damaged), Worker(0, 1, CPU)
     events = []
     losses, _ = train_epoch(module, optimizer, source, settings, worker, 0, 0, events.append)
@@ -189,7 +304,7 @@ def test_three_such_steps_in_a_row_end_the_run_with_advice(tmp_path):
 def test_the_mask_depends_on_the_prompt(tmp_path):
     """Another point gives another mask, so the prompt reaches the decoder."""
     loader, module = make_loader(tmp_path), frozen_module()
-    batch = loader.load([2], 0, 1, epoch=0)
+    (batch,) = loader.load([2], 0, 1, epoch=0)
     group = next(g for g in batch.groups if g.point_coords is not None)
     with torch.no_grad():
         here, _ = decode_prompts(module.sam, batch.encoded, group, True)
@@ -243,12 +358,12 @@ def ddp_worker(rank, world_size, folder):
     )
     for name, (step, _, _) in SHARED_STEPS.items():
         loader, module = shared_step(f"{folder}/cache {rank}", name)
-        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
+        optimizer = optimizer_of(module, learning_rate=1e-9, clip_grad_norm=1e9)
         ddp = DistributedDataParallel(module)
         num_instances = sum(INSTANCES[index] for index in step)
-        batch = loader.load(step, rank, world_size, epoch=0)
-        settings = TrainConfig(clip_grad_norm=1e9)
-        train_step(ddp, optimizer, batch, num_instances, Worker(rank, world_size, CPU), settings)
+        loader.images_at_once = 1  # one worker adds up two batches, the other may have none
+        batches = loader.load(step, rank, world_size, epoch=0)
+        train_step(ddp, optimizer, batches, num_instances, Worker(rank, world_size, CPU))
         torch.save(gradients(module), f"{folder}/{name} {rank}.pth")
     dist.destroy_process_group()
 
@@ -269,7 +384,7 @@ def test_two_workers_give_the_gradients_of_one(name, shared_gradients, tmp_path)
     assert_same_gradients(*shared_gradients[name])
     step, prompts, _ = SHARED_STEPS[name]
     loader, module = shared_step(tmp_path, name)
-    batch = loader.load(step, 0, 1, epoch=0)
+    (batch,) = loader.load(step, 0, 1, epoch=0)
     assert bool(batch.corrections) == (prompts is INTERACTIVE)
     (module(batch)["loss"] / len(batch)).backward()
     assert_same_gradients(shared_gradients[name][0], gradients(module))

@@ -42,19 +42,20 @@ def test_every_scene_is_drawn_once(source):
 
 
 def test_a_step_is_reproducible_and_another_step_differs(source):
-    one, two = (source.load([4, 5], 0, 1, epoch=0) for _ in range(2))
-    assert one[1] == two[1] == len(one[0]) >= 2
-    assert torch.equal(one[0].images, two[0].images)
-    for a, b in zip(one[0].targets, two[0].targets, strict=True):
+    (one,), count = source.load([4, 5], 0, 1, epoch=0)
+    (two,), again = source.load([4, 5], 0, 1, epoch=0)
+    assert count == again == len(one) >= 2
+    assert torch.equal(one.images, two.images)
+    for a, b in zip(one.targets, two.targets, strict=True):
         assert torch.equal(a, b)
-    assert one[0].corrections == two[0].corrections
-    other, _ = source.load([6, 7], 0, 1, epoch=0)
-    assert not torch.equal(one[0].images, other.images)
+    assert one.corrections == two.corrections
+    (other,), _ = source.load([6, 7], 0, 1, epoch=0)
+    assert not torch.equal(one.images, other.images)
 
 
 def test_points_lie_in_their_region_and_boxes_around_it(source):
     for first in range(0, 40, 2):
-        batch, _ = source.load([first, first + 1], 0, 1, epoch=0)
+        (batch,), _ = source.load([first, first + 1], 0, 1, epoch=0)
         for group, targets in zip(batch.groups, batch.targets, strict=True):
             assert float(targets.amax(dim=(1, 2, 3)).min()) > 0
             if group.point_coords is not None:

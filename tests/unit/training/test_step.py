@@ -8,7 +8,7 @@ import torch
 from sam_parts import small_sam
 
 from samray.sam.decode import PromptGroup, decode_prompts
-from samray.training.losses import sam_loss
+from samray.sam.losses import sam_loss
 from samray.training.step import Batch, PromptedSam, draw_correction_plan, error_click
 
 WEIGHTS = (20.0, 1.0, 1.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from samray.training.losses import dice_loss, focal_loss, low_res_iou, sam_loss
+from samray.sam.losses import dice_loss, focal_loss, low_res_iou, sam_loss
 
 SURE = 50.0  # a logit whose sigmoid is 1 in float32
 WEIGHTS = (20.0, 1.0, 1.0)
