@@ -25,6 +25,9 @@ Split = Literal["train", "val", "test"]
 
 MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
 
+# `docs/measurements.md` has the comparison for `tiny`; 1e-4 is MedSAM's and micro-sam's range.
+LEARNING_RATE_TINY, LEARNING_RATE_VIT = 3e-4, 1e-4
+
 # Transformer blocks of the image encoder; stages of `tiny`.
 ENCODER_BLOCKS = {"tiny": 4, "vit_b": 12, "vit_l": 24, "vit_h": 32}
 
@@ -251,8 +254,9 @@ class TrainConfig(Section):
     num_epochs: int = Field(10, ge=1)
     """Number of epochs. An epoch is one pass over the training split, or
     `pretrain.scenes_per_epoch` scenes."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate of AdamW, reached after the warm-up."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of AdamW, reached after the warm-up; unset: 3e-4 for tiny, 1e-4 for
+    ViTs."""
     encoder_lr_share: float = Field(1.0, gt=0, le=1)
     """Learning rate of the image encoder, as a share of the learning rate of the other parts."""
     weight_decay: float = Field(0.01, ge=0)
@@ -602,6 +606,7 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
     Raises:
         ConfigError: all three parts are frozen, or the image encoder cannot learn in this way.
     """
+    config = with_learning_rate(config)
     model = _resolve_adaptation(config.model, weights_given)
     if model.freeze_image_encoder and model.freeze_prompt_encoder and model.freeze_mask_decoder:
         raise ConfigError("all three parts of the model are frozen; leave one to train")
@@ -618,6 +623,16 @@ def resolve_model(config: Config, weights_given: bool) -> Config:
                 update={"focal_weight": focal, "balanced_weight": balanced}
             ),
         }
+    )
+
+
+def with_learning_rate(config: Config) -> Config:
+    """Return the config with the model type's learning rate, unless one is set."""
+    if config.train.learning_rate is not None:
+        return config
+    rate = LEARNING_RATE_TINY if config.model.type == "tiny" else LEARNING_RATE_VIT
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"learning_rate": rate})}
     )
 
 

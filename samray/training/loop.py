@@ -253,12 +253,13 @@ def _not_finite(skipped: list[list[str]]) -> str:
 
 def learning_rate_at(step: int, total_steps: int, settings: TrainConfig) -> float:
     """Linear warm-up, then cosine decay to the final fraction; depends on the step only."""
+    peak, final = settings.learning_rate, settings.final_lr_fraction
+    assert peak is not None
     warmup = min(settings.warmup_steps, total_steps // 2)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total_steps - warmup)
-    final = settings.final_lr_fraction
-    return settings.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+    return peak * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def balance_at(epoch: int, num_epochs: int) -> float:

@@ -26,6 +26,7 @@ class Optimizer:
         named = [(name, p) for name, p in sam.named_parameters() if p.requires_grad]
         encoder = [p for name, p in named if name.startswith("image_encoder.")]
         others = [p for name, p in named if not name.startswith("image_encoder.")]
+        assert settings.learning_rate is not None
         groups = [
             {"params": others, "share": 1.0},
             {"params": encoder, "share": settings.encoder_lr_share},

@@ -6,7 +6,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
-from samray.config import Config, resolve_model, with_settings
+from samray.config import Config, resolve_model, with_learning_rate, with_settings
 from samray.errors import ConfigError
 
 SEARCHED = ("model", "prompts", "loss", "train")
@@ -29,13 +29,15 @@ DEFAULT_STRATEGIES = ("mixed", "interactive", "random", "bbox")
 
 
 def with_default_space(config: Config) -> Config:
-    """Return the config with a search space: its own, or learning rate and prompt strategy.
+    """Return the config with a learning rate and a search space, its own ones or the defaults.
 
     The default one surrounds the config's own learning rate by a factor of ten.
     """
+    config = with_learning_rate(config)
     if config.tune.search_space:
         return config
     rate, selection = config.train.learning_rate, config.prompts.point_selection
+    assert rate is not None
     strategies = dict.fromkeys([*DEFAULT_STRATEGIES, selection])
     space = {
         "train.learning_rate": {"loguniform": [rate / 10, rate * 10]},

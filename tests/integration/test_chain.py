@@ -283,7 +283,7 @@ def test_a_used_folder_needs_resume_and_a_finished_run_is_not_trained_again(
     assert state_of(tuned_run)["epochs"] == before["epochs"]
     status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", "--lr", 0.5, *FROZEN)
     assert status == 2
-    assert "train.learning_rate (was 0.0001, now 0.5)" in err
+    assert "train.learning_rate (was 0.0003, now 0.5)" in err
 
 
 @pytest.mark.slow

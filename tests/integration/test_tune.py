@@ -19,7 +19,7 @@ from samray.sam.checkpoint import load_checkpoint
 from samray.sam.model import build_model
 from samray.training.tune import sweep
 
-SPACE = {"train.learning_rate": {"choice": [1e-4, 1e-3]}}
+SPACE = {"train.learning_rate": {"choice": [3e-4, 1e-3]}}
 
 
 @pytest.fixture(scope="module")

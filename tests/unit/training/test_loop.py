@@ -47,7 +47,7 @@ def frozen_module(max_prompts=64):
 
 
 def optimizer_of(module, **settings):
-    return Optimizer(module.sam, TrainConfig(**settings), CPU)
+    return Optimizer(module.sam, TrainConfig(**{"learning_rate": 1e-4, **settings}), CPU)
 
 
 def gradients(module):
@@ -279,7 +279,7 @@ class Damaged:
 
 
 def train_damaged(tmp_path, damaged):
-    module, settings = frozen_module(), TrainConfig(num_epochs=1)
+    module, settings = frozen_module(), TrainConfig(num_epochs=1, learning_rate=1e-4)
     optimizer = optimizer_of(module)
     source, worker = Damaged(make_loader(tmp_path), damaged), Worker(0, 1, CPU)
     events = []

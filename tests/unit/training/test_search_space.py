@@ -33,8 +33,9 @@ def test_a_grid_sets_the_number_of_trials_and_their_multiples():
 
 def test_the_default_is_a_point_only_if_the_space_contains_it():
     space = {"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}
-    config = config_of(space)
-    assert default_point(config, search_space(config)) == {"train.learning_rate": 1e-4}
+    for model_type, rate in (("tiny", 3e-4), ("vit_b", 1e-4)):
+        config = with_default_space(config_of(space, **{"model.type": model_type}))
+        assert default_point(config, search_space(config)) == {"train.learning_rate": rate}
     config = config_of({**space, "prompts.point_selection": {"choice": ["center"]}})
     assert default_point(config, search_space(config)) is None
     assert count_trials(config, search_space(config)) == 16
