@@ -7,7 +7,7 @@ For example: --recipe frozen=model.adapt=none all=model.adapt=full,train.augment
 
 Each recipe is trained by the plain loop in this process, without Ray, from `tiny` as it ships; the
 best checkpoint by the val split is scored on the test split. One JSON line a training: IoU by row
-of the prompt matrix, of base and tuned, and minutes.
+of the prompt matrix, of base and tuned, their paired change with its 95 % interval, and minutes.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 
 from samray.config import load_config
 from samray.data.dataset import PreparedDataset
+from samray.evaluation.metrics import Score, bootstrap_interval, mean_by
 from samray.evaluation.scoring import MATRIX, score_image
 from samray.geometry.images import decode_image
 from samray.sam.adapt import num_blocks, num_frozen_blocks
@@ -54,7 +55,7 @@ def main() -> None:
                 line = {"data": Path(data).name, "recipe": name, "seed": seed, **line}
                 with open(arguments.output, "a") as file:
                     print(json.dumps(line), file=file, flush=True)
-                print(name, line["data"], seed, line["gain"], file=sys.stderr, flush=True)
+                print(name, line["data"], seed, line["change"], file=sys.stderr, flush=True)
 
 
 def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[str, Any]:
@@ -78,25 +79,34 @@ def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[st
     before = score(dataset, load_checkpoint(run.base).model())
     after = score(dataset, load_checkpoint(run.path).model())
     return {
-        "base": before,
-        "tuned": after,
-        "gain": {row: round(after[row] - before[row], 4) for row in before},
+        "base": mean_by(before, "strategy", "iou"),
+        "tuned": mean_by(after, "strategy", "iou"),
+        "change": change(before, after),
         "best": run.state["best"],
         "val": [round(epoch["val_iou"], 4) for epoch in run.state["epochs"]],
         "minutes": round(minutes, 2),
     }
 
 
-def score(dataset: PreparedDataset, sam: Any) -> dict[str, float]:
-    """Mean IoU of the test split by row of the prompt matrix."""
-    found: dict[str, list[float]] = {row: [] for row in MATRIX}
+def score(dataset: PreparedDataset, sam: Any) -> list[Score]:
+    """Score every instance of the test split under every row of the prompt matrix."""
+    found: list[Score] = []
     for record in dataset.split("test"):
         image = decode_image(dataset.image_bytes(record))
-        embedding = encode_images(sam, [image])[0]
-        for result in score_image(sam, embedding, record, seed=0):
-            found[result.strategy].append(result.iou)
-    means = {row: sum(values) / len(values) for row, values in found.items()}
-    return {**means, "mean": sum(means.values()) / len(means)}
+        found += score_image(sam, encode_images(sam, [image])[0], record, seed=0)
+    return found
+
+
+def change(before: list[Score], after: list[Score]) -> dict[str, list[float]]:
+    """Mean paired change of IoU and its 95 % interval, by row and over all rows."""
+    paired = [(b.strategy, b.source, a.iou - b.iou) for b, a in zip(before, after, strict=True)]
+    found = {}
+    for name, rows in [*((row, (row,)) for row in MATRIX), ("mean", MATRIX)]:
+        chosen = [(source, value) for row, source, value in paired if row in rows]
+        sources, values = zip(*chosen, strict=True)
+        interval = bootstrap_interval(sources, values)
+        found[name] = [round(x, 4) for x in (sum(values) / len(values), *interval)]
+    return found
 
 
 if __name__ == "__main__":

@@ -250,6 +250,7 @@ STAGES: dict[str, Stage] = {
             "--num-points N": "prompts.num_points",
             "--num-workers N": "scaling.num_workers",
             "--device": "scaling.device",
+            "--dry-run": "train.dry_run",
             "--resume": "train.resume",
         },
         example="  samray train --data-dir prepared --output-dir run --model-type vit_b "

@@ -288,6 +288,8 @@ class TrainConfig(Section):
     """Random seed of the image order, the prompts and any random weights."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many epochs in a row without a new best; unset: train all epochs."""
+    dry_run: bool = False
+    """Print what would be trained and what it needs (steps, cache, memory, seconds), and stop."""
     resume: bool = False
     """Resume the run in `output_dir`; only the numbers of epochs and workers, and what limits
     memory (max_prompts, images_at_once, recompute_encoder), may have changed."""

@@ -85,6 +85,9 @@ def _report(config: Config) -> None:
 
 def run_train(config: Config) -> None:
     """Fine-tune; print the best epoch."""
+    if config.train.dry_run:
+        _forecast(config)
+        return
     from samray.training.train import fit
 
     state = fit(config)
@@ -96,6 +99,36 @@ def run_train(config: Config) -> None:
         encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
         print(f"embeddings: {encoded} images encoded, {found} found")
     print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
+
+
+def _forecast(config: Config) -> None:
+    from samray.training.dry_run import dry_run
+
+    found = dry_run(config)
+    for part, (learning, all_of_it) in found.learning.items():
+        print(f"{part:<15} {learning / 1e6:.2f} of {all_of_it / 1e6:.2f} million parameters learn")
+    total = found.steps * found.num_epochs
+    print(
+        f"steps           {found.steps} an epoch of {found.num_images} images, {total} in "
+        f"{found.num_epochs} epochs; the largest has {found.num_prompts} prompts on a worker"
+    )
+    cached = found.cache_bytes
+    print(f"cache           {f'{_gib(cached)} GiB' if cached else 'none: all blocks learn'}")
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(found.memory).items())
+    print(f"memory          {_gib(found.memory.total)} GiB a worker, estimated ({parts})")
+    if found.peak is not None:
+        print(f"                {_gib(found.peak)} GiB allocated on the GPU, measured")
+    if found.seconds is None:
+        print(f"time            not measured: {found.device} has not enough free memory for a step")
+        return
+    print(
+        f"time            {found.seconds:.2f} s for the largest step on {found.device}: at most "
+        f"{found.seconds * total / 60:.1f} min of steps, without encoding and validation"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def _best_epoch(state: dict[str, Any]) -> str:

@@ -28,14 +28,15 @@ class LoraQV(nn.Module):
     computes the same as the adapted one.
 
     Args:
-        width: of the block; `qkv` has 3 x width outputs: queries, keys and values.
+        weight: of `qkv`, 3W x W: queries, keys and values.
         rank: of the update.
     """
 
-    def __init__(self, width: int, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(2, rank, width) / rank)
-        self.up = nn.Parameter(torch.zeros(2, width, rank))  # the update starts at zero
+        width = weight.shape[1]
+        self.down = nn.Parameter((torch.randn(2, rank, width) / rank).to(weight))
+        self.up = nn.Parameter(torch.zeros(2, width, rank).to(weight))  # the update starts at zero
 
     def forward(self, weight: Tensor) -> Tensor:
         """3W x W -> 3W x W."""
@@ -43,9 +44,17 @@ class LoraQV(nn.Module):
         return weight + torch.cat([query, torch.zeros_like(query), value])
 
 
+def blocks(encoder: Any) -> nn.ModuleList:
+    """Return the blocks of an image encoder."""
+    found: nn.ModuleList = (
+        encoder.stages if isinstance(encoder, TinyImageEncoder) else encoder.blocks
+    )
+    return found
+
+
 def num_blocks(encoder: Any) -> int:
     """Return the number of blocks of an image encoder."""
-    return len(encoder.stages if isinstance(encoder, TinyImageEncoder) else encoder.blocks)
+    return len(blocks(encoder))
 
 
 def num_frozen_blocks(there: int, config: ModelConfig) -> int:
@@ -76,7 +85,7 @@ def set_trainable(sam: Any, config: ModelConfig) -> None:
     if config.adapt == "lora" and frozen < num_blocks(encoder):
         for block in encoder.blocks[frozen:]:
             qkv = block.attn.qkv
-            adapter = LoraQV(qkv.in_features, config.lora_rank).to(qkv.weight)
+            adapter = LoraQV(qkv.weight, config.lora_rank)
             parametrize.register_parametrization(qkv, "weight", adapter)
             qkv.parametrizations.weight.original.requires_grad_(False)
     elif frozen == 0:

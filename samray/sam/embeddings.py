@@ -9,8 +9,10 @@ Where the last blocks of the encoder learn, the activations of the blocks before
 instead (`samray.sam.adapt`), under a digest of these blocks' weights.
 """
 
+import copy
 import hashlib
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,18 @@ def encode_images(
     inputs = [image_to_input(image, encoder.img_size) for image in images]
     batch = torch.stack(inputs).to(sam.device)
     return prefix(encoder, batch, num_blocks(encoder) if num_frozen is None else num_frozen)
+
+
+def entry_shape(sam: Any, num_frozen: int) -> tuple[int, ...]:
+    """Shape of an image's entry in the cache."""
+    encoder = sam.image_encoder
+    frame = torch.empty(1, 3, encoder.img_size, encoder.img_size, device="meta")
+    return tuple(prefix(copy.deepcopy(encoder).to("meta"), frame, num_frozen).shape[1:])
+
+
+def entry_bytes(sam: Any, num_frozen: int) -> int:
+    """Bytes of an image's `.npy` file in the cache: float16 values and NumPy's header."""
+    return math.prod(entry_shape(sam, num_frozen)) * 2 + 128
 
 
 def embeddings_folder(config: Config, dataset: PreparedDataset) -> Place:

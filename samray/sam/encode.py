@@ -1,6 +1,5 @@
 """Fill the embedding cache with a pool of Ray actors; each image is encoded once."""
 
-import copy
 import math
 import sys
 import time
@@ -9,16 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-import torch
 from tqdm import tqdm
 
 from samray import cluster
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.errors import ConfigError
 from samray.geometry.images import decode_image
-from samray.sam.adapt import prefix
 from samray.sam.checkpoint import load_checkpoint
-from samray.sam.embeddings import EmbeddingCache, encode_images
+from samray.sam.embeddings import EmbeddingCache, encode_images, entry_bytes
 from samray.storage import Place, free_bytes
 
 
@@ -134,11 +131,3 @@ def _encode_first(pool: cluster.Pool, name: str, num_images: int, statement: str
         f"about {minutes:.1f} min",
         flush=True,
     )
-
-
-def entry_bytes(sam: Any, num_frozen: int) -> int:
-    """Bytes of an image's `.npy` file in the cache: float16 values and NumPy's header."""
-    encoder = sam.image_encoder
-    frame = torch.empty(1, 3, encoder.img_size, encoder.img_size, device="meta")
-    shapes = copy.deepcopy(encoder).to("meta")
-    return prefix(shapes, frame, num_frozen).numel() * 2 + 128

@@ -100,7 +100,7 @@ def train_loop(
     """
     settings = config.train
     base = load_checkpoint(run.base)
-    module = _prompted_sam(config, base.model().to(worker.device))
+    module = prompted_sam(config, base.model().to(worker.device))
     optimizer = Optimizer(module.sam, settings, worker.device)
     epoch, step = 0, 0
     if run.latest is not None:
@@ -267,8 +267,8 @@ def balance_at(epoch: int, num_epochs: int) -> float:
     return max(0.0, 1 - 5 * epoch / num_epochs)
 
 
-def _prompted_sam(config: Config, sam: Sam) -> PromptedSam:
-    """The module of a training step, with parts frozen as configured."""
+def prompted_sam(config: Config, sam: Sam) -> PromptedSam:
+    """Return the module of a training step, with parts frozen as configured."""
     set_trainable(sam, config.model)
     focal_weight = config.loss.focal_weight
     assert focal_weight is not None

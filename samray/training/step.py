@@ -121,9 +121,9 @@ class PromptedSam(nn.Module):
                 draw,
             )
             if too_many:
-                losses = recompute(self._passes, *arguments, use_reentrant=False)
+                losses = recompute(self.passes, *arguments, use_reentrant=False)
             else:
-                losses = self._passes(*arguments)
+                losses = self.passes(*arguments)
             sums = {name: sums[name] + losses[name] for name in LOSSES}
         return sums
 
@@ -140,7 +140,7 @@ class PromptedSam(nn.Module):
         masks, ious = decode_prompts(self.sam, embeddings, group, multimask_output)
         return masks.float(), ious.float()  # losses are float32 in any precision
 
-    def _passes(
+    def passes(
         self,
         embeddings: Tensor,
         group: PromptGroup,

@@ -286,6 +286,20 @@ def test_a_used_folder_needs_resume_and_a_finished_run_is_not_trained_again(
     assert "train.learning_rate (was 0.0003, now 0.5)" in err
 
 
+def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(prepared, tmp_path, run_cli):
+    before = sorted(prepared.rglob("*"))
+    words = ["train", "--data-dir", prepared, "--output-dir", tmp_path / "run", "--dry-run"]
+    status, out, err = run_cli(*words, *SMALL, "model.adapt_blocks=2", "--num-epochs", 3)
+    assert status == 0, err
+    num_images = len(PreparedDataset(prepared).split("train"))
+    assert f"an epoch of {num_images} images" in out
+    assert re.search(r"mask_decoder +0\.7\d of 0\.7\d million parameters learn", out)
+    assert re.search(r"cache +0\.\d\d GiB\nmemory +0\.\d\d GiB a worker, estimated", out)
+    assert re.search(r"time +\d+\.\d\d s for the largest step on CPU: at most", out)
+    assert sorted(prepared.rglob("*")) == before
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run, tmp_path):
     """The same steps, losses and weights, bit for bit, with cached activations of two stages.

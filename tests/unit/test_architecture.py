@@ -20,8 +20,8 @@ sam         model tiny adapt weights shipped checkpoint store losses embeddings 
 inspection  preview report problems
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*
-training    batches step optimizer loop finetuning train* tune* search_space* sweep_report \
-            pretraining scenes
+training    batches step optimizer loop finetuning dry_run* train* tune* search_space* \
+            sweep_report pretraining scenes
 serving     gate openapi listener ingress* app* replicas* vault* catalogue labelstudio \
             labelstudio_client labelme_client
 """
