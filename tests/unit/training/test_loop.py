@@ -11,7 +11,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from samray.config import ModelConfig, PromptConfig, TrainConfig, load_config, resolve_model
+from samray.data.dataset import ImageRecord, Instance
 from samray.errors import ConfigError, TrainingError
+from samray.geometry.masks import CroppedMask, encode_rle
 from samray.sam.adapt import num_blocks, prefix, set_trainable
 from samray.sam.checkpoint import RunFolder, save_checkpoint
 from samray.sam.decode import decode_prompts
@@ -299,6 +301,35 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_named(tmp_path):
 def test_three_such_steps_in_a_row_end_the_run_with_advice(tmp_path):
     with pytest.raises(TrainingError, match=r"photo 4, photo 5, photo 6; lower .* \(--lr\)"):
         train_damaged(tmp_path, {1, 2, 4, 5, 6})
+
+
+def extreme_record(size=(60, 80)):
+    """One pixel in a corner, all but a corner, the whole image, and a line of one pixel's width."""
+    masks = np.zeros((4, *size), bool)
+    masks[0, 0, 0] = masks[1:3] = masks[3, 30] = True
+    masks[1, :5, :5] = False
+    instances = []
+    for mask in masks:
+        cropped = CroppedMask(mask, (0, 0))
+        rle = encode_rle(cropped, size)
+        instances.append(Instance("blob", cropped.box, int(mask.sum()), rle))
+    return ImageRecord("extreme", "extreme", "7" * 64, size, tuple(instances), 0, 0)
+
+
+@pytest.mark.parametrize("selection", ["center", "random", "bbox", "interactive"])
+def test_the_smallest_and_largest_objects_give_finite_steps(selection, tmp_path):
+    record, module = extreme_record(), frozen_module()
+    cache = EmbeddingCache(tmp_path, module.sam)
+    cache.save(record.digest, np.random.default_rng(0).normal(size=(32, 4, 4)))
+    prompts = PromptConfig(point_selection=selection, num_clicks=8)
+    loader = BatchLoader(None, [record], prompts, 5, cache, img_size=64, low_res_size=16)
+    optimizer = optimizer_of(module)
+    for epoch in range(4):
+        batches = loader.load([0], 0, 1, epoch)
+        assert len(batches[0]) == 4
+        losses = train_step(module, optimizer, batches, 4, Worker(0, 1, CPU))
+        assert losses is not None
+        assert all(np.isfinite(value) for value in losses.values())
 
 
 def test_the_mask_depends_on_the_prompt(tmp_path):
