@@ -152,7 +152,8 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
         with plain_errors("S3"):
             STAGES[stage].run(load_config(path, words, options))
     except SamrayError as exc:
-        print(f"samray {stage}: error: {exc}", file=sys.stderr)
+        # Ray wraps what its actors raise; the message of the wrapper is a traceback.
+        print(f"samray {stage}: error: {getattr(exc, 'cause', exc)}", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt as exc:
         hint = f"; {exc}" if exc.args else ""

@@ -7,6 +7,7 @@ one request per object. boto3 finds credentials and endpoint in the usual AWS wa
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ from urllib3.exceptions import HTTPError
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 
 Place = Path | S3Path
+FULL_DISK = 2**16  # free bytes, below which a failed write is due to that
 LOCK = ".samray.lock"  # in an output folder: the process that writes to it
 
 # Ray sets this in the driver of `ray job submit`, whose working directory is Ray's own copy.
@@ -400,10 +402,26 @@ def whole_file(path: Place) -> Iterator[Path]:
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _plain_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _plain_full_disk(path: Path) -> Iterator[None]:
+    """Translate the errors of a full disk, of which torch's says nothing of it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as exc:
+        full = getattr(exc, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and shutil.disk_usage(path.parent).free > FULL_DISK:
+            raise
+        raise StorageError(
+            f"{path}: the disk or your share of it is full; free some space and give the same "
+            "command again, to `samray train` with --resume"
+        ) from exc
 
 
 def _upload(local: Path, path: S3Path) -> None:
@@ -461,10 +479,11 @@ def whole_folder(path: Place) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        if path.exists():  # left unfinished by a killed run; finished ones are never rewritten
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with _plain_full_disk(path):
+            yield temporary
+            if path.exists():  # left unfinished by a killed run; finished ones are never rewritten
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -124,6 +124,18 @@ def test_failed_whole_file_leaves_nothing_behind_and_keeps_the_old_one(
     assert contents(tmp_path) == before
 
 
+def test_a_full_disk_is_said_in_a_line(tmp_path: Path) -> None:
+    for opened in (whole_file, whole_folder):
+        path = tmp_path / opened.__name__
+        with (
+            pytest.raises(StorageError, match=rf"{path}: the disk .* is full; .*--resume"),
+            opened(path),
+            open("/dev/full", "wb", buffering=0) as full,
+        ):
+            full.write(b"content")
+    assert contents(tmp_path) == {}
+
+
 def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with whole_file(path) as one, whole_file(path) as two:
