@@ -96,7 +96,8 @@ def train_loop(
         max_minutes: for a single worker: stop before an epoch that would exceed them.
 
     Raises:
-        TrainingError: the gradient is not finite in several steps in a row.
+        TrainingError: the gradient is not finite in several steps in a row, or a step needs more
+            memory than the GPU has.
     """
     settings = config.train
     base = load_checkpoint(run.base)
@@ -120,7 +121,15 @@ def train_loop(
             break
         started = now
         module.balanced_weight = _balanced_weight(config, epoch)
-        losses, step = train_epoch(model, optimizer, source, settings, worker, epoch, step, report)
+        try:
+            losses, step = train_epoch(
+                model, optimizer, source, settings, worker, epoch, step, report
+            )
+        except torch.OutOfMemoryError as exc:
+            raise TrainingError(
+                f"the GPU is out of memory in epoch {epoch + 1}; set train.images_at_once or "
+                "train.max_prompts lower, or train.recompute_encoder=true, and continue with --resume"
+            ) from exc
         epoch += 1
         metrics = {
             "epoch": epoch,
