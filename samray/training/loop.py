@@ -128,7 +128,7 @@ def train_loop(
         except torch.OutOfMemoryError as exc:
             raise TrainingError(
                 f"the GPU is out of memory in epoch {epoch + 1}; set train.images_at_once or "
-                "train.max_prompts lower, or train.recompute_encoder=true, and continue with --resume"
+                "train.max_prompts lower, or train.recompute_encoder=true, and give --resume"
             ) from exc
         epoch += 1
         metrics = {
