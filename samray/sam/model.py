@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samray.errors import CheckpointError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
+from samray.sam.attention import fuse_attention
 from samray.sam.tiny import DEPTHS, WIDTHS, TinyImageEncoder
 from samray.sam.weights import digest_of, model_type_of
 from samray.storage import Place
@@ -27,6 +28,8 @@ def build_model(model_type: str, seed: int = 0) -> Sam:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sam: Sam = build_tiny() if model_type == "tiny" else sam_model_registry[model_type]()
+    if model_type != "tiny":
+        fuse_attention(sam.image_encoder)
     return sam.eval()
 
 

@@ -16,7 +16,8 @@ HOUSE = """
 geometry    shapes masks polygons images tiles prompts frames drawing duplicates
 data        annotation labelme coco discovery pairing outcome intake prepare* splits dataset \
             export sample_data
-sam         model tiny adapt weights shipped checkpoint store losses embeddings encode* decode
+sam         model tiny attention adapt weights shipped checkpoint store losses embeddings \
+            encode* decode
 inspection  preview report problems
 evaluation  metrics scoring evaluate* promote*
 prediction  requests answers predictor segmentation batch*

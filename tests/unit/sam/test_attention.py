@@ -1,0 +1,64 @@
+"""Fused attention gives the numbers of the stock module."""
+
+import copy
+
+import pytest
+import torch
+from sam_parts import small_vit
+from segment_anything.modeling.image_encoder import Attention
+
+from samray.sam import attention
+from samray.sam.attention import FusedAttention, fuse_attention
+from samray.sam.model import build_model
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "trained_size"),
+    [(3, (14, 14), 14), (2, (64, 64), 64), (1, (10, 6), 8)],
+    ids=["windows", "in several chunks", "interpolated positions"],
+)
+def test_fused_attention_equals_stock(batch, size, trained_size):
+    torch.manual_seed(0)
+    stock = Attention(48, 4, use_rel_pos=True, input_size=(trained_size, trained_size))
+    for position in (stock.rel_pos_h, stock.rel_pos_w):
+        torch.nn.init.normal_(position, std=0.5)
+    fused = copy.deepcopy(stock)
+    fused.__class__ = FusedAttention
+    x = torch.randn(batch, *size, 48)
+    with torch.no_grad():
+        expected, found = stock(x), fused(x)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_the_bias_of_a_large_image_is_never_whole(monkeypatch):
+    seen = []
+    fused = attention.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask, scale):
+        seen.append(attn_mask.nbytes)
+        return fused(query, key, value, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    module = FusedAttention(48, 12, use_rel_pos=True, input_size=(64, 64))
+    with torch.no_grad():
+        module(torch.zeros(1, 64, 64, 48))
+    assert sum(seen) == 4 * 12 * 4096**2
+    assert max(seen) <= attention.BIAS_BYTES
+
+
+def test_an_encoder_keeps_its_weights_and_gradients():
+    sam = small_vit()
+    image = torch.randn(1, 3, 64, 64)
+    names, expected = list(sam.state_dict()), sam.image_encoder(image)
+    fuse_attention(sam.image_encoder)
+    assert list(sam.state_dict()) == names
+    found = sam.image_encoder(image)
+    assert torch.equal(found, expected), "with gradients it is the stock module"
+    with torch.no_grad():
+        torch.testing.assert_close(sam.image_encoder(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samrays_vits_are_fused():
+    with torch.device("meta"):
+        blocks = build_model("vit_b").image_encoder.blocks
+    assert {type(block.attn) for block in blocks} == {FusedAttention}
