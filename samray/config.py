@@ -279,7 +279,7 @@ class TrainConfig(Section):
     their activations: the same step in less memory and more time."""
     max_objects: int | None = Field(None, ge=1)
     """Instances of an image to train on in one step, in turn over the epochs; unset: all."""
-    augment: bool = False
+    augment: bool = True
     """Flip, turn and recolour the images anew in each epoch; only where all blocks of the image
     encoder learn, because activations are cached otherwise."""
     max_prompts: int = Field(64, ge=1)
