@@ -45,6 +45,7 @@ from samray.storage import (
 )
 
 MODELS = ("base", "tuned")
+VALUES = ("iou", "dice", "boundary_iou")
 OVERLAY_STRATEGY = "random"
 OVERLAY_SIDE = 360  # pixels
 
@@ -304,14 +305,14 @@ def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]
 def summary(scores: list[Score]) -> dict[str, Any]:
     """Return the prompt matrix of a model, with 95 % intervals from resampled images.
 
-    `iou` and `dice` per strategy and per label (over all strategies), `iou_by_label` per label and
-    strategy, and `miou`, the mean over all scores.
+    `iou`, `dice` and `boundary_iou` per strategy and per label (over all strategies),
+    `iou_by_label` per label and strategy, and `miou`, the mean over all scores.
     """
     labels = sorted({score.label for score in scores})
     return {
         **{
             value: {key: mean_by(scores, key, value) for key in ("strategy", "label")}
-            for value in ("iou", "dice")
+            for value in VALUES
         },
         "iou_ci95": {key: interval_by(scores, key, "iou") for key in ("strategy", "label")},
         "iou_by_label": {
@@ -338,7 +339,7 @@ def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
         "no difference shown".
     """
     paired = [
-        replace(after, iou=after.iou - before.iou, dice=after.dice - before.dice)
+        replace(after, iou=after.iou - before.iou)
         for before, after in zip(base, tuned, strict=True)
     ]
     found = {}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from samray.data.dataset import ImageRecord, PreparedDataset
-from samray.evaluation.metrics import Score, iou_and_dice
+from samray.evaluation.metrics import Score, boundary_iou, iou_and_dice
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import STRATEGIES, Prompt, correction_point, draw_prompt
 from samray.sam.decode import predict_masks, prompt_chunks
@@ -70,6 +70,7 @@ def score_image(
                     strategy=strategy,
                     iou=iou,
                     dice=dice,
+                    boundary_iou=boundary_iou(mask, gt_masks[number]),
                     predicted_iou=predicted_iou,
                 )
             )

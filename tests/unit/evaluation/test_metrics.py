@@ -1,9 +1,9 @@
-"""IoU and Dice by counting, means by group, and intervals that resample images."""
+"""IoU and Dice by counting, boundary IoU by its definition, means, intervals of images."""
 
 import numpy as np
 import pytest
 
-from samray.evaluation.metrics import Score, interval_by, iou_and_dice, mean_by
+from samray.evaluation.metrics import Score, boundary_iou, interval_by, iou_and_dice, mean_by
 
 
 def picture(text: str) -> np.ndarray:
@@ -11,7 +11,8 @@ def picture(text: str) -> np.ndarray:
 
 
 def score(image: str, iou: float, strategy: str = "center", label: str = "cat") -> Score:
-    return Score(image, image, 0, label, strategy, iou, min(1.0, 2 * iou / (1 + iou)), 0.5)
+    dice = min(1.0, 2 * iou / (1 + iou))
+    return Score(image, image, 0, label, strategy, iou, dice, iou, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,55 @@ def test_interval_of_each_group_and_value() -> None:
 def test_pixels_outside_the_frame_count_as_missed():
     mask, gt_mask = picture("##. .#."), picture("##. ##.")
     assert iou_and_dice(mask, gt_mask, area_outside=4) == (3 / 8, 6 / 11)
+
+
+def plain_boundary_iou(mask, gt_mask):
+    """Cheng et al., 2021, word by word: pixels of a mask at most d from one outside of it."""
+    height, width = mask.shape
+    distance = max(1, round(0.02 * np.sqrt(height**2 + width**2)))
+    bands = []
+    for whole in (mask, gt_mask):
+        around = np.pad(whole, distance)  # what lies beyond the image is outside of the mask
+        band = np.zeros_like(whole)
+        for y, x in zip(*np.nonzero(whole), strict=True):
+            band[y, x] = not around[y : y + 2 * distance + 1, x : x + 2 * distance + 1].all()
+        bands.append(band)
+    return (bands[0] & bands[1]).sum() / (bands[0] | bands[1]).sum()
+
+
+def disc(size, y, x, radius):
+    rows, columns = np.indices(size)
+    return (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+
+
+@pytest.mark.parametrize("order", ["C", "F"])  # decoded masks are stored column by column
+@pytest.mark.parametrize(
+    ("mask", "gt_mask"),
+    [
+        (disc((90, 120), 40, 60, 30), disc((90, 120), 42, 61, 30)),
+        (disc((90, 120), 0, 0, 40), disc((90, 120), 3, 0, 40)),  # cut by the image's corner
+        (disc((90, 120), 40, 60, 30), disc((90, 120), 40, 60, 12)),
+        (disc((300, 400), 150, 200, 60) ^ disc((300, 400), 150, 200, 30),
+         disc((300, 400), 150, 204, 60)),  # a ring
+        (disc((90, 120), 20, 20, 2), disc((90, 120), 21, 20, 2)),  # all band
+        (np.ones((60, 60), bool), disc((60, 60), 30, 30, 28)),
+        (disc((20, 20), 5, 5, 3), disc((20, 20), 15, 15, 3)),
+    ],
+)  # fmt: skip
+def test_boundary_iou_is_that_of_the_definition(mask, gt_mask, order):
+    expected = plain_boundary_iou(mask, gt_mask)
+    found = boundary_iou(np.asarray(mask, order=order), np.asarray(gt_mask, order=order))
+    assert found == pytest.approx(expected)
+    assert boundary_iou(gt_mask, mask) == pytest.approx(expected)
+
+
+def test_boundary_iou_sees_a_wrong_outline_that_iou_forgives():
+    large, larger = disc((400, 400), 200, 200, 150), disc((400, 400), 200, 200, 158)
+    assert iou_and_dice(larger, large)[0] > 0.9
+    assert boundary_iou(larger, large) < 0.4
+
+
+def test_boundary_iou_of_empty_masks():
+    empty, some = np.zeros((9, 9), bool), disc((9, 9), 4, 4, 3)
+    assert boundary_iou(empty, empty) == 1
+    assert boundary_iou(some, empty) == boundary_iou(empty, some) == 0
