@@ -2,24 +2,19 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import ray
 from tqdm import tqdm
 
 from samray import __version__, cluster
-from samray.charts import curves_svg, jpeg_uri, render_page
-from samray.config import Config, load_config, required, save_config, with_settings
+from samray.config import Config, required, save_config, with_settings
 from samray.data.dataset import ImageRecord, PreparedDataset
-from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by
-from samray.evaluation.scoring import (
-    MATRIX,
-    embedding_of,
-    evaluation_prompt,
-    score_image,
-)
+from samray.evaluation.metrics import Score
+from samray.evaluation.report import report_page
+from samray.evaluation.scoring import embedding_of, evaluation_prompt, score_image
+from samray.evaluation.summary import changes, summary
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
 from samray.sam.checkpoint import (
@@ -44,8 +39,6 @@ from samray.storage import (
     write_json,
 )
 
-MODELS = ("base", "tuned")
-VALUES = ("iou", "dice", "boundary_iou")
 OVERLAY_STRATEGY = "random"
 OVERLAY_SIDE = 360  # pixels
 
@@ -100,7 +93,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     write_json(output / "evaluation.json", evaluation)
     instances = {model: [asdict(score) for score in found] for model, found in scores.items()}
     write_json(output / "instances.json", instances)
-    html = _report(evaluation, judged.run, pictures)
+    html = report_page(evaluation, judged.run, pictures)
     write_bytes(output / "report.html", html.encode())
     return evaluation
 
@@ -300,79 +293,3 @@ def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]
     return [("worst", s) for s in ranked[:number]] + [
         ("best", s) for s in ranked[: -number - 1 : -1]
     ]
-
-
-def summary(scores: list[Score]) -> dict[str, Any]:
-    """Return the prompt matrix of a model, with 95 % intervals from resampled images.
-
-    `iou`, `dice` and `boundary_iou` per strategy and per label (over all strategies),
-    `iou_by_label` per label and strategy, and `miou`, the mean over all scores.
-    """
-    labels = sorted({score.label for score in scores})
-    return {
-        **{
-            value: {key: mean_by(scores, key, value) for key in ("strategy", "label")}
-            for value in VALUES
-        },
-        "iou_ci95": {key: interval_by(scores, key, "iou") for key in ("strategy", "label")},
-        "iou_by_label": {
-            label: mean_by([s for s in scores if s.label == label], "strategy", "iou")
-            for label in labels
-        },
-        "miou": float(np.mean([s.iou for s in scores])),
-        "miou_ci95": bootstrap_interval([s.source for s in scores], [s.iou for s in scores]),
-    }
-
-
-def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
-    """Return the change of IoU from base to tuned, per strategy and per label.
-
-    The scores are paired: the interval is that of the differences, which is much narrower than the
-    intervals of two means suggest.
-
-    Args:
-        base, tuned: scores of the same instances and prompts, in the same order.
-
-    Returns:
-        For `strategy` and `label`, by name: `iou`, the mean difference; `ci95`, its bootstrap
-        interval over images; `verdict`: better or worse if the interval excludes 0, else
-        "no difference shown".
-    """
-    paired = [
-        replace(after, iou=after.iou - before.iou)
-        for before, after in zip(base, tuned, strict=True)
-    ]
-    found = {}
-    for key in ("strategy", "label"):
-        means, intervals = mean_by(paired, key, "iou"), interval_by(paired, key, "iou")
-        found[key] = {
-            name: {"iou": mean, "ci95": intervals[name], "verdict": _verdict(*intervals[name])}
-            for name, mean in means.items()
-        }
-    return found
-
-
-def _verdict(low: float, high: float) -> str:
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "no difference shown"
-
-
-def _report(
-    evaluation: dict[str, Any], run: RunFolder | None, pictures: list[dict[str, Any]]
-) -> str:
-    """Return a self-contained HTML page."""
-    for picture in pictures:
-        picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
-    return render_page(
-        "report.html",
-        evaluation=evaluation,
-        strategies=MATRIX,
-        labels=sorted(evaluation["base"]["iou"]["label"]),
-        models=[model for model in MODELS if model in evaluation],
-        state=run.state if run else None,
-        config=load_config(run.path / "config.yaml").model_dump() if run else None,
-        curves=curves_svg(run.state["epochs"]) if run else "",
-        worst=[p for p in pictures if p["kind"] == "worst"],
-        best=[p for p in pictures if p["kind"] == "best"],
-    )

@@ -8,9 +8,10 @@ from samray import __version__, cluster
 from samray.config import Config, load_config, required
 from samray.data.dataset import PreparedDataset
 from samray.errors import ConfigError, GuardError
-from samray.evaluation.evaluate import score_models, summary
+from samray.evaluation.evaluate import score_models
 from samray.evaluation.metrics import Score, bootstrap_interval
 from samray.evaluation.scoring import MATRIX
+from samray.evaluation.summary import summary
 from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
 from samray.sam.embeddings import embeddings_folder
 from samray.sam.store import ModelStore, Version, require_name, require_store

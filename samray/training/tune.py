@@ -38,8 +38,9 @@ from samray.config import (
 )
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.errors import ConfigError, SweepError
-from samray.evaluation.evaluate import score_models, summary
+from samray.evaluation.evaluate import score_models
 from samray.evaluation.scoring import MATRIX
+from samray.evaluation.summary import summary
 from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder

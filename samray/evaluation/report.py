@@ -1,0 +1,35 @@
+"""The report of an evaluation as an HTML page."""
+
+from typing import Any
+
+from samray.charts import curves_svg, jpeg_uri, render_page
+from samray.config import load_config
+from samray.evaluation.scoring import MATRIX
+from samray.sam.checkpoint import RunFolder
+
+MODELS = ("base", "tuned")
+
+
+def report_page(
+    evaluation: dict[str, Any], run: RunFolder | None, pictures: list[dict[str, Any]]
+) -> str:
+    """Return a self-contained HTML page.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        pictures: of the worst and the best instances, with JPEG files as `panels`.
+    """
+    for picture in pictures:
+        picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
+    return render_page(
+        "report.html",
+        evaluation=evaluation,
+        strategies=MATRIX,
+        labels=sorted(evaluation["base"]["iou"]["label"]),
+        models=[model for model in MODELS if model in evaluation],
+        state=run.state if run else None,
+        config=load_config(run.path / "config.yaml").model_dump() if run else None,
+        curves=curves_svg(run.state["epochs"]) if run else "",
+        worst=[p for p in pictures if p["kind"] == "worst"],
+        best=[p for p in pictures if p["kind"] == "best"],
+    )

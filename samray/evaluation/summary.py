@@ -1,0 +1,66 @@
+"""Figures about a model's scores, and about their change from base to tuned."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by
+
+VALUES = ("iou", "dice", "boundary_iou")
+
+
+def summary(scores: list[Score]) -> dict[str, Any]:
+    """Return the prompt matrix of a model, with 95 % intervals from resampled images.
+
+    `iou`, `dice` and `boundary_iou` per strategy and per label (over all strategies),
+    `iou_by_label` per label and strategy, and `miou`, the mean over all scores.
+    """
+    labels = sorted({score.label for score in scores})
+    return {
+        **{
+            value: {key: mean_by(scores, key, value) for key in ("strategy", "label")}
+            for value in VALUES
+        },
+        "iou_ci95": {key: interval_by(scores, key, "iou") for key in ("strategy", "label")},
+        "iou_by_label": {
+            label: mean_by([s for s in scores if s.label == label], "strategy", "iou")
+            for label in labels
+        },
+        "miou": float(np.mean([s.iou for s in scores])),
+        "miou_ci95": bootstrap_interval([s.source for s in scores], [s.iou for s in scores]),
+    }
+
+
+def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
+    """Return the change of IoU from base to tuned, per strategy and per label.
+
+    The scores are paired: the interval is that of the differences, which is much narrower than the
+    intervals of two means suggest.
+
+    Args:
+        base, tuned: scores of the same instances and prompts, in the same order.
+
+    Returns:
+        For `strategy` and `label`, by name: `iou`, the mean difference; `ci95`, its bootstrap
+        interval over images; `verdict`: better or worse if the interval excludes 0, else
+        "no difference shown".
+    """
+    paired = [
+        replace(after, iou=after.iou - before.iou)
+        for before, after in zip(base, tuned, strict=True)
+    ]
+    found = {}
+    for key in ("strategy", "label"):
+        means, intervals = mean_by(paired, key, "iou"), interval_by(paired, key, "iou")
+        found[key] = {
+            name: {"iou": mean, "ci95": intervals[name], "verdict": _verdict(*intervals[name])}
+            for name, mean in means.items()
+        }
+    return found
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no difference shown"
