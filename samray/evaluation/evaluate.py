@@ -11,6 +11,13 @@ from tqdm import tqdm
 from samray import __version__, cluster
 from samray.config import Config, required, save_config, with_settings
 from samray.data.dataset import ImageRecord, PreparedDataset
+from samray.evaluation.clicks import (
+    ClickCount,
+    choose_objects,
+    clicks_change,
+    clicks_summary,
+    count_clicks,
+)
 from samray.evaluation.metrics import Score
 from samray.evaluation.report import report_page
 from samray.evaluation.scoring import embedding_of, evaluation_prompt, score_image
@@ -71,7 +78,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     make_folder(output, "--output-dir")
     cache_dir = embeddings_folder(config, dataset)
-    scores, pictures = _score_all(config, dataset, records, judged.checkpoints, cache_dir)
+    outcomes, pictures = _score_all(config, dataset, records, judged.checkpoints, cache_dir)
     evaluation = {
         "samray_version": __version__,
         "split": settings.split,
@@ -80,8 +87,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "seed": settings.seed,
         "dataset_digest": dataset.digest,
         **judged.described(dataset.digest),
-        **{model: summary(found) for model, found in scores.items()},
-        **({"change": changes(scores["base"], scores["tuned"])} if judged.run else {}),
+        **_figures(outcomes),
     }
     # Absolute, so that the saved config means the same in another working directory.
     paths = {
@@ -91,7 +97,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     }
     save_config(with_settings(config, paths, "evaluate"), output / "config.yaml")
     write_json(output / "evaluation.json", evaluation)
-    instances = {model: [asdict(score) for score in found] for model, found in scores.items()}
+    instances = {
+        model: [asdict(score) for score in outcome.scores] for model, outcome in outcomes.items()
+    }
     write_json(output / "instances.json", instances)
     html = report_page(evaluation, judged.run, pictures)
     write_bytes(output / "report.html", html.encode())
@@ -143,25 +151,54 @@ def _find_models(checkpoint: str) -> Judged:
     return Judged(run, {"base": run.base, "tuned": tuned.path}, tuned, str(place))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one model did, on an image or on all.
+
+    Attributes:
+        scores: of every instance and kind of prompt.
+        clicks: of the objects on which clicks were counted.
+    """
+
+    scores: list[Score]
+    clicks: list[ClickCount]
+
+
+def _figures(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """The figures of each model, and of two models their change."""
+    figures: dict[str, Any] = {}
+    for model, outcome in outcomes.items():
+        figures[model] = summary(outcome.scores)
+        if outcome.clicks:
+            figures[model]["clicks_to_iou"] = clicks_summary(outcome.clicks)
+    if len(outcomes) == 2:
+        base, tuned = outcomes["base"], outcomes["tuned"]
+        figures["change"] = changes(base.scores, tuned.scores)
+        if base.clicks:
+            figures["change"]["clicks_to_iou"] = clicks_change(base.clicks, tuned.clicks)
+    return figures
+
+
 def _score_all(
     config: Config,
     dataset: PreparedDataset,
     records: list[ImageRecord],
     checkpoints: dict[str, Place | None],
     cache_dir: Place,
-) -> tuple[dict[str, list[Score]], list[dict[str, Any]]]:
+) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
     """Score every image with each model, then draw the last model's worst and best instances."""
     pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
-    scores = _scores(pool, records, checkpoints)
+    clicked = choose_objects(records, config.evaluate.noc_objects, config.evaluate.seed)
+    outcomes = _outcomes(pool, records, checkpoints, clicked)
     *_, last = checkpoints
-    wanted = _worst_and_best(scores[last], config.evaluate.num_overlays)
+    wanted = _worst_and_best(outcomes[last].scores, config.evaluate.num_overlays)
     drawn = dict(
         pool.map(lambda actor, item: actor.draw.remote(item[1].image, item[1].instance), wanted)
     )
     ious = {
         (model, score.image, score.instance): score.iou
         for model in checkpoints
-        for score in scores[model]
+        for score in outcomes[model].scores
         if score.strategy == OVERLAY_STRATEGY
     }
     pictures = [
@@ -175,7 +212,7 @@ def _score_all(
         for index, (kind, score) in enumerate(wanted)
     ]
     pool.stop()
-    return scores, pictures
+    return outcomes, pictures
 
 
 def score_models(
@@ -192,9 +229,9 @@ def score_models(
         checkpoints: name -> checkpoint folder.
     """
     pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
-    scores = _scores(pool, records, checkpoints)
+    outcomes = _outcomes(pool, records, checkpoints, {})
     pool.stop()
-    return scores
+    return {model: outcome.scores for model, outcome in outcomes.items()}
 
 
 def _start_evaluators(
@@ -215,18 +252,32 @@ def _start_evaluators(
     )
 
 
-def _scores(
-    pool: cluster.Pool, records: list[ImageRecord], checkpoints: Iterable[str]
-) -> dict[str, list[Score]]:
+def _outcomes(
+    pool: cluster.Pool,
+    records: list[ImageRecord],
+    models: Iterable[str],
+    clicked: Mapping[str, tuple[int, ...]],
+) -> dict[str, Outcome]:
+    """Score all images; the outcomes are in the order of the records.
+
+    Args:
+        clicked: image -> places of the instances on which to count clicks.
+    """
     names = [record.name for record in records]
-    found: dict[int, dict[str, list[Score]]] = {}
+    found: dict[int, dict[str, Outcome]] = {}
     with tqdm(total=len(names), desc="evaluate", unit="img", file=sys.stderr, disable=None) as bar:
-        for index, result in pool.map(lambda actor, name: actor.score.remote(name), names):
+        for index, result in pool.map(
+            lambda actor, name: actor.score.remote(name, clicked.get(name, ())), names
+        ):
             found[index] = result
             bar.update()
+    parts = {model: [found[index][model] for index in sorted(found)] for model in models}
     return {
-        model: [score for index in sorted(found) for score in found[index][model]]
-        for model in checkpoints
+        model: Outcome(
+            [score for part in some for score in part.scores],
+            [count for part in some for count in part.clicks],
+        )
+        for model, some in parts.items()
     }
 
 
@@ -252,15 +303,16 @@ class Evaluator:
             for model, sam in self.sams.items()
         }
 
-    def score(self, name: str) -> dict[str, list[Score]]:
-        """Score every instance of an image, per model."""
+    def score(self, name: str, clicked: tuple[int, ...]) -> dict[str, Outcome]:
+        """Score every instance of an image, and count clicks on those at some places, per model."""
         record = self.dataset.images[name]
-        return {
-            model: score_image(
-                sam, embedding_of(sam, self.dataset, self.caches[model], record), record, self.seed
-            )
-            for model, sam in self.sams.items()
-        }
+        outcomes = {}
+        for model, sam in self.sams.items():
+            embedding = embedding_of(sam, self.dataset, self.caches[model], record)
+            scores = score_image(sam, embedding, record, self.seed)
+            clicks = count_clicks(sam, embedding, record, clicked) if clicked else []
+            outcomes[model] = Outcome(scores, clicks)
+        return outcomes
 
     def draw(self, name: str, number: int) -> list[bytes]:
         """Return JPEGs of one instance: image with prompt, truth, then each model's answer."""

@@ -126,3 +126,10 @@ def bootstrap_interval(
     resampled = totals[chosen].sum(axis=1)
     low, high = np.percentile(resampled[:, 0] / resampled[:, 1], [2.5, 97.5])
     return float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """Return a change in words, from its interval; more is better."""
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no difference shown"

@@ -84,6 +84,7 @@ def click_through(
     gt_masks: Sequence[np.ndarray],
     first: Sequence[Prompt],
     num_clicks: int,
+    enough: float = 1.0,
 ) -> Iterator[list[tuple[np.ndarray, float]]]:
     """Answer the first prompts, then simulate correction clicks.
 
@@ -95,10 +96,11 @@ def click_through(
         gt_masks: H x W bool, one for each object.
         first: one point or a box for each object, all of one layout.
         num_clicks: number of answers; the first prompt counts as one.
+        enough: IoU from which a mask is not clicked on again.
 
     Yields:
-        For each object num_clicks pairs (H x W bool, predicted IoU); a mask without an error is
-        repeated.
+        For each object num_clicks pairs (H x W bool, predicted IoU); a mask that is good enough,
+        or without an error, is repeated.
     """
     original_size = gt_masks[0].shape if len(first) else (1, 1)
     for chunk in prompt_chunks(len(first), original_size):
@@ -121,7 +123,10 @@ def click_through(
                 logits[row] = masks.low_res_masks[masks.best][None]
                 if click + 1 == num_clicks:
                     continue
-                correction = correction_point(mask, gt_masks[chunk[row]])
+                gt_mask = gt_masks[chunk[row]]
+                if enough < 1 and iou_and_dice(mask, gt_mask)[0] >= enough:
+                    continue
+                correction = correction_point(mask, gt_mask)
                 if correction is not None:
                     prompts[row] = prompts[row].with_point(*correction)
                     wrong.append(row)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by
+from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by, verdict
 
 VALUES = ("iou", "dice", "boundary_iou")
 
@@ -54,13 +54,7 @@ def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
     for key in ("strategy", "label"):
         means, intervals = mean_by(paired, key, "iou"), interval_by(paired, key, "iou")
         found[key] = {
-            name: {"iou": mean, "ci95": intervals[name], "verdict": _verdict(*intervals[name])}
+            name: {"iou": mean, "ci95": intervals[name], "verdict": verdict(*intervals[name])}
             for name, mean in means.items()
         }
     return found
-
-
-def _verdict(low: float, high: float) -> str:
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "no difference shown"

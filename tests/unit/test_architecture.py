@@ -19,7 +19,7 @@ data        annotation labelme coco discovery pairing outcome intake prepare* sp
 sam         model tiny attention adapt weights shipped checkpoint store losses embeddings \
             encode* decode
 inspection  preview report problems
-evaluation  metrics scoring summary report evaluate* promote*
+evaluation  metrics scoring clicks summary report evaluate* promote*
 prediction  requests answers predictor segmentation batch*
 training    batches step optimizer loop finetuning dry_run* train* tune* search_space* \
             sweep_report pretraining scenes
