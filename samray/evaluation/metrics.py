@@ -1,5 +1,6 @@
 """IoU, Dice and boundary IoU at original resolution, means, and intervals that resample images."""
 
+import bisect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ import numpy as np
 
 # Width of the band at a mask's edge, as a share of the image's diagonal; as published.
 BAND_RATIO = 0.02
+
+# COCO's sizes, by area in pixels; and the side of an object as the model sees it.
+SIZES, SIZE_BOUNDS = ("small", "medium", "large"), (32**2, 96**2)
+MODEL_SIZES, MODEL_SIZE_BOUNDS = ("below 8", "8 to 16", "16 to 64", "above 64"), (8, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Score:
         strategy: a row of the prompt matrix: center, random, bbox or clicks.
         iou, dice, boundary_iou: at original resolution, 0..1.
         predicted_iou: the model's own estimate of `iou`.
+        area: of the true object, in pixels of the image, with those outside its tile.
+        model_side: square root of the area, in pixels of the model's input.
     """
 
     image: str
@@ -34,6 +41,18 @@ class Score:
     dice: float
     boundary_iou: float
     predicted_iou: float
+    area: int
+    model_side: float
+
+    @property
+    def size(self) -> str:
+        """COCO's name for the object's size."""
+        return SIZES[bisect.bisect_right(SIZE_BOUNDS, self.area)]
+
+    @property
+    def model_size(self) -> str:
+        """Range of the object's side as the model sees it, in pixels."""
+        return MODEL_SIZES[bisect.bisect_right(MODEL_SIZE_BOUNDS, self.model_side)]
 
 
 def iou_and_dice(

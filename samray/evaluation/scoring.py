@@ -46,6 +46,7 @@ def score_image(
         image_embedding: C x h x w float32, on the model's device.
     """
     gt_masks = [record.decode(instance) for instance in record.instances]
+    scale = sam.image_encoder.img_size / max(record.size)
     scores = []
     for strategy in strategies:
         prompts = [
@@ -60,6 +61,7 @@ def score_image(
             answers = ((place, m.mask(m.best), m.predicted_iou) for place, m in found)
         for number, mask, predicted_iou in answers:
             instance = record.instances[number]
+            area = instance.area + instance.area_outside
             iou, dice = iou_and_dice(mask, gt_masks[number], instance.area_outside)
             scores.append(
                 Score(
@@ -72,6 +74,8 @@ def score_image(
                     dice=dice,
                     boundary_iou=boundary_iou(mask, gt_masks[number]),
                     predicted_iou=predicted_iou,
+                    area=area,
+                    model_side=scale * float(np.sqrt(area)),
                 )
             )
     return scores

@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from samray.evaluation.metrics import Score, bootstrap_interval, interval_by, mean_by, verdict
+from samray.evaluation.metrics import (
+    MODEL_SIZES,
+    SIZES,
+    Score,
+    bootstrap_interval,
+    interval_by,
+    mean_by,
+    verdict,
+)
 
 VALUES = ("iou", "dice", "boundary_iou")
 
@@ -14,7 +22,8 @@ def summary(scores: list[Score]) -> dict[str, Any]:
     """Return the prompt matrix of a model, with 95 % intervals from resampled images.
 
     `iou`, `dice` and `boundary_iou` per strategy and per label (over all strategies),
-    `iou_by_label` per label and strategy, and `miou`, the mean over all scores.
+    `iou_by_label` per label and strategy, `iou_by_size` and `iou_by_model_size` (`_by_size`), and
+    `miou`, the mean over all scores.
     """
     labels = sorted({score.label for score in scores})
     return {
@@ -27,13 +36,34 @@ def summary(scores: list[Score]) -> dict[str, Any]:
             label: mean_by([s for s in scores if s.label == label], "strategy", "iou")
             for label in labels
         },
+        "iou_by_size": _by_size(scores, "size", SIZES),
+        "iou_by_model_size": _by_size(scores, "model_size", MODEL_SIZES),
         "miou": float(np.mean([s.iou for s in scores])),
         "miou_ci95": bootstrap_interval([s.source for s in scores], [s.iou for s in scores]),
     }
 
 
+def _by_size(scores: list[Score], key: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return for each size with an object: `count` of objects, `iou`, its `ci95`, `strategy`.
+
+    `iou` is the mean over the prompt matrix, `strategy` has that of each of its rows.
+    """
+    means, intervals = mean_by(scores, key, "iou"), interval_by(scores, key, "iou")
+    found = {}
+    for name in names:
+        some = [score for score in scores if getattr(score, key) == name]
+        if some:
+            found[name] = {
+                "count": len({(score.image, score.instance) for score in some}),
+                "iou": means[name],
+                "ci95": intervals[name],
+                "strategy": mean_by(some, "strategy", "iou"),
+            }
+    return found
+
+
 def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
-    """Return the change of IoU from base to tuned, per strategy and per label.
+    """Return the change of IoU from base to tuned, per strategy, label and size.
 
     The scores are paired: the interval is that of the differences, which is much narrower than the
     intervals of two means suggest.
@@ -42,16 +72,16 @@ def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
         base, tuned: scores of the same instances and prompts, in the same order.
 
     Returns:
-        For `strategy` and `label`, by name: `iou`, the mean difference; `ci95`, its bootstrap
-        interval over images; `verdict`: better or worse if the interval excludes 0, else
-        "no difference shown".
+        For `strategy`, `label`, `size` and `model_size`, by name: `iou`, the mean difference;
+        `ci95`, its bootstrap interval over images; `verdict`: better or worse if the interval
+        excludes 0, else "no difference shown".
     """
     paired = [
         replace(after, iou=after.iou - before.iou)
         for before, after in zip(base, tuned, strict=True)
     ]
     found = {}
-    for key in ("strategy", "label"):
+    for key in ("strategy", "label", "size", "model_size"):
         means, intervals = mean_by(paired, key, "iou"), interval_by(paired, key, "iou")
         found[key] = {
             name: {"iou": mean, "ci95": intervals[name], "verdict": verdict(*intervals[name])}

@@ -12,7 +12,7 @@ def picture(text: str) -> np.ndarray:
 
 def score(image: str, iou: float, strategy: str = "center", label: str = "cat") -> Score:
     dice = min(1.0, 2 * iou / (1 + iou))
-    return Score(image, image, 0, label, strategy, iou, dice, iou, 0.5)
+    return Score(image, image, 0, label, strategy, iou, dice, iou, 0.5, 900, 30.0)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ def scores(shift=0.0, row=None, noise=0.0, images=12, seed=0):
                 iou = 0.7 + rng.normal(0, noise)
                 iou += shift if row in (None, strategy) else 0
                 name = f"{image}.jpg"
-                found.append(Score(name, name, instance, "nut", strategy, iou, iou, iou, 0.9))
+                found.append(
+                    Score(name, name, instance, "nut", strategy, iou, iou, iou, 0.9, 900, 30.0)
+                )
     return found
 
 

@@ -1,0 +1,69 @@
+"""Figures of an evaluation by hand: sizes, and the change from base to tuned."""
+
+import numpy as np
+import pytest
+from sam_parts import blob_record, small_sam
+
+from samray.evaluation.metrics import Score
+from samray.evaluation.scoring import MATRIX, score_image
+from samray.evaluation.summary import changes, summary
+from samray.sam.embeddings import encode_image
+
+
+def score(image, instance, iou, area=900, side=30.0, strategy="bbox", predicted=0.5):
+    return Score(
+        image, image, instance, "nut", strategy, iou, iou, iou, predicted, area, side
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("area", "side", "size", "model_size"),
+    [
+        (1023, 7.9, "small", "below 8"),
+        (1024, 8.0, "medium", "8 to 16"),
+        (9215, 16.0, "medium", "16 to 64"),
+        (9216, 64.0, "large", "above 64"),
+    ],
+)
+def test_sizes_begin_where_coco_begins_them(area, side, size, model_size):
+    found = score("a", 0, 0.5, area, side)
+    assert (found.size, found.model_size) == (size, model_size)
+
+
+def test_means_and_changes_by_size_by_hand():
+    sizes = [(100, 4.0), (100, 4.0), (20_000, 70.0)]
+    base = [
+        score(image, place, iou, *sizes[place], strategy)
+        for image in ("a", "b")
+        for place, iou in enumerate((0.2, 0.4, 0.8))
+        for strategy in ("bbox", "center")
+    ]
+    by_size = summary(base)["iou_by_size"]
+    assert list(by_size) == ["small", "large"]
+    assert by_size["small"]["count"] == 4
+    assert by_size["small"]["iou"] == pytest.approx(0.3)
+    assert by_size["large"]["ci95"] == pytest.approx((0.8, 0.8))
+    assert by_size["large"]["strategy"] == pytest.approx({"bbox": 0.8, "center": 0.8})
+    assert list(summary(base)["iou_by_model_size"]) == ["below 8", "above 64"]
+
+    tuned = [
+        score(s.image, s.instance, s.iou + (0.1 if s.size == "small" else -0.1), s.area,
+              s.model_side, s.strategy)
+        for s in base
+    ]  # fmt: skip
+    change = changes(base, tuned)
+    assert change["size"]["small"]["iou"] == pytest.approx(0.1)
+    assert change["size"]["small"]["verdict"] == "better"
+    assert change["model_size"]["above 64"]["verdict"] == "worse"
+    assert change["strategy"]["bbox"]["iou"] == pytest.approx(0.1 / 3)
+
+
+def test_a_score_has_the_size_that_the_model_sees():
+    record, sam = blob_record("a.jpg", (60, 80), 3), small_sam()
+    image = np.zeros((60, 80, 3), np.uint8)
+    scores = score_image(sam, encode_image(sam, image), record, seed=0)
+    assert len(scores) == 3 * len(MATRIX)
+    for found in scores:
+        area = record.instances[found.instance].area
+        assert found.area == area
+        assert found.model_side == pytest.approx(area**0.5 * 64 / 80)
