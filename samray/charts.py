@@ -133,6 +133,32 @@ def lines_svg(lines: dict[str, list[float]], bold: str, xlabel: str, ylabel: str
     return _svg(figure)
 
 
+def reliability_svg(bins: dict[str, list[dict[str, Any]]]) -> str:
+    """Return true against predicted IoU, a line for each model, as one SVG element.
+
+    Args:
+        bins: model -> `bins` of `samray.evaluation.summary.calibration`; a mark's area grows with
+            the number of scores in its bin.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#999", linewidth=0.8, linestyle="--", label="as predicted")
+    for (name, found), color in zip(bins.items(), ("#0072b2", "#d55e00"), strict=False):
+        filled = [one for one in found if one["count"]]
+        xs, ys = [one["predicted"] for one in filled], [one["true"] for one in filled]
+        total = sum(one["count"] for one in filled)
+        areas = [12 + 300 * one["count"] / total for one in filled]
+        axes.plot(xs, ys, color=color, linewidth=1, label=name)
+        axes.scatter(xs, ys, areas, color=color, alpha=0.6, linewidths=0)
+    axes.set(xlabel="predicted IoU", ylabel="true IoU", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

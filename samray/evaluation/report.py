@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from samray.charts import curves_svg, jpeg_uri, render_page
+from samray.charts import curves_svg, jpeg_uri, reliability_svg, render_page
 from samray.config import load_config
 from samray.evaluation.scoring import MATRIX
 from samray.sam.checkpoint import RunFolder
@@ -21,12 +21,14 @@ def report_page(
     """
     for picture in pictures:
         picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
+    models = [model for model in MODELS if model in evaluation]
     return render_page(
         "report.html",
         evaluation=evaluation,
         strategies=MATRIX,
         labels=sorted(evaluation["base"]["iou"]["label"]),
-        models=[model for model in MODELS if model in evaluation],
+        models=models,
+        reliability=reliability_svg({m: evaluation[m]["calibration"]["bins"] for m in models}),
         state=run.state if run else None,
         config=load_config(run.path / "config.yaml").model_dump() if run else None,
         curves=curves_svg(run.state["epochs"]) if run else "",

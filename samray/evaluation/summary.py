@@ -16,6 +16,7 @@ from samray.evaluation.metrics import (
 )
 
 VALUES = ("iou", "dice", "boundary_iou")
+NUM_BINS = 10
 
 
 def summary(scores: list[Score]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def summary(scores: list[Score]) -> dict[str, Any]:
 
     `iou`, `dice` and `boundary_iou` per strategy and per label (over all strategies),
     `iou_by_label` per label and strategy, `iou_by_size` and `iou_by_model_size` (`_by_size`), and
-    `miou`, the mean over all scores.
+    `miou`, the mean over all scores; `calibration`, see there.
     """
     labels = sorted({score.label for score in scores})
     return {
@@ -39,6 +40,7 @@ def summary(scores: list[Score]) -> dict[str, Any]:
         "iou_by_size": _by_size(scores, "size", SIZES),
         "iou_by_model_size": _by_size(scores, "model_size", MODEL_SIZES),
         "miou": float(np.mean([s.iou for s in scores])),
+        "calibration": calibration(scores),
         "miou_ci95": bootstrap_interval([s.source for s in scores], [s.iou for s in scores]),
     }
 
@@ -60,6 +62,38 @@ def _by_size(scores: list[Score], key: str, names: tuple[str, ...]) -> dict[str,
                 "strategy": mean_by(some, "strategy", "iou"),
             }
     return found
+
+
+def calibration(scores: list[Score]) -> dict[str, Any]:
+    """Return how well the predicted IoU tells the true one, over all instances and prompts.
+
+    Returns:
+        `mean_absolute_error`; `bias`, the mean of predicted minus true, above 0 if the model thinks
+        too well of its masks; `bins`, NUM_BINS of equal width over the predicted IoU, which is
+        limited to 0..1 for this: `low`, `high`, `count`, and the means `predicted` and `true`, null
+        without a score.
+    """
+    predicted = np.array([score.predicted_iou for score in scores])
+    true = np.array([score.iou for score in scores])
+    places = np.clip(predicted * NUM_BINS, 0, NUM_BINS - 1).astype(int)
+    bins = []
+    for place in range(NUM_BINS):
+        inside = places == place
+        means = [float(v[inside].mean()) if inside.any() else None for v in (predicted, true)]
+        bins.append(
+            {
+                "low": place / NUM_BINS,
+                "high": (place + 1) / NUM_BINS,
+                "count": int(inside.sum()),
+                "predicted": means[0],
+                "true": means[1],
+            }
+        )
+    return {
+        "mean_absolute_error": float(np.abs(predicted - true).mean()),
+        "bias": float((predicted - true).mean()),
+        "bins": bins,
+    }
 
 
 def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:

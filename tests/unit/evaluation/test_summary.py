@@ -6,7 +6,7 @@ from sam_parts import blob_record, small_sam
 
 from samray.evaluation.metrics import Score
 from samray.evaluation.scoring import MATRIX, score_image
-from samray.evaluation.summary import changes, summary
+from samray.evaluation.summary import calibration, changes, summary
 from samray.sam.embeddings import encode_image
 
 
@@ -67,3 +67,18 @@ def test_a_score_has_the_size_that_the_model_sees():
         area = record.instances[found.instance].area
         assert found.area == area
         assert found.model_side == pytest.approx(area**0.5 * 64 / 80)
+
+
+def test_calibration_by_hand():
+    pairs = [(0.52, 0.6), (0.58, 0.7), (0.95, 0.9), (1.02, 1.0), (-0.1, 0.0)]
+    scores = [score("a", n, iou, predicted=predicted) for n, (predicted, iou) in enumerate(pairs)]
+    found = calibration(scores)
+    assert found["mean_absolute_error"] == pytest.approx((0.08 + 0.12 + 0.05 + 0.02 + 0.1) / 5)
+    assert found["bias"] == pytest.approx((-0.08 - 0.12 + 0.05 + 0.02 - 0.1) / 5)
+    counts = [one["count"] for one in found["bins"]]
+    assert counts == [1, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    sixth = found["bins"][5]
+    assert (sixth["low"], sixth["high"]) == (0.5, 0.6)
+    assert sixth["predicted"] == pytest.approx(0.55)
+    assert sixth["true"] == pytest.approx(0.65)
+    assert found["bins"][1]["true"] is None
