@@ -354,9 +354,11 @@ STAGES: dict[str, Stage] = {
             "--data-dir DIR": "evaluate.data_dir",
             "--output-dir DIR": "evaluate.output_dir",
             "--checkpoint RUN": "evaluate.checkpoint",
+            "--other-data-dir DIR": "evaluate.other_data_dir",
             "--split": "evaluate.split",
         },
-        example="  samray evaluate --data-dir prepared --checkpoint run --output-dir report",
+        example="  samray evaluate --data-dir prepared --checkpoint run --output-dir report\n"
+        "  samray evaluate --data-dir prepared --checkpoint tiny --output-dir before",
     ),
     "predict": Stage(
         help="segment one object of an image by points or a box; or all objects of many images",

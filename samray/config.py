@@ -480,6 +480,9 @@ class EvaluateConfig(Section):
     weights of no run: a file, or tiny, vit_b, vit_l or vit_h as published."""
     output_dir: str | None = None
     """Folder to write evaluation.json and report.html to."""
+    other_data_dir: str | None = None
+    """A second prepared dataset to score as well, to see what tuning forgot; its test split, or all
+    of its images if that has no object."""
     split: Split = "test"
     """Split to score."""
     seed: int = Field(0, ge=0)

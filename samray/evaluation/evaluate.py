@@ -11,6 +11,7 @@ from tqdm import tqdm
 from samray import __version__, cluster
 from samray.config import Config, required, save_config, with_settings
 from samray.data.dataset import ImageRecord, PreparedDataset
+from samray.errors import DatasetError
 from samray.evaluation.clicks import (
     ClickCount,
     choose_objects,
@@ -69,31 +70,35 @@ def evaluate(config: Config) -> dict[str, Any]:
         config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
     )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    judged = _find_models(checkpoint)
     records = dataset.split(settings.split)
+    other = _open_other(settings.other_data_dir)
+    judged = _find_models(checkpoint)
     output = resolve(output_dir, "--output-dir")
     cluster.start()
     if judged.run is not None:
         cluster.require_visible(judged.run.path / "run.json", "--checkpoint")
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
+    if other is not None:
+        cluster.require_visible(other.dataset.folder / "manifest.json", "--other-data-dir")
     make_folder(output, "--output-dir")
-    cache_dir = embeddings_folder(config, dataset)
-    outcomes, pictures = _score_all(config, dataset, records, judged.checkpoints, cache_dir)
+    outcomes, pictures = _score_all(config, dataset, records, judged.checkpoints)
     evaluation = {
         "samray_version": __version__,
         "split": settings.split,
-        "num_images": len({record.source for record in records}),
-        "num_instances": sum(len(record.instances) for record in records),
+        **_numbers(records),
         "seed": settings.seed,
         "dataset_digest": dataset.digest,
         **judged.described(dataset.digest),
         **_figures(outcomes),
     }
+    if other is not None:
+        evaluation["other"] = _score_other(config, other, judged.checkpoints)
     # Absolute, so that the saved config means the same in another working directory.
     paths = {
         "evaluate.data_dir": str(dataset.folder),
         "evaluate.checkpoint": judged.saved_as,
         "evaluate.output_dir": str(output),
+        "evaluate.other_data_dir": str(other.dataset.folder) if other else None,
     }
     save_config(with_settings(config, paths, "evaluate"), output / "config.yaml")
     write_json(output / "evaluation.json", evaluation)
@@ -104,6 +109,51 @@ def evaluate(config: Config) -> dict[str, Any]:
     html = report_page(evaluation, judged.run, pictures)
     write_bytes(output / "report.html", html.encode())
     return evaluation
+
+
+@dataclass(frozen=True)
+class Other:
+    """The second dataset, and which of its images are scored."""
+
+    dataset: PreparedDataset
+    split: str
+    records: list[ImageRecord]
+
+
+def _open_other(folder: str | None) -> Other | None:
+    """The second dataset's test split; all of its images if no test image has an object."""
+    if folder is None:
+        return None
+    option = "--other-data-dir"
+    dataset = PreparedDataset(require_folder(resolve(folder, option), option))
+    for split, names in (("test", dataset.manifest["splits"]["test"]), ("all", dataset.images)):
+        records = [dataset.images[name] for name in names]
+        records = [record for record in records if record.instances]
+        if records:
+            return Other(dataset, split, records)
+    raise DatasetError(f"{option}: {dataset.folder} has no instance; choose another dataset")
+
+
+def _score_other(
+    config: Config, other: Other, checkpoints: dict[str, Place | None]
+) -> dict[str, Any]:
+    """Return `other` of evaluation.json."""
+    scores = score_models(config, other.dataset, other.records, checkpoints)
+    return {
+        "data_dir": str(other.dataset.folder),
+        "dataset_digest": other.dataset.digest,
+        "split": other.split,
+        **_numbers(other.records),
+        **_figures({model: Outcome(found, []) for model, found in scores.items()}),
+    }
+
+
+def _numbers(records: list[ImageRecord]) -> dict[str, int]:
+    """Number of photos, not of their tiles, and of instances."""
+    return {
+        "num_images": len({record.source for record in records}),
+        "num_instances": sum(len(record.instances) for record in records),
+    }
 
 
 @dataclass(frozen=True)
@@ -184,10 +234,9 @@ def _score_all(
     dataset: PreparedDataset,
     records: list[ImageRecord],
     checkpoints: dict[str, Place | None],
-    cache_dir: Place,
 ) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
     """Score every image with each model, then draw the last model's worst and best instances."""
-    pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
+    pool = _start_evaluators(config, dataset, records, checkpoints)
     clicked = choose_objects(records, config.evaluate.noc_objects, config.evaluate.seed)
     outcomes = _outcomes(pool, records, checkpoints, clicked)
     *_, last = checkpoints
@@ -219,16 +268,15 @@ def score_models(
     config: Config,
     dataset: PreparedDataset,
     records: list[ImageRecord],
-    checkpoints: dict[str, Place],
-    cache_dir: Place,
+    checkpoints: Mapping[str, Place | None],
 ) -> dict[str, list[Score]]:
     """Return the scores of models on images over the prompt matrix, in the same order for each.
 
     Args:
-        config: its `evaluate.seed` and `scaling.device`.
-        checkpoints: name -> checkpoint folder.
+        config: its `evaluate.seed`, `scaling.device` and `embeddings`.
+        checkpoints: name -> checkpoint folder; None is `tiny` as it ships.
     """
-    pool = _start_evaluators(config, dataset, records, checkpoints, cache_dir)
+    pool = _start_evaluators(config, dataset, records, checkpoints)
     outcomes = _outcomes(pool, records, checkpoints, {})
     pool.stop()
     return {model: outcome.scores for model, outcome in outcomes.items()}
@@ -239,7 +287,6 @@ def _start_evaluators(
     dataset: PreparedDataset,
     records: list[ImageRecord],
     checkpoints: Mapping[str, Place | None],
-    cache_dir: Place,
 ) -> cluster.Pool:
     return cluster.start_pool(
         Evaluator,
@@ -247,7 +294,7 @@ def _start_evaluators(
         len(records),
         dataset.folder,
         checkpoints,
-        cache_dir,
+        embeddings_folder(config, dataset),
         config.evaluate.seed,
     )
 

@@ -13,7 +13,6 @@ from samray.evaluation.metrics import Score, bootstrap_interval
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import summary
 from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
-from samray.sam.embeddings import embeddings_folder
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
 
@@ -96,12 +95,11 @@ def _scores(
     cluster.start()
     cluster.require_visible(run.path / "run.json", "RUN_OR_SWEEP")
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
-    checkpoints: dict[str, Place] = {"base": run.base, "tuned": tuned.path}
+    checkpoints: dict[str, Place | None] = {"base": run.base, "tuned": tuned.path}
     if current is not None:
         cluster.require_visible(current.folder / "weights.pth", "--store")
         checkpoints["current"] = current.folder
-    cache_dir = embeddings_folder(config, dataset)
-    return score_models(config, dataset, dataset.split("test"), checkpoints, cache_dir)
+    return score_models(config, dataset, dataset.split("test"), checkpoints)
 
 
 def guard(

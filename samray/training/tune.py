@@ -527,7 +527,6 @@ def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
 
 def _test_scores(plan: SweepPlan, dataset: PreparedDataset, best: str) -> dict[str, Any]:
     """The prompt matrix of base and best trial on the test split, which no trial used."""
-    records, cache_dir = dataset.split("test"), embeddings_folder(plan.config, dataset)
     checkpoints = {"base": plan.output / "base", "best": find_checkpoint(plan.output / best)}
-    scores = score_models(plan.config, dataset, records, checkpoints, cache_dir)
+    scores = score_models(plan.config, dataset, dataset.split("test"), checkpoints)
     return {name: summary(scores[name]) for name in checkpoints}

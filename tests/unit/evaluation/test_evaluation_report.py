@@ -1,0 +1,91 @@
+"""The report's page, from figures of drawn scores."""
+
+import re
+
+import numpy as np
+import pytest
+
+from samray.config import Config, resolve_model
+from samray.evaluation.clicks import ClickCount, clicks_change, clicks_summary
+from samray.evaluation.metrics import Score
+from samray.evaluation.report import report_page
+from samray.evaluation.scoring import MATRIX
+from samray.evaluation.summary import changes, summary
+from samray.sam.checkpoint import RunFolder
+
+
+def drawn_scores(shift, label="nut"):
+    rng = np.random.default_rng(0)
+    found = []
+    for image in range(8):
+        for place in range(5):
+            area = int(10 ** rng.uniform(1.5, 4.5))
+            for strategy in MATRIX:
+                iou = float(np.clip(rng.normal(0.6, 0.15) + shift, 0, 1))
+                predicted = float(np.clip(iou + rng.normal(0.1, 0.1), 0, 1))
+                name = f"{image}.jpg"
+                found.append(
+                    Score(name, name, place, label, strategy, iou, iou, iou, predicted, area,
+                          area**0.5 / 4)
+                )  # fmt: skip
+    return found
+
+
+def figures(base, tuned=None):
+    found = {"base": summary(base)}
+    if tuned is not None:
+        found |= {"tuned": summary(tuned), "change": changes(base, tuned)}
+    return found
+
+
+def evaluation(**more):
+    about = {
+        "samray_version": "1", "split": "test", "num_images": 8, "num_instances": 40, "seed": 0,
+        "dataset_digest": "0" * 64, "model_type": "tiny", "epoch": 1,
+        "base_source": {"source": "tiny"}, "same_dataset_as_trained_on": True,
+    }  # fmt: skip
+    return about | more
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = resolve_model(Config(), weights_given=True)
+    run = RunFolder.create(tmp_path_factory.mktemp("report") / "run", config, "0" * 64)
+    epoch = {"epoch": 1, "step": 4, "loss": 0.5, "val_iou": 0.6, "seconds": 1.0}
+    run.update(epochs=[epoch], latest="checkpoints/epoch_0001", best="checkpoints/epoch_0001")
+    return run
+
+
+def test_a_comparison_has_every_section(run):
+    base, tuned = drawn_scores(0), drawn_scores(0.1)
+    clicks = [
+        [ClickCount(f"{n}.jpg", f"{n}.jpg", 0, tuple(ious)) for n in range(4)]
+        for ious in ([0.5] * 20, [0.7, 0.91])
+    ]
+    content = evaluation(**figures(base, tuned))
+    for model, counts in zip(("base", "tuned"), clicks, strict=True):
+        content[model]["clicks_to_iou"] = clicks_summary(counts)
+    content["change"]["clicks_to_iou"] = clicks_change(*clicks)
+    content["other"] = {
+        "data_dir": "/data/<other>", "split": "all", "num_images": 8, "num_instances": 40,
+        **figures(base, drawn_scores(-0.1)),
+    }  # fmt: skip
+    page = report_page(content, run, [])
+    titles = [title.split(" <")[0] for title in re.findall("<h2>(.*?)</h2>", page)]
+    assert titles == [
+        "Per prompt", "Clicks needed", "Per label", "Per size", "Predicted IoU",
+        "On another dataset", "Training",
+    ]  # fmt: skip
+    assert page.count("<svg") == 2
+    assert ">-18.0 " in page  # clicks to 90 %
+    assert ">100 %</td><td>0 %</td>" in page
+    assert "/data/&lt;other&gt;" in page
+    assert 'class="loss">worse' in page.partition("On another dataset")[2]
+
+
+def test_the_scores_of_one_model_speak_of_no_change():
+    page = report_page(evaluation(**figures(drawn_scores(0))), None, [])
+    titles = [title.split(" <")[0] for title in re.findall("<h2>(.*?)</h2>", page)]
+    assert titles == ["Per prompt", "Per label", "Per size", "Predicted IoU"]
+    assert "change" not in page
+    assert page.count("<svg") == 1
