@@ -20,7 +20,7 @@ from samray.evaluation.clicks import (
     count_clicks,
 )
 from samray.evaluation.metrics import Score
-from samray.evaluation.report import report_page
+from samray.evaluation.report import instance_rows, report_page
 from samray.evaluation.scoring import embedding_of, evaluation_prompt, score_image
 from samray.evaluation.summary import changes, summary
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
@@ -44,6 +44,7 @@ from samray.storage import (
     require_folder,
     resolve,
     write_bytes,
+    write_csv,
     write_json,
 )
 
@@ -102,10 +103,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     }
     save_config(with_settings(config, paths, "evaluate"), output / "config.yaml")
     write_json(output / "evaluation.json", evaluation)
-    instances = {
-        model: [asdict(score) for score in outcome.scores] for model, outcome in outcomes.items()
-    }
+    scores = {model: outcome.scores for model, outcome in outcomes.items()}
+    instances = {model: [asdict(score) for score in found] for model, found in scores.items()}
     write_json(output / "instances.json", instances)
+    write_csv(output / "instances.csv", instance_rows(scores))
     html = report_page(evaluation, judged.run, pictures)
     write_bytes(output / "report.html", html.encode())
     return evaluation

@@ -1,13 +1,30 @@
-"""The report of an evaluation as an HTML page."""
+"""The report of an evaluation as an HTML page, and its table of instances."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from samray.charts import curves_svg, jpeg_uri, reliability_svg, render_page
 from samray.config import load_config
+from samray.evaluation.metrics import Score
 from samray.evaluation.scoring import MATRIX
 from samray.sam.checkpoint import RunFolder
 
 MODELS = ("base", "tuned")
+ABOUT = ("image", "source", "instance", "label", "area", "strategy")  # what a row is about
+
+
+def instance_rows(scores: dict[str, list[Score]]) -> Iterator[tuple[Any, ...]]:
+    """Yield a heading, then a row for each instance and kind of prompt, for a CSV file.
+
+    Args:
+        scores: model -> scores of the same instances and prompts, in the same order.
+    """
+    figures = ("iou", "dice", "boundary_iou", "predicted_iou")
+    columns = [f"{model}_{name}" for model in scores for name in figures]
+    yield (*ABOUT, *columns)
+    for same in zip(*scores.values(), strict=True):
+        about = [getattr(same[0], name) for name in ABOUT]
+        yield (*about, *(f"{getattr(score, name):.6f}" for score in same for name in figures))
 
 
 def report_page(

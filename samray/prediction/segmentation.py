@@ -1,7 +1,5 @@
 """All objects of one image, as a label map, a table and LabelMe shapes."""
 
-import csv
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,7 @@ from samray.prediction.answers import describe_mask, prompt_of
 from samray.prediction.requests import PromptRequest
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
+from samray.storage import csv_bytes
 
 MAX_OBJECTS = 65535  # of an image: the label map has 16 bits
 # SAM keeps the logits of a batch of masks at the image's resolution: 64 points of a 100-megapixel
@@ -222,13 +221,11 @@ def labelme_shapes(objects: list[SegmentedObject], label: str) -> list[dict[str,
 
 def object_table(objects: list[SegmentedObject]) -> bytes:
     """Return a CSV file with one row per object; `id` is its number in the label map."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[tuple[Any, ...]] = [COLUMNS]
     for number, found in enumerate(objects, start=1):
         scores = f"{found.score:.6f}", f"{found.stability_score:.6f}"
-        writer.writerow([number, *found.box, found.area, *scores, found.prompt_id or ""])
-    return text.getvalue().encode()
+        rows.append((number, *found.box, found.area, *scores, found.prompt_id or ""))
+    return csv_bytes(rows)
 
 
 def _segmented(

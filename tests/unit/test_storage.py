@@ -1,5 +1,6 @@
 """Invalid paths are refused early; outputs appear completely or not at all."""
 
+import csv
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from samray.errors import ConfigError, DatasetError, StorageError
 from samray.storage import (
     JOB_VARIABLE,
     LOCK,
+    csv_bytes,
     free_bytes,
     is_used,
     lock_folder,
@@ -28,6 +30,7 @@ from samray.storage import (
     whole_file,
     whole_folder,
     write_bytes,
+    write_csv,
     write_json,
 )
 
@@ -207,6 +210,24 @@ def test_damaged_json_is_a_dataset_error_that_names_the_file(
 def test_missing_json_is_a_dataset_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"gone\.json: cannot be read"):
         read_json(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\n=1", "=a\n,b"])
+def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(tmp_path: Path, text: str) -> None:
+    write_csv(tmp_path / "a.csv", [("label", "iou"), (text, -0.5), ('nut, "big"', 1)])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["label", "iou"], [f"'{text}", "-0.5"], ['nut, "big"', "1"]]
+
+
+def test_a_carriage_return_in_a_label_begins_no_row() -> None:
+    assert csv_bytes([("nut\r=1", "a\r\nb")]) == b'"nut\n=1","a\nb"\n'
+
+
+def test_numbers_written_as_text_and_harmless_text_stay_as_they_are() -> None:
+    assert csv_bytes([("-0.250000", "+1e-3", "größe", "a=b", "")]) == (
+        "-0.250000,+1e-3,größe,a=b,\n".encode()
+    )
 
 
 def test_free_space_is_known_before_the_folder_exists(tmp_path: Path) -> None:

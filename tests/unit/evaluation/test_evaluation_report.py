@@ -8,7 +8,7 @@ import pytest
 from samray.config import Config, resolve_model
 from samray.evaluation.clicks import ClickCount, clicks_change, clicks_summary
 from samray.evaluation.metrics import Score
-from samray.evaluation.report import report_page
+from samray.evaluation.report import instance_rows, report_page
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import changes, summary
 from samray.sam.checkpoint import RunFolder
@@ -89,3 +89,21 @@ def test_the_scores_of_one_model_speak_of_no_change():
     assert titles == ["Per prompt", "Per label", "Per size", "Predicted IoU"]
     assert "change" not in page
     assert page.count("<svg") == 1
+
+
+def test_the_table_has_a_row_for_each_instance_and_prompt_with_the_figures_of_all_models():
+    base, tuned = drawn_scores(0, "=nut"), drawn_scores(0.1, "=nut")
+    heading, *rows = instance_rows({"base": base, "tuned": tuned})
+    assert len(rows) == len(base)
+    for row, before, after in zip(rows, base, tuned, strict=True):
+        cells = dict(zip(heading, row, strict=True))
+        assert (cells["image"], cells["instance"]) == (before.image, before.instance)
+        assert (cells["label"], cells["strategy"]) == ("=nut", before.strategy)
+        assert cells["area"] == before.area
+        for model, score in (("base", before), ("tuned", after)):
+            for name in ("iou", "dice", "boundary_iou", "predicted_iou"):
+                assert float(cells[f"{model}_{name}"]) == pytest.approx(
+                    getattr(score, name), abs=1e-6
+                )
+    heading, first, *_ = instance_rows({"base": base})
+    assert len(heading) == len(first) == 10
