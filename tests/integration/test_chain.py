@@ -1,5 +1,6 @@
 """All stages by the command line on a real Ray, and resuming a killed run."""
 
+import csv
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -100,11 +102,24 @@ def test_each_image_is_encoded_once_for_all_epochs_and_runs(
     assert f"0 images encoded, {images} found" in out
 
 
+def untested(prepared, folder):
+    """A copy of a prepared dataset of which three images are left, all in the train split."""
+    shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("embeddings"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rows = pq.read_table(folder / manifest["shards"][0], columns=["name", "annotation"]).to_pylist()
+    manifest["splits"] = {"train": [row["name"] for row in rows[:3]], "val": [], "test": []}
+    manifest["dropped_annotations"] = [row["annotation"] for row in rows[3:]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cli):
     cached = set((prepared / "embeddings").rglob("*.npy"))
+    other = untested(prepared, tmp_path / "other")
     status, out, err = run_cli(
-        "evaluate", "--data-dir", prepared, "--checkpoint", first_run, "--output-dir", tmp_path
-    )
+        "evaluate", "--data-dir", prepared, "--checkpoint", first_run, "--output-dir", tmp_path,
+        "--other-data-dir", other, "evaluate.noc_objects=3",
+    )  # fmt: skip
     assert status == 0, err
     new = set((prepared / "embeddings").rglob("*.npy")) - cached
     # Those of the tuned encoder are of no use to others.
@@ -121,6 +136,16 @@ def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cl
             }
             assert set(evaluation[model][value]["label"]) <= labels
             assert all(0 <= v <= 1 for v in evaluation[model][value]["strategy"].values())
+        clicks = evaluation[model]["clicks_to_iou"]
+        assert clicks["num_objects"] == 3
+        assert 1 <= clicks["85"]["mean"] <= clicks["90"]["mean"] <= 20
+        assert 0 <= clicks["85"]["failed"] <= clicks["90"]["failed"] <= 1
+        assert sum(b["count"] for b in evaluation[model]["calibration"]["bins"]) == (
+            4 * evaluation["num_instances"]
+        )
+        for key in ("iou_by_size", "iou_by_model_size"):
+            counts = [found["count"] for found in evaluation[model][key].values()]
+            assert sum(counts) == evaluation["num_instances"]
         for name, (low, high) in evaluation[model]["iou_ci95"]["strategy"].items():
             assert low <= evaluation[model]["iou"]["strategy"][name] <= high
     assert f"{evaluation['tuned']['iou']['strategy']['random']:.3f}" in out
@@ -133,6 +158,17 @@ def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cl
             "better" if low > 0 else "worse" if high < 0 else "no difference shown"
         )
         assert change["verdict"] in out
+    assert evaluation["other"]["split"] == "all"
+    assert evaluation["other"]["num_images"] == len(PreparedDataset(other).images)
+    assert set(evaluation["other"]["change"]["strategy"]) == set(evaluation["change"]["strategy"])
+    scores = json.loads((tmp_path / "instances.json").read_text())["tuned"]
+    with (tmp_path / "instances.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(scores) == 4 * evaluation["num_instances"]
+    for row, found in zip(rows, scores, strict=True):
+        assert (row["image"], row["strategy"]) == (found["image"], found["strategy"])
+        for value in ("iou", "dice", "boundary_iou", "predicted_iou"):
+            assert float(row[f"tuned_{value}"]) == pytest.approx(found[value], abs=1e-6)
     html = (tmp_path / "report.html").read_text()
     assert html.count("data:image/jpeg;base64,") >= 8
     assert "<svg" in html
@@ -147,11 +183,13 @@ def test_evaluate_scores_a_model_of_no_run_alone(tuned_run, prepared, tmp_path, 
     for name, checkpoint in (("tiny", "tiny"), ("copied", copied)):
         output = tmp_path / f"report_{name}"
         status, out, err = run_cli(
-            "evaluate", "--data-dir", prepared, "--checkpoint", checkpoint, "--output-dir", output
-        )
+            "evaluate", "--data-dir", prepared, "--checkpoint", checkpoint, "--output-dir", output,
+            "evaluate.noc_objects=0",
+        )  # fmt: skip
         assert status == 0, err
         evaluation = json.loads((output / "evaluation.json").read_text())
         assert "tuned" not in evaluation
+        assert "clicks_to_iou" not in evaluation["base"]
         assert f"mIoU of {checkpoint}" in out
         assert f"{evaluation['base']['iou']['strategy']['bbox']:.3f}" in out
         html = (output / "report.html").read_text()
@@ -180,7 +218,7 @@ def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
         output = tmp_path / f"report{given.replace('/', '_')}"
         status, _, err = run_cli(
             "evaluate", "--data-dir", prepared, "--checkpoint", f"{run}{given}", "--output-dir",
-            output,
+            output, "evaluate.noc_objects=0",
         )  # fmt: skip
         assert status == 0, err
         evaluation = json.loads((output / "evaluation.json").read_text())
