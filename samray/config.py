@@ -290,6 +290,9 @@ class TrainConfig(Section):
     """Stop after so many epochs in a row without a new best; unset: train all epochs."""
     dry_run: bool = False
     """Print what would be trained and what it needs (steps, cache, memory, seconds), and stop."""
+    mlflow_uri: str | None = None
+    """MLflow server, database or folder to log the run to, beside RUN/tensorboard; mlflow must be
+    installed."""
     resume: bool = False
     """Resume the run in `output_dir`; only the numbers of epochs and workers, and what limits
     memory (max_prompts, images_at_once, recompute_encoder), may have changed."""
@@ -363,7 +366,7 @@ class TuneConfig(Section):
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Maximum number of trials at the same time; unset: as many as fit the cluster."""
     mlflow_uri: str | None = None
-    """MLflow server or folder to log every trial to; mlflow must be installed."""
+    """MLflow server, database or folder to log every trial to; mlflow must be installed."""
     seed: int = Field(0, ge=0)
     """Random seed of the trials' settings; the trials themselves train with train.seed."""
 

@@ -364,7 +364,7 @@ def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> Non
 
 def _deciding(config: Config) -> dict[str, Any]:
     """The settings that determine a run's result, by dotted path."""
-    free = {"data_dir", "output_dir", "num_epochs", "patience", "dry_run", "resume"}
+    free = {"data_dir", "output_dir", "num_epochs", "patience", "dry_run", "resume", "mlflow_uri"}
     free |= {"max_prompts", "images_at_once", "recompute_encoder"}  # the same step in less memory
     sections = config.model_dump(mode="json", include={"model", "prompts", "loss", "train"})
     return {

@@ -2,19 +2,25 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from samray.config import Config
 from samray.data.dataset import ImageRecord, PreparedDataset
-from samray.evaluation.scoring import MATRIX, score_image
+from samray.evaluation.scoring import MATRIX, evaluation_prompt, score_image
+from samray.geometry.drawing import draw_masks, shrink
 from samray.geometry.images import decode_image
 from samray.sam.adapt import suffix
+from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
 from samray.training.batches import BatchLoader, epoch_steps
 from samray.training.loop import Worker
 from samray.training.step import Batch
+
+NUM_PICTURES, MAX_DRAWN = 2, 12  # val images drawn every epoch, and objects of each
+PICTURE_SIDE = 480  # pixels
 
 
 class FineTuning:
@@ -80,6 +86,27 @@ class FineTuning:
             "val_dice": float(means[:, 1].mean()),
             **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(MATRIX)},
         }
+
+    @torch.inference_mode()
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Draw the first val images: their objects, and the masks of a click in each one's centre.
+
+        Returns:
+            Name -> H x W x 3 uint8, truth on the left, answers on the right.
+        """
+        drawn = {}
+        for number, record in enumerate(self.dataset.split("val")[:NUM_PICTURES]):
+            image = decode_image(self.dataset.image_bytes(record))
+            gt_masks = [record.decode(instance) for instance in record.instances[:MAX_DRAWN]]
+            prompts = [
+                evaluation_prompt(record, place, mask, "center", 0)
+                for place, mask in enumerate(gt_masks)
+            ]
+            found = dict(predict_masks(self.sam, self._embedding(record), prompts, record.size))
+            masks = [found[place].mask(found[place].best) for place in sorted(found)]
+            halves = [shrink(draw_masks(image, some), PICTURE_SIDE) for some in (gt_masks, masks)]
+            drawn[f"val/{number}: truth, answer"] = np.concatenate(halves, axis=1)
+        return drawn
 
     @torch.inference_mode()
     def _embedding(self, record: ImageRecord) -> Tensor:

@@ -173,7 +173,8 @@ def train_epoch(
     for number, (batches, num_prompts) in enumerate(
         _load_ahead(source, steps, worker, epoch), start=1
     ):
-        optimizer.set_learning_rate(learning_rate_at(step, total_steps, settings))
+        learning_rate = learning_rate_at(step, total_steps, settings)
+        optimizer.set_learning_rate(learning_rate)
         losses = train_step(model, optimizer, batches, num_prompts, worker)
         step += 1
         in_a_row = in_a_row + 1 if losses is None else 0
@@ -192,6 +193,7 @@ def train_epoch(
                     "step": number,
                     "steps": len(steps),
                     "loss": losses["loss"] / mine,
+                    "learning_rate": learning_rate,
                 }
             )
     sums = worker.sum(sums.to(worker.device)).cpu()

@@ -31,6 +31,7 @@ from samray.sam.model import build_model, low_res_size
 from samray.sam.shipped import export_weights, load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import Place, lock_folder, resolve, resolve_local
+from samray.tracking import Tracker, describe_start, git_commit
 from samray.training.loop import Worker, train_loop
 from samray.training.scenes import VERSION, draw_scenes, region_masks
 from samray.training.step import Batch, draw_correction_plan, drawn_place, error_click
@@ -220,13 +221,18 @@ def _pretrain(config: Config, output: Place) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")
     steps = -(-config.pretrain.scenes_per_epoch // config.train.batch_size)
     bar = tqdm(total=config.train.num_epochs * steps, file=sys.stderr, disable=None, unit="step")
-    with bar, run.running():
+    done = run.state["epochs"]
+    start = describe_start(config, len(done), device, 1, git_commit())
+    step = done[-1]["step"] if done else 0
+    tracker = Tracker(run.path, config, step, lambda event: _show(bar, config, event))
+    with bar, run.running(), tracker:
+        run.update(starts=[*run.state.get("starts", []), start])
         train_loop(
             config,
             run,
             lambda sam: DrawnScenes(config, sam),
             Worker(0, 1, device),
-            lambda event: _show(bar, config, event),
+            tracker.report,
             config.pretrain.max_minutes,
         )
         if len(run.state["epochs"]) >= config.train.num_epochs:
@@ -271,6 +277,8 @@ def _device(config: Config) -> torch.device:
 
 def _show(bar: Any, config: Config, event: dict[str, Any]) -> None:
     """Show a bar on a terminal, else print a line per epoch."""
+    if event["event"] == "base":
+        return
     if event["event"] == "step":
         bar.n = (event["epoch"] - 1) * event["steps"] + event["step"]
         bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)

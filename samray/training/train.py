@@ -49,6 +49,7 @@ from samray.storage import (
     require_folder,
     resolve,
 )
+from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
 from samray.training.finetuning import FineTuning
 from samray.training.loop import Report, Worker, train_loop
 from samray.training.optimizer import training_dtype
@@ -89,6 +90,10 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     output = resolve(output_dir, "--output-dir")
     # Absolute, because `promote` reads the saved config in another working directory.
     paths = {"train.data_dir": str(dataset.folder), "train.output_dir": str(output)}
+    if uri := config.train.mlflow_uri:
+        require_mlflow("train.mlflow_uri", uri)
+        if "://" not in uri:
+            paths["train.mlflow_uri"] = str(resolve(uri, "train.mlflow_uri"))
     config = with_settings(config, paths, "train")
     if trial is not None:  # the sweep holds the lock of its folder
         return _fit(config, dataset, output, trial)
@@ -149,13 +154,19 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         sam = load_checkpoint(run.base).model()
         num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
         cache = EmbeddingCache(arguments["cache_dir"], sam, num_frozen)
-    train_loop(
-        config,
-        run,
-        lambda sam: FineTuning(config, dataset, cache, sam),
-        worker,
-        arguments["report"],
-    )
+    done = run.state["epochs"]
+    if worker.rank == 0:
+        facts = worker.device, worker.world_size, arguments["git_commit"]
+        run.update(starts=[*run.state.get("starts", []), describe_start(config, len(done), *facts)])
+    step = done[-1]["step"] if done else 0
+    with Tracker(run.path, config, step, arguments["report"]) as tracker:
+
+        def open_source(sam: Any) -> FineTuning:
+            source = FineTuning(config, dataset, cache, sam)
+            tracker.pictures = source.pictures
+            return source
+
+        train_loop(config, run, open_source, worker, tracker.report)
 
 
 def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
@@ -244,6 +255,7 @@ def _train(
         "cache_dir": cache_dir,
         "threads": resources.cpus_per_worker,
         "use_gpu": resources.use_gpu,
+        "git_commit": git_commit(),
     }
     if report is not None and resources.num_workers == 1:
         arguments["report"] = report

@@ -11,7 +11,6 @@ state only the chosen settings and the decisions to stop are used.
 """
 
 import functools
-import importlib.util
 import logging
 import os
 import re
@@ -56,6 +55,7 @@ from samray.storage import (
     write_bytes,
     write_json,
 )
+from samray.tracking import require_mlflow
 from samray.training.search_space import (
     SEARCHED,
     count_trials,
@@ -95,6 +95,7 @@ def sweep(config: Config) -> dict[str, Any]:
         "train.data_dir": str(dataset.folder),
         "train.output_dir": None,
         "train.resume": False,
+        "train.mlflow_uri": None,  # tune.mlflow_uri logs the trials
         "tune.data_dir": str(dataset.folder),
         "tune.output_dir": str(output),
     }
@@ -381,8 +382,7 @@ def _loggers(plan: SweepPlan) -> list[tune.Callback]:
     """MLflow's callback, if configured; Tune adds TensorBoard's by itself."""
     if plan.config.tune.mlflow_uri is None:
         return []
-    if importlib.util.find_spec("mlflow") is None:
-        raise ConfigError("tune.mlflow_uri: mlflow is not installed; pip install mlflow, or unset")
+    require_mlflow("tune.mlflow_uri", plan.config.tune.mlflow_uri)
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     return [MLflowLoggerCallback(plan.config.tune.mlflow_uri, experiment_name=plan.output.name)]
