@@ -107,15 +107,15 @@ def _figures(event: dict[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 class _TensorBoard:
-    """An event file in a folder; in S3, a copy that is renewed after every epoch."""
+    """An event file in a folder; in S3, one for each epoch, as objects cannot be added to."""
 
     def __init__(self, folder: Place, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a quarter of a second
 
-        self._folder, self._copied = folder, None
+        self._folder, self._sent = folder, None
         if not isinstance(folder, Path):
-            self._copied = tempfile.TemporaryDirectory(prefix="samray-")
-        self._local = Path(self._copied.name if self._copied else str(folder))
+            self._sent = tempfile.TemporaryDirectory(prefix="samray-")
+        self._local = Path(self._sent.name if self._sent else str(folder))
         self._writer = SummaryWriter(str(self._local), purge_step=first_step)
 
     def write(self, step: int, figures: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
@@ -129,14 +129,18 @@ class _TensorBoard:
     def close(self, status: str) -> None:
         self._publish()
         self._writer.close()
-        if self._copied is not None:
-            self._copied.cleanup()
+        if self._sent is not None:
+            self._sent.cleanup()
 
     def _publish(self) -> None:
         self._writer.flush()
-        if self._copied is not None:
+        if self._sent is not None:
+            self._writer.close()  # the next figure opens another file
             for path in self._local.iterdir():
-                write_bytes(self._folder / path.name, path.read_bytes())
+                # Read in the order of their names, which end in a counter: 9 before 10.
+                stem, _, counter = path.name.rpartition(".")
+                write_bytes(self._folder / f"{stem}.{int(counter):06d}", path.read_bytes())
+                path.unlink()
 
 
 class _MLflow:

@@ -20,7 +20,7 @@ from samray.training.loop import Worker
 from samray.training.step import Batch
 
 NUM_PICTURES, MAX_DRAWN = 2, 12  # val images drawn every epoch, and objects of each
-PICTURE_SIDE = 480  # pixels
+PICTURE_SIDE = 320  # pixels
 
 
 class FineTuning:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samray.config import load_config
 from samray.data.dataset import PreparedDataset
@@ -50,6 +51,15 @@ def tuned_run(prepared, first_run, tmp_path_factory, run_cli):
     return run
 
 
+def read_events(run):
+    """Steps of each curve and of each picture in a run's event files."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    curves = {tag: [point.step for point in events.Scalars(tag)] for tag in tags["scalars"]}
+    return curves, {tag: [one.step for one in events.Images(tag)] for tag in tags["images"]}
+
+
 def state_of(run):
     return json.loads((run / "run.json").read_text())
 
@@ -71,6 +81,14 @@ def test_a_run_is_self_contained(first_run, prepared):
     assert checkpoint.progress["dataset_digest"] == dataset.digest
     assert checkpoint.progress["base"]["source"] == "random weights, seed 0"
     assert not (first_run / "ray").exists()
+    (start,) = state["starts"]
+    assert (start["num_workers"], start["seed"], start["epochs_done"]) == (2, 0, 0)
+    assert start["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert len(list((first_run / "tensorboard").iterdir())) == 1  # of rank 0 alone
+    curves, pictures = read_events(first_run)
+    assert curves["step/loss"] == list(range(1, 2 * steps + 1))
+    assert curves["val/iou"] == curves["epoch/seconds"] == [steps, 2 * steps]
+    assert len(pictures) == 2
 
 
 def test_training_moves_the_encoder_from_random_weights_and_not_when_frozen(first_run, tuned_run):
@@ -375,6 +393,9 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run,
     one, two = state_of(whole), state_of(killed)
     assert two["epochs"][-1]["step"] == one["epochs"][-1]["step"]
     assert two["embeddings"]["encoded"] == 0, "the other run has encoded all images"
+    assert len(two["starts"]) == 2
+    steps = [read_events(run)[0]["step/loss"] for run in (whole, killed)]
+    assert steps[0] == steps[1], "the curve of a resumed run is not doubled"
     for before, after in zip(one["epochs"], two["epochs"], strict=True):
         del before["seconds"], after["seconds"]
         assert after == before

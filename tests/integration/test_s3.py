@@ -70,6 +70,7 @@ def test_all_stages_in_s3(done, data, bucket, prepared):
     assert f"embeddings: 0 images to encode, {learned} found" in out
     state = read_json(resolve(f"{bucket}/run/run.json", "x"))
     assert state["status"] == "finished"
+    assert len(list_folder(resolve(f"{bucket}/run/tensorboard", "x"))) >= 3  # base and two epochs
     kept = {state["best"], state["latest"]} - {"base"}
     # By objects, because this server lists emptied folders for a while.
     found = {name.rpartition("/")[0] for name, _, _ in list_objects(resolve(f"{bucket}/run", "x"))}

@@ -10,7 +10,7 @@ import torch
 from samray import __version__
 from samray.config import Config, load_config
 from samray.errors import ConfigError
-from samray.storage import read_json
+from samray.storage import list_folder, read_bytes, read_json, resolve
 from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
 
 STEPS = 3  # of an epoch
@@ -169,3 +169,24 @@ def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
     assert git_commit() == f"{commit}+changes"
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
+
+
+def test_event_files_of_a_run_in_s3_are_there_after_each_epoch(bucket, tmp_path):
+    run = resolve(f"{bucket}/run", "run")
+    kept = []
+    with Tracker(run, Config(), 0, lambda event: kept.append(copies(run, tmp_path))) as tracker:
+        for event in events(1, 2):
+            tracker.report(event)
+    assert [len(names) for names in kept] == [1] * 4 + [2] * 4 + [3]  # base, then an epoch each
+    curves, _ = read_curves(tmp_path)
+    assert [step for step, _ in curves["val/iou"]] == [0, 3, 6]
+    assert [step for step, _ in curves["step/loss"]] == list(range(1, 7))
+
+
+def copies(run, target):
+    """Copy the event files that are in S3 now; return their names."""
+    names = list_folder(run / "tensorboard")
+    (target / "tensorboard").mkdir(exist_ok=True)
+    for name in names:
+        (target / "tensorboard" / name).write_bytes(read_bytes(run / "tensorboard" / name))
+    return names
