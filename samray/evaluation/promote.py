@@ -72,6 +72,7 @@ def promote(config: Config) -> Version:
         "base": tuned.progress["base"],
         "dataset_digest": dataset.digest,
         "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
+        "starts": run.state.get("starts", []),  # what it was trained with
         "split": "test",
         "metrics": {model: summary(scores[model]) for model in scores},
         "guard": {

@@ -10,7 +10,7 @@ import torch
 from samray import __version__
 from samray.config import Config, load_config
 from samray.errors import ConfigError
-from samray.storage import list_folder, read_bytes, read_json, resolve
+from samray.storage import list_folder, read_json, resolve
 from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
 
 STEPS = 3  # of an epoch
@@ -46,10 +46,10 @@ def track(run, given, step=0, config=None, pictures=dict):
     assert passed_on == given
 
 
-def read_curves(run):
+def read_curves(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(run / "tensorboard"))
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     tags = accumulator.Tags()
     curves = {
@@ -64,7 +64,7 @@ def test_every_figure_becomes_a_curve_over_optimiser_steps(tmp_path):
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 30:] = 255
     track(tmp_path, events(1, 2), pictures=lambda: {"val/0": picture})
-    curves, pictures = read_curves(tmp_path)
+    curves, pictures = read_curves(tmp_path / "tensorboard")
     assert curves["step/loss"] == [(1, 1.1), (2, 1.2), (3, 1.3), (4, 2.1), (5, 2.2), (6, 2.3)]
     assert curves["step/learning_rate"] == [(n, 1e-4) for n in range(1, 7)]
     assert curves["epoch/loss"] == [(3, 1.0), (6, 0.5)]
@@ -85,7 +85,7 @@ def test_a_run_killed_in_an_epoch_and_resumed_has_each_step_once(tmp_path, done)
         killed = killed[:3]  # in the first, before there is a checkpoint
     track(tmp_path, killed)
     track(tmp_path, events(done + 1, 3), step=done * STEPS)
-    curves, _ = read_curves(tmp_path)
+    curves, _ = read_curves(tmp_path / "tensorboard")
     assert [step for step, _ in curves["step/loss"]] == list(range(1, 10))
     assert [step for step, _ in curves["val/iou"]] == [0, 3, 6, 9]
 
@@ -171,22 +171,14 @@ def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
     assert git_commit() is None
 
 
-def test_event_files_of_a_run_in_s3_are_there_after_each_epoch(bucket, tmp_path):
+def test_event_files_of_a_run_in_s3_are_there_after_each_epoch(bucket):
     run = resolve(f"{bucket}/run", "run")
+    files = run / "tensorboard"
     kept = []
-    with Tracker(run, Config(), 0, lambda event: kept.append(copies(run, tmp_path))) as tracker:
+    with Tracker(run, Config(), 0, lambda event: kept.append(list_folder(files))) as tracker:
         for event in events(1, 2):
             tracker.report(event)
     assert [len(names) for names in kept] == [1] * 4 + [2] * 4 + [3]  # base, then an epoch each
-    curves, _ = read_curves(tmp_path)
+    curves, _ = read_curves(files)
     assert [step for step, _ in curves["val/iou"]] == [0, 3, 6]
     assert [step for step, _ in curves["step/loss"]] == list(range(1, 7))
-
-
-def copies(run, target):
-    """Copy the event files that are in S3 now; return their names."""
-    names = list_folder(run / "tensorboard")
-    (target / "tensorboard").mkdir(exist_ok=True)
-    for name in names:
-        (target / "tensorboard" / name).write_bytes(read_bytes(run / "tensorboard" / name))
-    return names
