@@ -251,17 +251,9 @@ def run_evaluate(config: Config) -> None:
     from samray.evaluation.evaluate import evaluate
 
     evaluation = evaluate(config)
-    base = evaluation["base"]["iou"]["strategy"]
-    if "tuned" in evaluation:
-        tuned = evaluation["tuned"]["iou"]["strategy"]
-        print(f"{evaluation['split']} mIoU     base    tuned   change")
-        for name, change in evaluation["change"]["strategy"].items():
-            figures = f"{base[name]:6.3f}   {tuned[name]:6.3f}   {change['iou']:+6.3f}"
-            print(f"  {name:<10} {figures}   {change['verdict']}")
-    else:
-        print(f"{evaluation['split']} mIoU of {config.evaluate.checkpoint}")
-        for name, iou in base.items():
-            print(f"  {name:<10} {iou:6.3f}")
+    _print_scores(evaluation, evaluation["split"], str(config.evaluate.checkpoint))
+    if "other" in evaluation:
+        _print_scores(evaluation["other"], "other", str(config.evaluate.checkpoint))
     if evaluation["same_dataset_as_trained_on"] is False:
         print(
             "note: the run was trained on another dataset; if that one held photos of this split, "
@@ -269,6 +261,28 @@ def run_evaluate(config: Config) -> None:
         )
     output = config.evaluate.output_dir
     print(f"report: {output}/report.html, figures: {output}/evaluation.json")
+
+
+def _print_scores(figures: dict[str, Any], images: str, checkpoint: str) -> None:
+    """Print the prompt matrix and the clicks, of two models with their change."""
+    base = figures["base"]["iou"]["strategy"]
+    clicks = [figures[m].get("clicks_to_iou") for m in ("base", "tuned") if m in figures]
+    means = [f"{found['90']['mean']:.1f}" for found in clicks if found]
+    if "tuned" in figures:
+        tuned = figures["tuned"]["iou"]["strategy"]
+        print(f"{images} mIoU     base    tuned   change")
+        for name, change in figures["change"]["strategy"].items():
+            row = f"{base[name]:6.3f}   {tuned[name]:6.3f}   {change['iou']:+6.3f}"
+            print(f"  {name:<10} {row}   {change['verdict']}")
+        if means:
+            verdict = figures["change"]["clicks_to_iou"]["90"]["verdict"]
+            print(f"clicks to 90 % IoU: {means[0]} before, {means[1]} after, {verdict}")
+        return
+    print(f"{images} mIoU of {checkpoint}")
+    for name, iou in base.items():
+        print(f"  {name:<10} {iou:6.3f}")
+    if means:
+        print(f"clicks to 90 % IoU: {means[0]}")
 
 
 def run_predict(config: Config) -> None:

@@ -167,6 +167,8 @@ def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cl
         for name, (low, high) in evaluation[model]["iou_ci95"]["strategy"].items():
             assert low <= evaluation[model]["iou"]["strategy"][name] <= high
     assert f"{evaluation['tuned']['iou']['strategy']['random']:.3f}" in out
+    assert "clicks to 90 % IoU: " in out
+    assert "other mIoU" in out
     for name, change in evaluation["change"]["strategy"].items():
         before, after = (evaluation[model]["iou"]["strategy"][name] for model in ("base", "tuned"))
         assert change["iou"] == pytest.approx(after - before)

@@ -78,9 +78,12 @@ def test_all_stages_in_s3(done, data, bucket, prepared):
     assert not [name for name in found if name.startswith("ray")]
 
     report = f"{bucket}/report"
-    done("evaluate", "--data-dir", folder, "--checkpoint", f"{bucket}/run", "--output-dir", report)
+    words = ["--data-dir", folder, "--checkpoint", f"{bucket}/run", "--output-dir", report]
+    done("evaluate", *words, "evaluate.noc_objects=2")
     evaluation = read_json(resolve(f"{report}/evaluation.json", "x"))
     assert evaluation["num_images"] == len(dataset.split("test"))
+    assert evaluation["base"]["clicks_to_iou"]["num_objects"] == 2
+    assert read_bytes(resolve(f"{report}/instances.csv", "x")).startswith(b"image,source,")
     assert b"</html>" in read_bytes(resolve(f"{report}/report.html", "x"))
 
     image = f"{data}/images/sample_00000.jpg"
