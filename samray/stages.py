@@ -182,7 +182,8 @@ def run_tune(config: Config) -> None:
 
 def run_promote(config: Config) -> None:
     """Promote a model into the store, or roll back; print the scores of the guard."""
-    from samray.evaluation.promote import MIN_IMAGES, promote, roll_back
+    from samray.evaluation.metrics import MIN_IMAGES
+    from samray.evaluation.promote import promote, roll_back
 
     if config.promote.rollback:
         version = roll_back(config)

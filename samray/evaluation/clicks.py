@@ -114,7 +114,7 @@ def clicks_change(base: Sequence[ClickCount], tuned: Sequence[ClickCount]) -> di
         found[str(target)] = {
             "mean": float(np.mean(change)),
             "ci95": (low, high),
-            "verdict": verdict(-high, -low),
+            "verdict": verdict((-high, -low), sources),
         }
     return found
 

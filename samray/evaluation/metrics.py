@@ -2,7 +2,7 @@
 
 import bisect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -10,6 +10,8 @@ import numpy as np
 
 # Width of the band at a mask's edge, as a share of the image's diagonal; as published.
 BAND_RATIO = 0.02
+
+MIN_IMAGES = 5  # for an interval from resampled images
 
 # COCO's sizes, by area in pixels; and the side of an object as the model sees it.
 SIZES, SIZE_BOUNDS = ("small", "medium", "large"), (32**2, 96**2)
@@ -147,8 +149,16 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def verdict(low: float, high: float) -> str:
-    """Return a change in words, from its interval; more is better."""
+def verdict(interval: tuple[float, float], sources: Iterable[str]) -> str:
+    """Return a change in words, from its interval; more is better.
+
+    Args:
+        sources: images of the scores that changed. An interval from resampled images says nothing
+            about one image, which is drawn every time, and little about fewer than MIN_IMAGES.
+    """
+    low, high = interval
+    if len(set(sources)) < MIN_IMAGES:
+        return "too few images"
     if low > 0:
         return "better"
     return "worse" if high < 0 else "no difference shown"

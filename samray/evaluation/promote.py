@@ -9,14 +9,12 @@ from samray.config import Config, load_config, required
 from samray.data.dataset import PreparedDataset
 from samray.errors import ConfigError, GuardError
 from samray.evaluation.evaluate import score_models
-from samray.evaluation.metrics import Score, bootstrap_interval
+from samray.evaluation.metrics import MIN_IMAGES, Score, bootstrap_interval
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import summary
 from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
-
-MIN_IMAGES = 5  # for an interval from resampled images
 
 # Rows of the prompt matrix that each training strategy covers; the others are off-target.
 ON_TARGET = {

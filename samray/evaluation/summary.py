@@ -1,5 +1,6 @@
 """Figures about a model's scores, and about their change from base to tuned."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -108,7 +109,7 @@ def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
     Returns:
         For `strategy`, `label`, `size` and `model_size`, by name: `iou`, the mean difference;
         `ci95`, its bootstrap interval over images; `verdict`: better or worse if the interval
-        excludes 0, else "no difference shown".
+        excludes 0, else "no difference shown"; "too few images" below MIN_IMAGES.
     """
     paired = [
         replace(after, iou=after.iou - before.iou)
@@ -117,8 +118,15 @@ def changes(base: list[Score], tuned: list[Score]) -> dict[str, Any]:
     found = {}
     for key in ("strategy", "label", "size", "model_size"):
         means, intervals = mean_by(paired, key, "iou"), interval_by(paired, key, "iou")
+        sources: dict[str, set[str]] = defaultdict(set)
+        for score in paired:
+            sources[getattr(score, key)].add(score.source)
         found[key] = {
-            name: {"iou": mean, "ci95": intervals[name], "verdict": verdict(*intervals[name])}
+            name: {
+                "iou": mean,
+                "ci95": intervals[name],
+                "verdict": verdict(intervals[name], sources[name]),
+            }
             for name, mean in means.items()
         }
     return found

@@ -49,9 +49,16 @@ def test_means_failures_and_change_by_hand():
     tuned = counts([0.9], [0.9], image="a") + counts([0.92], image="b")
     change = clicks_change(base, tuned)
     assert change["90"]["mean"] == pytest.approx((1 - 3 + 1 - 20 + 1 - 2) / 3)
-    assert change["90"]["verdict"] == "better"
-    assert change["85"]["verdict"] == "no difference shown"  # image b has no gain
-    assert clicks_change(tuned, base)["90"]["verdict"] == "worse"
+    assert change["90"]["verdict"] == "too few images"
+
+
+def test_fewer_clicks_are_better():
+    names = "abcdef"
+    before = [count for name in names for count in counts([0.86, 0.9], image=name)]
+    after = [count for name in names for count in counts([0.91], image=name)]
+    assert clicks_change(before, after)["90"]["verdict"] == "better"
+    assert clicks_change(before, after)["85"]["verdict"] == "no difference shown"
+    assert clicks_change(after, before)["90"]["verdict"] == "worse"
 
 
 def test_objects_are_chosen_by_seed_from_all():

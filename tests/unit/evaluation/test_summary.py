@@ -34,13 +34,13 @@ def test_means_and_changes_by_size_by_hand():
     sizes = [(100, 4.0), (100, 4.0), (20_000, 70.0)]
     base = [
         score(image, place, iou, *sizes[place], strategy)
-        for image in ("a", "b")
+        for image in "abcde"
         for place, iou in enumerate((0.2, 0.4, 0.8))
         for strategy in ("bbox", "center")
     ]
     by_size = summary(base)["iou_by_size"]
     assert list(by_size) == ["small", "large"]
-    assert by_size["small"]["count"] == 4
+    assert by_size["small"]["count"] == 10
     assert by_size["small"]["iou"] == pytest.approx(0.3)
     assert by_size["large"]["ci95"] == pytest.approx((0.8, 0.8))
     assert by_size["large"]["strategy"] == pytest.approx({"bbox": 0.8, "center": 0.8})
@@ -56,6 +56,8 @@ def test_means_and_changes_by_size_by_hand():
     assert change["size"]["small"]["verdict"] == "better"
     assert change["model_size"]["above 64"]["verdict"] == "worse"
     assert change["strategy"]["bbox"]["iou"] == pytest.approx(0.1 / 3)
+    few = [[s for s in scores if s.image in "abcd"] for scores in (base, tuned)]
+    assert changes(*few)["size"]["small"]["verdict"] == "too few images"
 
 
 def test_a_score_has_the_size_that_the_model_sees():
