@@ -99,9 +99,11 @@ def _figures(event: dict[str, Any]) -> tuple[int, dict[str, float]]:
     for name, value in event.items():
         if name == "skipped":
             figures["epoch/skipped_steps"] = float(len(value))
+        elif name == "step" or not isinstance(value, int | float):
+            continue
         elif name.startswith("val_"):
             figures[f"val/{name.removeprefix('val_')}"] = float(value)
-        elif name not in ("event", "step"):
+        else:
             figures["epoch/number" if name == "epoch" else f"epoch/{name}"] = float(value)
     return event.get("step", 0), figures
 

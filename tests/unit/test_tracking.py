@@ -20,7 +20,7 @@ def epoch_event(number):
     return {
         "event": "epoch", "epoch": number, "step": number * STEPS, "loss": 1 / number,
         "loss_dice": 0.5, "val_iou": number / 10, "val_iou_bbox": 0.4, "seconds": 2.0,
-        "skipped": [["a.jpg"]],
+        "skipped": [["a.jpg"]], "note": "text",
     }  # fmt: skip
 
 
@@ -115,9 +115,8 @@ def test_mlflow_has_settings_curves_and_status_and_a_resumed_run_goes_on(tmp_pat
     assert found.data.params["prompts.point_selection"] == config.prompts.point_selection
     assert found.data.metrics["val/iou"] == pytest.approx(0.1)
 
-    given = [*events(2, 2), {"event": "epoch", "no figure": "text"}]
-    with pytest.raises(ValueError, match="text"):
-        track(run, given, STEPS, config)
+    with pytest.raises(KeyError, match="epoch"):
+        track(run, [*events(2, 2), {"event": "step"}], STEPS, config)
     (found,) = client.search_runs([client.get_experiment_by_name("samray").experiment_id])
     assert found.info.status == "FAILED"
     losses = client.get_metric_history(found.info.run_id, "step/loss")
