@@ -296,6 +296,7 @@ def _start_evaluators(
         dataset.folder,
         checkpoints,
         embeddings_folder(config, dataset),
+        config.embeddings.reserve_gb,
         config.evaluate.seed,
     )
 
@@ -338,13 +339,14 @@ class Evaluator:
         dataset: Place,
         checkpoints: dict[str, Place | None],
         cache_dir: Place,
+        reserve_gb: float,
         seed: int,
     ) -> None:
         self.dataset, self.seed = PreparedDataset(dataset), seed
         device = cluster.actor_device()
         self.sams = {m: _load(path).model().to(device) for m, path in checkpoints.items()}
         base, *_ = self.sams
-        cache = EmbeddingCache(cache_dir, self.sams[base])
+        cache = EmbeddingCache(cache_dir, self.sams[base], reserve_gb=reserve_gb)
         # Embeddings of a tuned image encoder would be read by nobody else and only fill the disk.
         self.caches = {
             model: cache if encoder_digest(sam) == cache.encoder_digest else None

@@ -143,13 +143,13 @@ def embedding_of(
 ) -> torch.Tensor:
     """Return an image's embedding, C x h x w float32 on the model's device.
 
-    With a cache it is read, or encoded and written to it; without, it is encoded.
+    With a cache it is read, or encoded and written to it if the disk has room; without, encoded.
     """
     if cache is not None:
         cached = cache.load(record.digest)
         if cached is not None:
             return torch.from_numpy(cached.astype("float32")).to(sam.device)
     embedding = encode_image(sam, decode_image(dataset.image_bytes(record)))
-    if cache is not None:
+    if cache is not None and cache.has_room():
         cache.save(record.digest, embedding.cpu().numpy())
     return embedding.half().float()  # equal to what is read from a cache

@@ -24,7 +24,7 @@ from samray.config import Config
 from samray.data.dataset import PreparedDataset
 from samray.geometry.frames import TRANSFORM_VERSION, image_to_input
 from samray.sam.adapt import num_blocks, prefix, prefix_digest
-from samray.storage import Place, list_objects, read_bytes, resolve, whole_file
+from samray.storage import Place, free_bytes, list_objects, read_bytes, resolve, whole_file
 
 PRECISION = "float16"
 
@@ -36,14 +36,18 @@ class EmbeddingCache:
         folder: shared by all encoders; each gets a folder of its own inside.
         sam: the model whose image encoder made, or will make, the embeddings.
         num_frozen: number of the encoder's first blocks; None: all, and the cache has embeddings.
+        reserve_gb: disk space that `has_room` leaves free, in GB.
     """
 
-    def __init__(self, folder: Place, sam: Any, num_frozen: int | None = None) -> None:
+    def __init__(
+        self, folder: Place, sam: Any, num_frozen: int | None = None, reserve_gb: float = 0.0
+    ) -> None:
         self.img_size: int = sam.image_encoder.img_size
         there = num_blocks(sam.image_encoder)
         self.num_frozen = there if num_frozen is None else num_frozen
         self.encoder_digest = prefix_digest(sam, self.num_frozen)
         self.folder = folder / self.encoder_digest[:16]
+        self.reserve_gb = reserve_gb
 
     def path(self, image_digest: str) -> Place:
         """Return the file of an image's embedding, present or not."""
@@ -74,6 +78,10 @@ class EmbeddingCache:
         # One listing instead of one request per image.
         there = {name.rpartition("/")[2] for name, _, _ in list_objects(self.folder)}
         return [digest for digest in image_digests if self.path(digest).name not in there]
+
+    def has_room(self) -> bool:
+        """Whether the disk has more free space than is reserved."""
+        return free_bytes(self.folder) > self.reserve_gb * 1e9
 
     def save(self, image_digest: str, embedding: np.ndarray) -> None:
         """Write an embedding atomically."""

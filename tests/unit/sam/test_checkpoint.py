@@ -178,7 +178,7 @@ def test_a_run_without_an_epoch_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.learning_rate=0.5", r"train.learning_rate \(was 0.0001, now 0.5\)"),
+        ("train.learning_rate=0.5", r"train.learning_rate \(was None, now 0.5\)"),
         ("train.seed=9", "train.seed"),
         ("prompts.point_selection=bbox", "prompts.point_selection"),
         ("loss.dice_weight=2", "loss.dice_weight"),

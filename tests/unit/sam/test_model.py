@@ -185,3 +185,9 @@ def test_cached_float16_embeddings_move_logits_by_little(tmp_path):
     difference = (plain - through).abs().max() / plain.abs().max()
     print(f"float16 cache: largest difference {difference:.1e} of the largest logit")
     assert 0 < difference < 5e-3
+
+
+def test_a_cache_has_room_until_the_reserve(tmp_path):
+    sam, folder = small_sam(), tmp_path / "not" / "made"
+    assert EmbeddingCache(folder, sam).has_room()
+    assert not EmbeddingCache(folder, sam, reserve_gb=1e9).has_room()
