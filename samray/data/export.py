@@ -24,6 +24,7 @@ from samray.geometry.masks import rasterize_instance
 from samray.storage import (
     Place,
     is_used,
+    lock_folder,
     require_folder,
     resolve,
     whole_folder,
@@ -49,24 +50,30 @@ def export(config: Config) -> Place:
     data_dir, output_dir = required(config, "export.data_dir", "export.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
-    if is_used(output):
-        raise ConfigError(f"--output-dir: {output} is not empty; choose another folder")
-    unlabelled = set(dataset.manifest["unlabelled"])
-    with whole_folder(output) as folder:
-        paths = {}
-        for record in tqdm(dataset.images.values(), desc="export", unit="img", disable=None):
-            raw = dataset.image_bytes(record)
-            paths[record.name] = _image_path(record, raw)
-            _write(folder, paths[record.name], raw)
-            if settings.format == "labelme" and record.name not in unlabelled:
-                _write_labelme(folder, paths[record.name], record)
-        if settings.format == "coco":
-            for split in SPLITS:
-                names = dataset.manifest["splits"][split]
-                document = _coco_document(dataset, [dataset.images[n] for n in names], paths)
-                (folder / "annotations").mkdir(exist_ok=True)
-                write_json(folder / "annotations" / f"instances_{split}.json", document)
+    # Of two calls at once, the one that ends last would replace the other's finished files.
+    with lock_folder(output, "--output-dir"):
+        if is_used(output):
+            raise ConfigError(f"--output-dir: {output} is not empty; choose another folder")
+        with whole_folder(output) as folder:
+            _export(dataset, folder, settings.format)
     return output
+
+
+def _export(dataset: PreparedDataset, folder: Path, form: str) -> None:
+    unlabelled = set(dataset.manifest["unlabelled"])
+    paths = {}
+    for record in tqdm(dataset.images.values(), desc="export", unit="img", disable=None):
+        raw = dataset.image_bytes(record)
+        paths[record.name] = _image_path(record, raw)
+        _write(folder, paths[record.name], raw)
+        if form == "labelme" and record.name not in unlabelled:
+            _write_labelme(folder, paths[record.name], record)
+    if form == "coco":
+        (folder / "annotations").mkdir()
+        for split in SPLITS:
+            names = dataset.manifest["splits"][split]
+            document = _coco_document(dataset, [dataset.images[n] for n in names], paths)
+            write_json(folder / "annotations" / f"instances_{split}.json", document)
 
 
 def _image_path(record: ImageRecord, raw: bytes) -> PurePosixPath:

@@ -38,6 +38,7 @@ from samray.storage import (
     Place,
     file_sizes,
     is_used,
+    lock_folder,
     make_folder,
     plain_errors,
     read_bytes,
@@ -135,6 +136,20 @@ def prepare(config: Config) -> dict[str, Any]:
     entries = [Entry(name, "labelme", files.stamps[name]) for name in files.annotations]
     entries += [Entry.of_coco(image) for image in coco]
     job = _prepare_job(files, entries, output, settings, label_map)
+    # A second call at once would remove the shards that this one is writing.
+    with lock_folder(output, "--output-dir"):
+        return _prepare(entries, problems, rule, job, config)
+
+
+def _prepare(
+    entries: list[Entry],
+    problems: list[Rejection],
+    rule: SplitRule,
+    job: PrepareJob,
+    config: Config,
+) -> dict[str, Any]:
+    """`prepare` in a folder that is this process's."""
+    settings, output, files = job.settings, job.output, job.files
     with plain_errors(f"--output-dir: {output}"):
         finished = _claim_output(job)
     same_inputs = finished is not None and finished["inputs"] == job.inputs_digest
@@ -143,7 +158,7 @@ def prepare(config: Config) -> dict[str, Any]:
         print(f"{output} is already prepared from the same inputs; nothing to do")
         return finished
     cluster.start()
-    cluster.require_visible(root / next(iter(files.stamps)), "--data-dir")
+    cluster.require_visible(files.root / next(iter(files.stamps)), "--data-dir")
     cluster.require_shared(output, "--output-dir")
     cluster.wait_for_room(1, 1, 0)
     generation = finished["generation"] + 1 if finished else 1

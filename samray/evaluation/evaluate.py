@@ -39,6 +39,7 @@ from samray.sam.shipped import load_shipped
 from samray.sam.weights import OFFICIAL_WEIGHTS, fetch_official
 from samray.storage import (
     Place,
+    lock_folder,
     make_folder,
     relative_path,
     require_folder,
@@ -75,6 +76,19 @@ def evaluate(config: Config) -> dict[str, Any]:
     other = _open_other(settings.other_data_dir)
     judged = _find_models(checkpoint)
     output = resolve(output_dir, "--output-dir")
+    with lock_folder(output, "--output-dir"):  # the files of an evaluation belong together
+        return _evaluate(config, dataset, records, other, judged, output)
+
+
+def _evaluate(
+    config: Config,
+    dataset: PreparedDataset,
+    records: list[ImageRecord],
+    other: "Other | None",
+    judged: "Judged",
+    output: Place,
+) -> dict[str, Any]:
+    settings = config.evaluate
     cluster.start()
     if judged.run is not None:
         cluster.require_visible(judged.run.path / "run.json", "--checkpoint")

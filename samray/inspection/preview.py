@@ -5,12 +5,19 @@ from typing import Any
 
 import numpy as np
 
-from samray.config import Config, required
+from samray.config import Config, InspectConfig, required
 from samray.data.dataset import PreparedDataset
 from samray.geometry.drawing import COLORS, draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import draw_prompt
-from samray.storage import Place, make_folder, require_folder, resolve, write_bytes, write_json
+from samray.storage import (
+    Place,
+    lock_folder,
+    require_folder,
+    resolve,
+    write_bytes,
+    write_json,
+)
 
 
 def inspect(config: Config) -> list[Place]:
@@ -25,10 +32,14 @@ def inspect(config: Config) -> list[Place]:
     Raises:
         SamrayError: a folder or the dataset cannot be used.
     """
-    settings = config.inspect
     data_dir, output_dir = required(config, "inspect.data_dir", "inspect.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    output = make_folder(resolve(output_dir, "--output-dir"), "--output-dir")
+    output = resolve(output_dir, "--output-dir")
+    with lock_folder(output, "--output-dir"):  # prompts.json describes the pictures beside it
+        return _draw(dataset, output, config.inspect)
+
+
+def _draw(dataset: PreparedDataset, output: Place, settings: InspectConfig) -> list[Place]:
     records = [record for record in dataset.images.values() if record.instances]
     rng = np.random.default_rng(settings.seed)
     chosen = sorted(rng.permutation(len(records))[: settings.num_samples].tolist())

@@ -25,7 +25,14 @@ from samray.geometry.images import decode_image
 from samray.geometry.masks import CroppedMask, decode_crop, nearest_overlaps, outline_of
 from samray.inspection.problems import find_notes, find_problems
 from samray.sam.model import TINY_SIZE
-from samray.storage import make_folder, require_folder, resolve, write_bytes, write_json
+from samray.storage import (
+    Place,
+    lock_folder,
+    require_folder,
+    resolve,
+    write_bytes,
+    write_json,
+)
 
 MODEL_SIDES = {"vit": 1024, "tiny": TINY_SIZE}  # the longest side of what a model sees, pixels
 SMALL = 16  # shorter box sides, at the model's resolution, are one cell of its embedding or less
@@ -78,7 +85,21 @@ def report(config: Config) -> dict[str, Any]:
     settings = config.inspect
     data_dir, output_dir = required(config, "inspect.data_dir", "inspect.output_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    output = make_folder(resolve(output_dir, "--output-dir"), "--output-dir")
+    output = resolve(output_dir, "--output-dir")
+    with lock_folder(output, "--output-dir"):  # the files of a report belong together
+        facts = _write(dataset, output)
+    if settings.strict and facts["num_problems"]:
+        kinds = [kind for kind in facts["problems"] if kind["level"] != "note"]
+        listed = "; ".join(f"{len(kind['items'])} x {kind['title']}" for kind in kinds)
+        raise DatasetError(
+            f"{facts['num_problems']} problems, and --strict allows none: {listed}; "
+            f"{output / 'report.html'} lists them with what to do"
+        )
+    return facts
+
+
+def _write(dataset: PreparedDataset, output: Place) -> dict[str, Any]:
+    """Write the report; return the content of report.json."""
     records = list(dataset.images.values())
     names = sorted({instance.label for record in records for instance in record.instances})
     instances, fingerprints = _measure(dataset, records, names)
@@ -90,13 +111,6 @@ def report(config: Config) -> dict[str, Any]:
         (output / "splits.json").unlink(missing_ok=True)  # of an earlier report
     write_json(output / "report.json", facts)
     write_bytes(output / "report.html", html.encode())
-    if settings.strict and facts["num_problems"]:
-        kinds = [kind for kind in facts["problems"] if kind["level"] != "note"]
-        listed = "; ".join(f"{len(kind['items'])} x {kind['title']}" for kind in kinds)
-        raise DatasetError(
-            f"{facts['num_problems']} problems, and --strict allows none: {listed}; "
-            f"{output / 'report.html'} lists them with what to do"
-        )
     return facts
 
 

@@ -47,6 +47,7 @@ from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import (
     Place,
+    lock_folder,
     make_folder,
     plain_errors,
     read_bytes,
@@ -121,17 +122,26 @@ def predict_images(config: Config) -> dict[str, Any]:
     files = _find_images(resolve(image_path, "--image-path"), output)
     _require_batch(settings)
     plan = _plan(files, _read_prompts(settings))
-    _require_own(output)
-    job = _job(files.root, output, settings)
+    # The files of an image belong together; of two calls at once, each could write some of them.
+    with lock_folder(output, "--output-dir"):
+        _require_own(output)
+        summary = _predict(plan, _job(files.root, output, settings), config)
+    if not summary["images"]:
+        raise DatasetError(f"{image_path}: {_nothing_done(summary)}")
+    return summary
+
+
+def _predict(plan: BatchPlan, job: BatchJob, config: Config) -> dict[str, Any]:
+    """Segment the images; return the summary, as written."""
     outcomes = []
     if plan.work:
         cluster.start()
         device = config.scaling.device
-        cluster.require_visible(files.root / plan.work[0]["name"], "--image-path")
-        cluster.require_shared(output, "--output-dir")
+        cluster.require_visible(job.root / plan.work[0]["name"], "--image-path")
+        cluster.require_shared(job.output, "--output-dir")
         cluster.wait_for_room(1, 1, cluster.gpus_per_actor(device))
         outcomes = _run(plan.work, job, device)
-    make_folder(output, "--output-dir")
+    make_folder(job.output, "--output-dir")
     done = [outcome for outcome in outcomes if outcome["reason"] is None]
     failed = [outcome for outcome in outcomes if outcome["reason"] is not None]
     rejected = plan.rejected + [
@@ -144,11 +154,9 @@ def predict_images(config: Config) -> dict[str, Any]:
         "skipped": plan.skipped,
         "rejected": sorted(rejected, key=lambda problem: problem["file"]),
         "model": job.model,
-        "settings": {"label": job.label, "prompts": settings.prompts, **job.generator},
+        "settings": {"label": job.label, "prompts": config.predict.prompts, **job.generator},
     }
-    write_json(output / SUMMARY, summary)
-    if not done:
-        raise DatasetError(f"{image_path}: {_nothing_done(summary)}")
+    write_json(job.output / SUMMARY, summary)
     return summary
 
 

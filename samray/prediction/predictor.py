@@ -172,6 +172,9 @@ def _part_of(prompt: Prompt, window: Window) -> Prompt | None:
 def predict(config: Config) -> dict[str, Place]:
     """Segment one object of one image and write mask, overlay and LabelMe JSON.
 
+    The folder is not locked: calls for several images may write to one folder at once, each its own
+    files.
+
     Args:
         config: its `predict` section.
 

@@ -23,6 +23,7 @@ from samray.config import load_config
 from samray.data.dataset import PreparedDataset
 from samray.sam.checkpoint import RunFolder
 from samray.sam.model import build_model
+from samray.storage import LOCK, lock_folder
 
 ALL_TRAIN = ("prepare.val_fraction=0", "prepare.test_fraction=0")
 SECRET = b"the owner's secret, which no dataset may hold"
@@ -796,6 +797,30 @@ def test_the_evil_files_would_have_run(tmp_path):
             pickle.loads((tmp_path / "weights.pth").read_bytes()).close()
         assert marker.exists()
         marker.unlink()
+
+
+# ---- two processes, one folder ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "prepare --data-dir {photos}",
+        "export --data-dir {prepared}",
+        "inspect --data-dir {prepared}",
+        "inspect --data-dir {prepared} --report",
+        "train --data-dir {prepared} --model-type tiny",
+        "evaluate --data-dir {prepared} --checkpoint tiny",
+        "predict --image-path {photos}/images",
+    ],
+    ids=["prepare", "export", "inspect", "inspect --report", "train", "evaluate", "predict"],
+)
+def test_a_folder_that_another_process_writes_to(words, photos, prepared, tmp_path, run_cli):
+    words = words.format(photos=photos, prepared=prepared).split()
+    with lock_folder(tmp_path, "--output-dir"):
+        line = refused(run_cli(*words, "--output-dir", tmp_path), "--output-dir", "is in use by")
+        assert f"process {os.getpid()} on " in line
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 # ---- evaluate, inspect, predict ------------------------------------------------------------
