@@ -1,6 +1,7 @@
 """The endpoint as one Ray Serve application, and `samray serve`, which runs it."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from samray.serving.vault import ImageVault
 from samray.storage import require_folder, resolve
 
 LISTEN_SECONDS = 60
+PORT_SECONDS = 15  # after `samray serve` has ended, Ray may hold its port for some seconds
 NAME = "samray"  # of the application
 
 
@@ -103,15 +105,7 @@ def serve_here(settings: ServeConfig) -> None:
             f"--host {settings.host}: others could ask; set a token first (--token-file or "
             f"${TOKEN_VARIABLE}), e.g. `openssl rand -hex 24 > token.txt`"
         )
-    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as exc:
-            raise ConfigError(
-                f"--port {settings.port} on {settings.host} cannot be had ({exc.strerror}); "
-                "choose another --port"
-            ) from exc
+    wait_for_port(settings.host, settings.port)
     if (pictures := labelstudio_client.read_source(settings)) is not None:
         pictures.check_key(_say)
     alone = not os.environ.get("RAY_ADDRESS")
@@ -133,6 +127,32 @@ def serve_here(settings: ServeConfig) -> None:
                 ray.shutdown()  # this process started it
             else:
                 serve.delete(NAME)  # and no other application of the cluster
+
+
+def wait_for_port(host: str, port: int) -> None:
+    """Return once the address can be listened on.
+
+    Raises:
+        ConfigError: it cannot, at once or, while another process listens there, after
+            `PORT_SECONDS`.
+    """
+    deadline, said = time.monotonic() + PORT_SECONDS, False
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"--port {port} on {host} cannot be had ({exc.strerror}); "
+                        "choose another --port"
+                    ) from exc
+        if not said:
+            _say(f"waiting up to {PORT_SECONDS} s for port {port}, which another process holds")
+            said = True
+        time.sleep(0.2)
 
 
 def _deploy(application: serve.Application, settings: ServeConfig, alone: bool) -> None:
