@@ -611,10 +611,40 @@ def test_fingers_exclude_and_pinch(open_page, some):
     for spread in (30, 40, 50, 60):
         touch("touchMove", spread)
     touch("touchEnd", 60)
+    screenshot(page, "touch_pinched")
     after = page.locator("#canvas").bounding_box()
     assert after["width"] == pytest.approx(3 * before["width"], rel=0.05)
     np.testing.assert_allclose(screen(page, 120, 80), (x, y), atol=3)
     assert page.evaluate("state.points.length") == 2  # a pinch is no click
+    _require_long_press_excludes(page, cdp)
+
+
+def _require_long_press_excludes(page, cdp):
+    """Once, while the finger is still down, without a menu of the browser; a drag is a box."""
+    page.evaluate("""window.menus = [];
+        document.addEventListener("contextmenu", (event) => menus.push(event.defaultPrevented))""")
+    x, y = screen(page, 105, 60)
+
+    def touch(kind, *fingers):
+        cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(fingers)})
+
+    touch("touchStart", {"x": x, "y": y})
+    touch("touchMove", {"x": x + 2, "y": y + 1})  # no finger is still
+    wait(page, "state.points.length === 3")
+    answered(page)
+    page.wait_for_timeout(700)
+    screenshot(page, "touch_held")
+    touch("touchEnd")
+    answered(page)
+    assert page.evaluate("state.labels") == [1, 0, 0]
+    np.testing.assert_allclose(page.evaluate("state.points[2]"), (105.5, 60.5), atol=0.1)
+    touch("touchStart", {"x": x, "y": y})
+    touch("touchMove", {"x": x + 40, "y": y + 40})
+    page.wait_for_timeout(700)
+    touch("touchEnd")
+    answered(page, "state.picture.box !== null")
+    assert page.evaluate("state.labels") == [1, 0, 0]
+    assert page.evaluate("menus.every((prevented) => prevented)")
 
 
 def test_a_reload_keeps_the_work(page, some, address):

@@ -6,6 +6,7 @@ const MAX_SCALE = 40; // screen pixels an image pixel
 const NEAR = 6; // screen pixels that a click may slip
 const MAX_LINE = 1000; // points; drawing a tangle of more takes seconds
 const REST = 120; // ms until the pointer rests
+const HOLD = 450; // ms until a finger that stays excludes
 
 const stage = $("stage"), overlay = $("overlay");
 const context = canvas.getContext("2d"), marks = overlay.getContext("2d");
@@ -170,6 +171,15 @@ export function listen({ click, box, hover, rest }) {
   const down = new Map(); // pointers that are down -> where
   let gesture = null, timer = 0, pinched = null; // draw, pan, pinch, or none until all pointers are up
 
+  // A finger has stayed where it was put: as the right button.
+  const hold = () => {
+    const { drag } = state;
+    if (gesture !== "draw" || !drag || drag.moved || drag.outside) return;
+    gesture = "none";
+    state.drag = null;
+    click(drag.from, 0);
+  };
+
   stage.onpointerdown = (event) => {
     if (!state.image) return;
     stage.setPointerCapture(event.pointerId);
@@ -184,6 +194,7 @@ export function listen({ click, box, hover, rest }) {
       gesture = "draw";
       const point = pointAt(event), exclude = event.shiftKey || event.button === 2 || state.exclude;
       state.drag = { from: point, to: point, moved: false, exclude, outside: !isOnImage(event) };
+      if (event.pointerType === "touch") timer = setTimeout(hold, HOLD);
     }
     if (event.button === 1) event.preventDefault(); // the browser's own scrolling
     draw();
@@ -213,6 +224,7 @@ export function listen({ click, box, hover, rest }) {
 
   stage.onpointerup = stage.onpointercancel = (event) => {
     down.delete(event.pointerId);
+    clearTimeout(timer);
     const { drag } = state;
     state.drag = null;
     if (gesture === "draw" && drag && event.type === "pointerup") {
