@@ -94,7 +94,9 @@ class Listener:
         )
         self.server = uvicorn.Server(config)
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        # After a kill, old connections hold the port for another minute.
+        # After a kill, old connections hold the port for another minute. SO_REUSEADDR frees it for
+        # `wait_for_port`, SO_REUSEPORT for a replica that starts before the old one has ended.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.socket.bind((host, port))
         # uvicorn's own handlers need the main thread, which is the replica's.

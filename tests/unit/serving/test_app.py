@@ -8,6 +8,7 @@ import pytest
 from samray.errors import ConfigError
 from samray.serving import app
 from samray.serving.app import wait_for_port
+from samray.serving.listener import Listener
 
 
 @pytest.fixture
@@ -31,6 +32,19 @@ def test_a_port_that_is_held_for_a_moment_is_waited_for(held, capsys):
         f"samray serve: waiting up to 15 s for port {port}, which another process holds\n"
     )
     wait_for_port("127.0.0.1", port)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_connection_that_a_client_keeps_open_holds_no_port(capsys):
+    """As a browser's, whose server has ended."""
+    listener = Listener(None, "127.0.0.1", 0, grace_seconds=1).socket
+    listener.listen()
+    port = listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)):
+        accepted, _ = listener.accept()
+        accepted.close()
+        listener.close()
+        wait_for_port("127.0.0.1", port)
     assert capsys.readouterr().err == ""
 
 
