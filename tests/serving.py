@@ -13,27 +13,38 @@ TOKEN = "a token of enough letters"
 
 
 @contextlib.contextmanager
-def serving(settings: ServeConfig, proxies: bool = False, **options: object) -> Iterator[str]:
+def serving(
+    settings: ServeConfig, proxies: bool = False, port: int | None = None, **options: object
+) -> Iterator[str]:
     """Start the endpoint on a free port; give its address here once its models are loaded.
 
     Args:
         proxies: behind Serve's proxies, as on a cluster, and not listening by itself.
+        port: another than a free one.
         options: of those proxies.
     """
     from ray import serve
 
-    from samray.serving.app import bind_app
-
-    settings = settings.model_copy(update={"port": free_port()})
-    options = {"host": "127.0.0.1", "port": settings.port, "request_timeout_s": 90, **options}
-    serve.start(proxy_location="HeadOnly" if proxies else "Disabled", http_options=options)
+    settings = settings.model_copy(update={"port": port or free_port()})
     try:
-        serve.run(bind_app(settings, listen=not proxies), name="samray", route_prefix="/")
+        deploy(settings, proxies, **options)
         address = f"http://127.0.0.1:{settings.port}"
         wait_until_ready(address)
         yield address
     finally:
         serve.shutdown()
+
+
+def deploy(settings: ServeConfig, proxies: bool = False, **options: object) -> None:
+    """Start Serve and the endpoint at the settings' address; arguments as for `serving`."""
+    from ray import serve
+
+    from samray.serving.app import bind_app, wait_for_port
+
+    wait_for_port("127.0.0.1", settings.port)
+    options = {"host": "127.0.0.1", "port": settings.port, "request_timeout_s": 90, **options}
+    serve.start(proxy_location="HeadOnly" if proxies else "Disabled", http_options=options)
+    serve.run(bind_app(settings, listen=not proxies), name="samray", route_prefix="/")
 
 
 def wait_until_ready(address: str, seconds: float = 120) -> None:

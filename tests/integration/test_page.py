@@ -6,9 +6,6 @@ import io
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +15,8 @@ import pytest
 import requests
 from PIL import Image
 from ports import free_port
-from serving import TOKEN, serving, wait_until_ready
+from ray import serve
+from serving import TOKEN, deploy, serving, wait_until_ready
 
 from samray.config import ServeConfig, load_config
 from samray.data.dataset import PreparedDataset
@@ -49,13 +47,22 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address(ray_cluster, tmp_path_factory):
-    """`tiny`, behind a token."""
+def endpoint(ray_cluster, tmp_path_factory):
+    """`tiny`, behind a token: settings, and address without the last slash."""
     token_file = tmp_path_factory.mktemp("token") / "token.txt"
     token_file.write_text(TOKEN)
-    settings = ServeConfig(token_file=str(token_file), cpus_per_replica=0.2, max_megapixels=20)
-    with serving(settings) as url:
-        yield f"{url}/"
+    settings = ServeConfig(
+        token_file=str(token_file), cpus_per_replica=0.2, max_megapixels=20, port=free_port()
+    )
+    with serving(settings, port=settings.port) as url:
+        yield settings, url
+
+
+@pytest.fixture(scope="module")
+def address(endpoint):
+    """Of the page."""
+    _, url = endpoint
+    return f"{url}/"
 
 
 @pytest.fixture(scope="module")
@@ -396,53 +403,22 @@ def test_what_the_server_has_lost_is_sent_again(page, some, address):
 
 
 @pytest.mark.slow
-def test_a_restart_of_the_server_is_not_noticed(browser, some, tmp_path):
-    """`samray serve` killed and started again between two clicks."""
-    port = free_port()
-    command = [sys.executable, "-m", "jobs.serve", "--port", str(port)]
-    command += ["serve.cpus_per_replica=0.2"]
-    address = f"http://127.0.0.1:{port}"
-
-    def start(log):
-        deadline = time.monotonic() + SECONDS
-        while not _is_free(port):  # Ray's worker ends after the command
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-        wait_until_ready(address)
-        return process
-
-    with open(tmp_path / "log", "w") as log, contextlib.ExitStack() as last:
-        process = start(log)
-        last.callback(lambda: (process.terminate(), process.wait(60)))
-        context = browser.new_context(viewport={"width": 1366, "height": 768})
-        last.callback(context.close)
-        page = context.new_page()
-        page.goto(address)
-        wait(page, "window.$ && $('model').options.length > 0")
-        drop(page, some[0][0])
-        click(page, 120, 80)
-        process.terminate()
-        process.wait(60)
-        page.mouse.click(*screen(page, 110, 90))
-        wait(page, "$('status').className === 'bad'")
-        assert "the server does not answer" in status(page)
-        process = start(log)
-        page.keyboard.down("Shift")
-        page.mouse.click(*screen(page, 5, 5))
-        page.keyboard.up("Shift")
-        answered(page, "$('status').className !== 'bad' && state.points.length === 3")
-        assert "mask in" in status(page)
-
-
-def _is_free(port):
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def test_a_restart_of_the_server_is_not_noticed(page, some, endpoint):
+    """The endpoint ends and starts again between two clicks; it has lost the image."""
+    settings, address = endpoint
+    drop(page, some[0][0])
+    click(page, 120, 80)
+    serve.shutdown()
+    page.mouse.click(*screen(page, 110, 90))
+    wait(page, "$('status').className === 'bad'")
+    assert "the server does not answer" in status(page)
+    deploy(settings)
+    wait_until_ready(address)
+    page.keyboard.down("Shift")
+    page.mouse.click(*screen(page, 5, 5))
+    page.keyboard.up("Shift")
+    answered(page, "$('status').className !== 'bad' && state.points.length === 3")
+    assert "mask in" in status(page)
 
 
 def canvas_pixels(page):
