@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import processes_below, wait_until_ended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samray.config import load_config
@@ -267,12 +268,11 @@ def test_a_relative_data_dir_is_saved_as_an_absolute_one(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_training_and_its_status(tuned_run, prepared, tmp_path, run_cli):
+def test_ctrl_c_ends_a_training_and_its_status(tuned_run, first_run, prepared, tmp_path, run_cli):
     """Ctrl-C reaches all processes of the terminal. A second command meanwhile is refused."""
     run = tmp_path / "run"
-    words = ["--data-dir", prepared, "--output-dir", run, "--checkpoint", tuned_run, *SMALL]
-    status, _, err = run_cli("train", *words, "--num-epochs", 1)
-    assert status == 0, err
+    shutil.copytree(tuned_run, run, symlinks=True)
+    words = ["--data-dir", prepared, "--output-dir", run, "--checkpoint", first_run, *FROZEN]
     assert state_of(run)["status"] == "finished"
     again = [*map(str, words), "--num-epochs", "500", "--resume"]
     log = tmp_path / "log"
@@ -358,7 +358,7 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(prepared, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run, tmp_path):
+def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run, tmp_path, run_cli):
     """The same steps, losses and weights, bit for bit, with cached activations of two stages.
 
     What it started from has gone in the meantime, and a limit of memory has changed.
@@ -366,31 +366,32 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run,
     start = tmp_path / "start"
     shutil.copytree(first_run, start)
 
-    def command(run, *more):
+    def words(run, *more):
         return [
-            sys.executable, "-m", "jobs.train", "--data-dir", str(prepared), "--output-dir",
-            str(run), "--checkpoint", str(start), "--num-epochs", "5", *SMALL,
-            "scaling.cpus_per_worker=1", "model.adapt_blocks=2", *more,
+            "--data-dir", prepared, "--output-dir", run, "--checkpoint", start,
+            "--num-epochs", "5", *SMALL, "scaling.cpus_per_worker=1", "model.adapt_blocks=2", *more,
         ]  # fmt: skip
 
-    root = Path(__file__).parents[2]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), check=True, cwd=root, capture_output=True, timeout=300)
+    status, _, err = run_cli("train", *words(whole))
+    assert status == 0, err
     with subprocess.Popen(
-        command(killed), cwd=root, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "jobs.train", *map(str, words(killed))], cwd=ROOT,
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             if (killed / "run.json").exists() and len(state_of(killed)["epochs"]) >= 2:
                 break
             time.sleep(0.05)
+        started = processes_below(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
+    wait_until_ended(started)
     done = len(state_of(killed)["epochs"])
     assert 2 <= done < 5, "the kill came too late to show anything"
     shutil.rmtree(start)
-    resumed = command(killed, "--resume", "train.max_prompts=100")
-    subprocess.run(resumed, check=True, cwd=root, capture_output=True, timeout=300)
+    status, _, err = run_cli("train", *words(killed, "--resume", "train.max_prompts=100"))
+    assert status == 0, err
     one, two = state_of(whole), state_of(killed)
     assert two["epochs"][-1]["step"] == one["epochs"][-1]["step"]
     assert two["embeddings"]["encoded"] == 0, "the other run has encoded all images"
