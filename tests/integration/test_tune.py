@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import processes_below, wait_until_ended
 
 from samray.config import load_config
 from samray.errors import SamrayError
@@ -209,18 +210,16 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path):
+def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path, run_cli):
     """Without a search space; Ctrl-C in the first trial, then the same command."""
     output, log = tmp_path / "sweep", tmp_path / "log"
-    command = [
-        *(sys.executable, "-m", "jobs.tune", "--data-dir", str(own_prepared)),
-        *("--output-dir", str(output), "--num-trials", "2", "tune.scheduler=none"),
-    ]
+    words = ["--data-dir", str(own_prepared), "--output-dir", str(output)]
+    words += ["--num-trials", "2", "tune.scheduler=none", "--num-epochs", "2"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--num-epochs", "2"], stdout=file, stderr=file, env=environment,
-            start_new_session=True,
+            [sys.executable, "-m", "jobs.tune", *words], stdout=file, stderr=file,
+            env=environment, start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + 240
     while not list(output.glob("trials/*/run.json")) and time.monotonic() < deadline:
@@ -230,11 +229,8 @@ def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path):
     assert "samray tune: interrupted" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert json.loads((output / "sweep.json").read_text())["status"] == "interrupted"
-    again = subprocess.run(
-        [*command, "--num-epochs", "2"], capture_output=True, text=True, env=environment,
-        timeout=400,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
+    status, _, err = run_cli("tune", *words)
+    assert status == 0, err
     state = json.loads((output / "sweep.json").read_text())
     assert state["status"] == "finished"
     assert len(state["trials"]) == 2
@@ -243,36 +239,35 @@ def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_is_resumed(own_prepared, tmp_path):
+def test_a_killed_sweep_is_resumed(own_prepared, tmp_path, run_cli):
     """kill -9 of the driver after the first trial has ended; then the same command."""
     path = config_file(tmp_path, scheduler="none")
     output = tmp_path / "sweep"
-    command = [
-        *(sys.executable, "-m", "jobs.tune", "--data-dir", str(own_prepared)),
-        *("--output-dir", str(output), "--config", str(path), "train.num_epochs=6"),
-    ]
+    words = ["--data-dir", str(own_prepared), "--output-dir", str(output)]
+    words += ["--config", str(path), "train.num_epochs=6"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+        [sys.executable, "-m", "jobs.tune", *words], stdout=subprocess.PIPE, text=True,
+        env=environment, start_new_session=True,
+    )  # fmt: skip
     for line in process.stdout:
         if line.startswith("trial 1/"):
             break
     time.sleep(2)
+    started = processes_below(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert json.loads((output / "sweep.json").read_text())["status"] == "running"
-    _wait_until_quiet(output)
+    assert started
+    wait_until_ended(started)
     runs = {p.parent.name: json.loads(p.read_text()) for p in output.glob("trials/*/run.json")}
     done = {name: run for name, run in runs.items() if len(run["epochs"]) == 6}
     assert done
     assert len(done) < 4
     embeddings = {p: p.stat().st_mtime_ns for p in (own_prepared / "embeddings").rglob("*.npy")}
-    again = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=400
-    )
-    assert again.returncode == 0, again.stderr
+    status, _, err = run_cli("tune", *words)
+    assert status == 0, err
     state = json.loads((output / "sweep.json").read_text())
     assert state["status"] == "finished"
     assert state["interrupted"] is True
@@ -286,17 +281,3 @@ def test_a_killed_sweep_is_resumed(own_prepared, tmp_path):
     assert embeddings == {
         p: p.stat().st_mtime_ns for p in (own_prepared / "embeddings").rglob("*.npy")
     }
-
-
-def _wait_until_quiet(folder: Path) -> None:
-    """Wait until the killed driver's Ray has ended its trials, too: no change for 16 seconds.
-
-    On a busy machine an epoch of an orphaned trial takes longer than a few seconds.
-    """
-    deadline = time.monotonic() + 120
-    seen, quiet = None, 0
-    while time.monotonic() < deadline and quiet < 4:
-        now = {p: p.stat().st_mtime_ns for p in folder.glob("trials/*/run.json")}
-        quiet = quiet + 1 if now == seen else 0
-        seen = now
-        time.sleep(4)
