@@ -62,12 +62,11 @@ def ask(url, photo, mask_format, **prompt):
 
 
 def run_in_labelme(python, script, words, folder):
-    """Run a script in labelme's environment, without a screen."""
-    environment = {"QT_QPA_PLATFORM": "offscreen", "HOME": str(folder)}
-    environment["PYTHONPATH"] = str(TESTS.parent)
+    """Run a script in labelme's environment, without a screen unless QT_QPA_PLATFORM names one."""
+    environment = {"HOME": str(folder), "PYTHONPATH": str(TESTS.parent)}
     return subprocess.run(
         [str(word) for word in (python, TESTS / script, *words)],
-        env={**os.environ, **environment},
+        env={"QT_QPA_PLATFORM": "offscreen", **os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
