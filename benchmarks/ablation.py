@@ -11,6 +11,7 @@ of the prompt matrix, of base and tuned, their paired change with its 95 % inter
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from samray.geometry.images import decode_image
 from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images
-from samray.training.finetuning import FineTuning
+from samray.training.finetuning import FineTuning, instance_labels
 from samray.training.loop import Worker, train_loop
 from samray.training.train import base_checkpoint
 
@@ -73,7 +74,9 @@ def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[st
             image = decode_image(dataset.image_bytes(record))
             cache.save(record.digest, encode_images(sam, [image], frozen)[0].numpy())
     worker = Worker(0, 1, torch.device("cpu"))
-    train_loop(config, run, lambda sam: FineTuning(config, dataset, cache, sam), worker)
+    labels = instance_labels(config, dataset)
+    source = functools.partial(FineTuning, config, dataset, cache)
+    train_loop(config, run, source, worker, labels=labels)
     minutes = (time.perf_counter() - started) / 60
     run = RunFolder(run.path)
     before = score(dataset, load_checkpoint(run.base).model())

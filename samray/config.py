@@ -286,6 +286,9 @@ class TrainConfig(Section):
     """Instances decoded at once; a step with more is recomputed in chunks, to save memory."""
     seed: int = Field(0, ge=0)
     """Random seed of the image order, the prompts and any random weights."""
+    instances: Literal["auto"] | bool = "auto"
+    """Train a decoder beside the model that finds every object of an image, with its label; auto:
+    yes. The model's own weights are the same with it as without."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many epochs in a row without a new best; unset: train all epochs."""
     dry_run: bool = False
@@ -516,9 +519,11 @@ class PredictConfig(Section):
     """Box (x1, y1, x2, y2) in pixels of the image as shown (EXIF applied)."""
     tile: int | None = Field(None, ge=64)
     """In a larger image, use only a tile of this side around the prompt, in pixels, as
-    `prepare.tile`; unset: the whole image."""
-    label: str = "object"
-    """Label of the shapes in the LabelMe JSON."""
+    `prepare.tile`; of all objects, those of overlapping tiles are joined; unset: the whole image.
+    """
+    label: str | None = None
+    """Label of the shapes in the LabelMe JSON; unset: those that a model has learnt which finds
+    every object, else `object`."""
     output_dir: str | None = None
     """Folder to write results to. For one prompt: mask, overlay and LabelMe JSON. For many images:
     label maps, CSV and LabelMe JSON, in the same subfolders as the images."""

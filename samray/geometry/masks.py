@@ -7,7 +7,7 @@ has the same pixels whether it lies inside the image or extends beyond it.
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -180,6 +180,20 @@ def decode_crop(counts: bytes, size: tuple[int, int], box: tuple[float, ...]) ->
     return CroppedMask(np.ascontiguousarray(frame[y1:y2, x1:x2], dtype=bool), (x1, y1))
 
 
+def mask_ious(rles: Sequence[bytes], others: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
+    """Return the IoU of each of N masks with each of M others: N x M float64.
+
+    Args:
+        rles, others: compressed COCO counts.
+        size: (H, W) of the image.
+    """
+    rows, columns = (
+        [{"counts": counts, "size": list(size)} for counts in masks] for masks in (rles, others)
+    )
+    table = coco.iou(rows, columns, [0] * len(columns)) if rows and columns else ()
+    return np.array(table, dtype=np.float64).reshape(len(rows), len(columns))
+
+
 def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest IoU of each mask with another one of its image, and which one that is.
 
@@ -191,16 +205,43 @@ def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarr
         ious: N float64; 0 where a mask overlaps no other.
         partners: N int64, indices in `rles`; meaningless where the IoU is 0.
     """
-    masks = [{"counts": counts, "size": list(size)} for counts in rles]
-    ious, partners = np.zeros(len(masks)), np.zeros(len(masks), dtype=np.int64)
-    for start in range(0, len(masks), 256):  # memory grows with N, not N squared
-        rows = masks[start : start + 256]
-        table = np.asarray(coco.iou(rows, masks, [0] * len(masks))).reshape(len(rows), len(masks))
-        own = np.arange(len(rows))
+    ious, partners = np.zeros(len(rles)), np.zeros(len(rles), dtype=np.int64)
+    for start in range(0, len(rles), 256):  # memory grows with N, not N squared
+        table = mask_ious(rles[start : start + 256], rles, size)
+        own = np.arange(len(table))
         table[own, start + own] = 0
         partners[start : start + 256] = table.argmax(axis=1)
         ious[start : start + 256] = table.max(axis=1)
     return ious, partners
+
+
+def crop_mask(mask: np.ndarray) -> CroppedMask:
+    """Crop an H x W bool mask tightly; an empty one becomes 0 x 0 pixels at (0, 0)."""
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return CroppedMask(mask[y : y + height, x : x + width], (x, y))
+
+
+def enlarge_mask(
+    tight: CroppedMask, size: tuple[int, int], scale: tuple[float, float]
+) -> CroppedMask:
+    """Enlarge a mask of a shrunk image to the image's resolution, its outline smoothed.
+
+    Args:
+        tight: not empty.
+        size: (h, w) of the shrunk image.
+        scale: pixels of the image per pixel of the shrunk one, in x and y.
+    """
+    (x, y), (h, w) = tight.origin, tight.pixels.shape
+    # One pixel more on each side, so that the smoothing includes the edge.
+    x1, y1, x2, y2 = max(0, x - 1), max(0, y - 1), min(size[1], x + w + 1), min(size[0], y + h + 1)
+    left, top, right, bottom = (
+        round(value * scale[axis % 2]) for axis, value in enumerate((x1, y1, x2, y2))
+    )
+    part = np.zeros((y2 - y1, x2 - x1), np.uint8)
+    part[y - y1 : y - y1 + h, x - x1 : x - x1 + w][tight.pixels] = 255
+    large = cv2.resize(part, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR) >= 128
+    cropped = crop_mask(large)
+    return CroppedMask(cropped.pixels, (left + cropped.origin[0], top + cropped.origin[1]))
 
 
 def outline_of(pixels: np.ndarray, tolerance: float = 1.0) -> list[np.ndarray]:

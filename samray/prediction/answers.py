@@ -13,6 +13,8 @@ from samray.data.labelme import mask_to_shapes
 from samray.geometry.prompts import Prompt
 from samray.prediction.requests import PromptRequest
 
+UNNAMED = "object"  # label of shapes that have none of their own
+
 
 def prompt_of(request: PromptRequest) -> Prompt:
     """Return the prompt of a request; without labels every point is a foreground point.

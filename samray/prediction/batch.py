@@ -15,7 +15,7 @@ import json
 import posixpath
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,10 +32,12 @@ from samray.data.labelme import labelme_document
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.geometry.drawing import encode_picture
 from samray.geometry.images import decode_image, read_image_file
+from samray.instances.saved import load_instances
 from samray.prediction.requests import ApiError, PromptRequest, mistakes_error, read_prompts
 from samray.prediction.segmentation import (
     answer_prompts,
     find_everything,
+    find_instances,
     generator_settings,
     label_map,
     labelme_shapes,
@@ -58,7 +60,7 @@ from samray.storage import (
     write_json,
 )
 
-FORMAT = 1  # of the outputs; raise it when the same settings write different files
+FORMAT = 2  # of the outputs; raise it when the same settings write different files
 SUMMARY = "predictions.json"
 SUFFIXES = {"labelme": ".json", "labels": "_labels.png", "table": ".csv"}
 ANSWERS = ".predictions.json"
@@ -74,8 +76,10 @@ class BatchJob:
         root: folder that the images' names are relative to.
         checkpoint: folder or file; None is `tiny` as it ships.
         model: name, version and checkpoint_digest.
-        generator: arguments of SAM's mask generator.
-        label: of all shapes.
+        generator: arguments of SAM's mask generator; of a model with an instance decoder, which
+            one it is and how its maps become objects.
+        label: of all shapes; None: those that the model has learnt.
+        tile: side of the windows to look at larger images through; None: at the whole image.
     """
 
     root: Place
@@ -83,7 +87,8 @@ class BatchJob:
     checkpoint: Place | None
     model: dict[str, str]
     generator: dict[str, Any]
-    label: str
+    label: str | None
+    tile: int | None
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,12 @@ class ImageSegmenter:
 
     def __init__(self, job: BatchJob) -> None:
         self.job = job
-        self.sam = _load(job.checkpoint).model().eval().to(cluster.actor_device())
+        checkpoint, device = _load(job.checkpoint), cluster.actor_device()
+        sam = checkpoint.model()
+        self.instances = load_instances(checkpoint, sam)
+        self.sam = sam.eval().to(device)
+        if self.instances is not None:
+            self.instances.decoder.to(device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Segment the images of a block; return the outcome of each, as JSON."""
@@ -228,7 +238,10 @@ class ImageSegmenter:
         size = (image.shape[0], image.shape[1])
         answer: dict[str, Any] | None = None
         if row["prompts"] is None:
-            objects = find_everything(self.sam, image, job.generator)
+            if self.instances is None:
+                objects = find_everything(self.sam, image, job.generator)
+            else:
+                objects = find_instances(self.sam, self.instances, image, job.tile)
         else:
             prompts = read_prompts(row["prompts"])
             _require_inside(prompts, size)
@@ -299,8 +312,8 @@ def _require_batch(settings: PredictConfig) -> None:
     """Refuse settings that apply to one object of one image."""
     if settings.points or settings.negative_points or settings.box is not None:
         raise ConfigError("--prompts takes the place of --point and --box; leave those out")
-    if settings.tile is not None:
-        raise ConfigError("--tile is for one image with --point or --box; leave it out")
+    if settings.tile is not None and settings.prompts is not None:
+        raise ConfigError("--tile does not go with --prompts; leave it out")
 
 
 def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
@@ -438,7 +451,8 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
     """
     given = settings.checkpoint
     checkpoint = _load(None if given is None else resolve(given, "--checkpoint"))
-    checkpoint.model()  # an unusable checkpoint ends the call here, with one line
+    # An unusable checkpoint ends the call here, with one line.
+    instances = load_instances(checkpoint, checkpoint.model())
     digest = digest_of(checkpoint.weights)
     if given is None:
         name, version = "tiny", f"shipped-{__version__}"
@@ -446,9 +460,18 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
         name, version = PurePosixPath(given).name, f"{checkpoint.path.name}-{digest[:8]}"
     model = {"name": name, "version": version, "checkpoint_digest": digest}
     generator = generator_settings(settings, checkpoint.model_type)
+    if instances is not None:  # another decoder or another way gives other objects
+        decoder = digest_of(instances.decoder.state_dict())
+        way = asdict(instances.way)
+        generator = {"instance_decoder": decoder, "way": way, "tile": settings.tile}
+    elif settings.tile is not None:
+        raise ConfigError(
+            f"--tile: {given or 'tiny'} has no instance decoder, and the grid of points looks at "
+            "whole images; leave it out, or give a RUN that has one (train.instances)"
+        )
     # The folder found, not the path given: a promotion may change what that path means.
     place = None if given is None else checkpoint.path
-    return BatchJob(root, output, place, model, generator, settings.label)
+    return BatchJob(root, output, place, model, generator, settings.label, settings.tile)
 
 
 def _load(place: Place | None) -> Checkpoint:

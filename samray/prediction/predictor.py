@@ -13,6 +13,7 @@ from samray.geometry.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, en
 from samray.geometry.images import decode_image, read_image_file
 from samray.geometry.prompts import Prompt
 from samray.geometry.tiles import Window, tile_windows
+from samray.prediction.answers import UNNAMED
 from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
@@ -223,7 +224,7 @@ def predict(config: Config) -> dict[str, Place]:
     write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
     write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
     size = (image.shape[0], image.shape[1])
-    shapes = mask_to_shapes(mask, settings.label)
+    shapes = mask_to_shapes(mask, settings.label or UNNAMED)
     document = labelme_document(relative_path(path, output), size, shapes)
     write_json(outputs["labelme"], document)
     return outputs

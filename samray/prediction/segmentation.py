@@ -19,8 +19,18 @@ from samray.config import PredictConfig
 from samray.data.labelme import mask_to_shapes
 from samray.errors import AnnotationError
 from samray.geometry.drawing import shrink
-from samray.geometry.masks import CroppedMask, decode_rle, encode_rle
-from samray.prediction.answers import describe_mask, prompt_of
+from samray.geometry.masks import (
+    CroppedMask,
+    crop_mask,
+    decode_rle,
+    encode_rle,
+    enlarge_mask,
+)
+from samray.geometry.tiles import Window
+from samray.instances.saved import InstanceModel
+from samray.instances.segment import FoundObject, find_objects, maps_of
+from samray.instances.windows import find_in_windows
+from samray.prediction.answers import UNNAMED, describe_mask, prompt_of
 from samray.prediction.requests import PromptRequest
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
@@ -38,7 +48,7 @@ POINTS_PER_BATCH = 64  # SAM's own
 # masks for each object; (0.5, 0.8) find 0.82, with four more.
 THRESHOLDS = {"tiny": (0.4, 0.9)}
 SAM_THRESHOLDS = (0.88, 0.95)
-COLUMNS = ("id", "x1", "y1", "x2", "y2", "area", "score", "stability_score", "prompt_id")
+COLUMNS = ("id", "x1", "y1", "x2", "y2", "area", "score", "stability_score", "prompt_id", "label")
 
 
 @dataclass(frozen=True)
@@ -49,17 +59,20 @@ class SegmentedObject:
         counts: compressed COCO RLE of the box's pixels; empty where the mask is.
         box: XYXY, in pixels; the columns x1..x2-1 and rows y1..y2-1 hold the mask tightly.
         area: in pixels.
-        score: predicted IoU.
-        stability_score: IoU of the masks at a higher and a lower cutoff of the logits.
+        score: predicted IoU, or how sure the instance decoder is.
+        stability_score: IoU of the masks at a higher and a lower cutoff of the logits; None of an
+            object that the instance decoder found.
         prompt_id: the `id` of the prompt, if it had one.
+        label: its class, if the model knows it.
     """
 
     counts: bytes
     box: tuple[int, int, int, int]
     area: int
     score: float
-    stability_score: float
+    stability_score: float | None
     prompt_id: str | None = None
+    label: str | None = None
 
     @property
     def pixels(self) -> np.ndarray:
@@ -133,9 +146,9 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
     for record in generator.generate(small):
         mask = np.ascontiguousarray(coco_mask.decode(record["segmentation"]))
         if mask.any():
-            cropped = _crop(mask.astype(bool))
+            cropped = crop_mask(mask.astype(bool))
             if small is not image:
-                cropped = _enlarge(mask, cropped, scale)
+                cropped = enlarge_mask(cropped, (height, width), scale)
             scores = float(record["predicted_iou"]), float(record["stability_score"])
             segmented = _segmented(cropped, *scores)
             # SAM finds duplicates by their boxes, and a box of a single row or column is empty
@@ -144,6 +157,35 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
     objects = list(found.values())
     require_countable(objects)
     return objects
+
+
+def find_instances(
+    sam: Any, model: InstanceModel, image: np.ndarray, tile: int | None = None
+) -> list[SegmentedObject]:
+    """Return all objects of an image, as the instance decoder finds them, the surest first.
+
+    Args:
+        model: trained with `sam`, on its device.
+        image: H x W x 3 uint8 RGB.
+        tile: side of the windows to look at a larger image through, in pixels; neighbours share a
+            quarter of it. None: the image as a whole.
+
+    Raises:
+        AnnotationError: field `image`; there are more than MAX_OBJECTS.
+    """
+
+    def find(window: Window) -> list[FoundObject]:
+        view = np.ascontiguousarray(image[window.slices])
+        embedding = encode_image(sam, view)
+        return find_objects(sam, maps_of(model.decoder, view, embedding), embedding, model.way)
+
+    size = (image.shape[0], image.shape[1])
+    side = tile or max(size)
+    found = find_in_windows(size, side, side // 4, find)
+    require_countable(found)
+    return [
+        _segmented(one.mask, one.score, None, label=model.labels[one.class_index]) for one in found
+    ]
 
 
 def require_countable(objects: list[Any]) -> None:
@@ -188,7 +230,7 @@ def answer_prompts(
             if place not in objects:
                 low, high = int((logits > 1).sum()), int((logits > -1).sum())
                 stability = low / high if high else 0.0
-                objects[place] = _segmented(_crop(mask), score, stability, prompt_id)
+                objects[place] = _segmented(crop_mask(mask), score, stability, prompt_id)
         results[place] = {"id": prompt_id, "masks": masks}
     places = range(len(requests))
     return [objects[place] for place in places], [results[place] for place in places]
@@ -204,13 +246,18 @@ def label_map(objects: list[SegmentedObject], size: tuple[int, int]) -> np.ndarr
     return numbers
 
 
-def labelme_shapes(objects: list[SegmentedObject], label: str) -> list[dict[str, Any]]:
-    """Return the shapes of all objects, numbered in `description` and the parts' `group_id`."""
+def labelme_shapes(objects: list[SegmentedObject], label: str | None) -> list[dict[str, Any]]:
+    """Return the shapes of all objects, numbered in `description` and the parts' `group_id`.
+
+    Args:
+        label: of all shapes; None: each object's own, else `object`.
+    """
     shapes: list[dict[str, Any]] = []
     for number, found in enumerate(objects, start=1):
         if not found.area:
             continue
-        parts: list[dict[str, Any]] = mask_to_shapes(found.pixels, label)
+        own = label or found.label or UNNAMED
+        parts: list[dict[str, Any]] = mask_to_shapes(found.pixels, own)
         for part in parts:
             part["points"] = [[x + found.box[0], y + found.box[1]] for x, y in part["points"]]
             part["group_id"] = number if len(parts) > 1 else None
@@ -223,43 +270,22 @@ def object_table(objects: list[SegmentedObject]) -> bytes:
     """Return a CSV file with one row per object; `id` is its number in the label map."""
     rows: list[tuple[Any, ...]] = [COLUMNS]
     for number, found in enumerate(objects, start=1):
-        scores = f"{found.score:.6f}", f"{found.stability_score:.6f}"
-        rows.append((number, *found.box, found.area, *scores, found.prompt_id or ""))
+        stability = "" if found.stability_score is None else f"{found.stability_score:.6f}"
+        named = found.prompt_id or "", found.label or ""
+        rows.append((number, *found.box, found.area, f"{found.score:.6f}", stability, *named))
     return csv_bytes(rows)
 
 
 def _segmented(
-    mask: CroppedMask, score: float, stability_score: float, prompt_id: str | None = None
+    mask: CroppedMask,
+    score: float,
+    stability_score: float | None,
+    prompt_id: str | None = None,
+    label: str | None = None,
 ) -> SegmentedObject:
     """Return an object from its tightly cropped mask."""
     (x, y), (h, w) = mask.origin, mask.pixels.shape
     counts = encode_rle(CroppedMask(mask.pixels, (0, 0)), (h, w)) if mask.pixels.size else b""
     area = int(np.count_nonzero(mask.pixels))
-    return SegmentedObject(counts, (x, y, x + w, y + h), area, score, stability_score, prompt_id)
-
-
-def _crop(mask: np.ndarray) -> CroppedMask:
-    """Crop an H x W mask tightly; an empty one becomes 0 x 0 pixels at (0, 0)."""
-    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
-    return CroppedMask(mask[y : y + height, x : x + width], (x, y))
-
-
-def _enlarge(mask: np.ndarray, tight: CroppedMask, scale: tuple[float, float]) -> CroppedMask:
-    """Enlarge a mask of a shrunk image to the image's resolution, its outline smoothed.
-
-    Args:
-        mask: h x w uint8, all of it.
-        tight: the same mask, cropped.
-        scale: pixels of the image per pixel of the shrunk one, in x and y.
-    """
-    (x, y), (h, w) = tight.origin, tight.pixels.shape
-    height, width = mask.shape
-    # One pixel more on each side, so that the smoothing includes the edge.
-    x1, y1, x2, y2 = max(0, x - 1), max(0, y - 1), min(width, x + w + 1), min(height, y + h + 1)
-    left, top, right, bottom = (
-        round(value * scale[axis % 2]) for axis, value in enumerate((x1, y1, x2, y2))
-    )
-    part = np.ascontiguousarray(mask[y1:y2, x1:x2]) * np.uint8(255)
-    large = cv2.resize(part, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR) >= 128
-    cropped = _crop(large)
-    return CroppedMask(cropped.pixels, (left + cropped.origin[0], top + cropped.origin[1]))
+    box = (x, y, x + w, y + h)
+    return SegmentedObject(counts, box, area, score, stability_score, prompt_id, label)

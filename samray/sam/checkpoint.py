@@ -14,7 +14,7 @@ A checkpoint exists once run.json names it; one that a killed run did not regist
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def save_checkpoint(
     config: Config,
     progress: dict[str, Any],
     training: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint folder atomically.
 
@@ -79,6 +80,7 @@ def save_checkpoint(
 
     Args:
         training: the parameters that learn, by name, and the optimiser's state, to resume from.
+        more: content of further files, by name.
     """
     with whole_folder(folder) as temporary:
         torch.save({k: v.detach().cpu() for k, v in weights.items()}, temporary / "weights.pth")
@@ -87,6 +89,8 @@ def save_checkpoint(
         if training is not None:
             state = {"trained": training[0], "optimizer": training[1]}
             torch.save(state, temporary / "optimizer.pth")
+        for name, content in (more or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 def load_optimizer(folder: Place) -> tuple[dict[str, Tensor], dict[str, Any]]:

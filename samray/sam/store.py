@@ -37,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"\w[\w.-]*")
 _REPAIR = "`samray promote --rollback --version V` sets another"
 _FILES = ("weights.pth", "config.yaml", "progress.json")
+_MORE = ("instances.pth", "instances.json")  # of a checkpoint with an instance decoder
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class ModelStore:
         folder = self.folder / require_name(name) / version
         with plain_errors(str(folder)):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        copy_folder(checkpoint.path, folder, names=_FILES)
+        more = [file for file in _MORE if (checkpoint.path / file).exists()]
+        copy_folder(checkpoint.path, folder, names=[*_FILES, *more])
         record = {
             "name": name,
             "version": version,

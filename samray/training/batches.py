@@ -17,9 +17,12 @@ from samray.errors import DatasetError
 from samray.geometry.frames import image_to_input, input_size_of
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import Prompt, draw_prompt
+from samray.instances.decoder import CELL, frame_of
+from samray.instances.losses import TargetMaps
+from samray.instances.targets import map_targets
 from samray.sam.decode import group_prompts
 from samray.sam.embeddings import EmbeddingCache
-from samray.training.step import Batch, draw_correction_plan
+from samray.training.step import Batch, SceneTargets, draw_correction_plan
 
 
 def epoch_steps(num_images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -42,6 +45,7 @@ class BatchLoader:
         augment: flip, turn and recolour the images; only without a cache.
         max_objects: instances of an image in one step; None: all.
         images_at_once: images of a batch; None: all of a worker's part of a step.
+        labels: of the instance decoder's classes; None: there is no such decoder.
     """
 
     def __init__(
@@ -56,10 +60,12 @@ class BatchLoader:
         augment: bool = False,
         max_objects: int | None = None,
         images_at_once: int | None = None,
+        labels: tuple[str, ...] | None = None,
     ) -> None:
         self.dataset, self.records = dataset, records
         self.augment = augment and cache is None
         self.max_objects, self.images_at_once = max_objects, images_at_once
+        self.labels = labels
         self.prompts, self.seed, self.cache = prompts, seed, cache
         self.img_size, self.low_res_size = img_size, low_res_size
 
@@ -75,9 +81,10 @@ class BatchLoader:
             plan = draw_correction_plan(self.prompts.num_clicks, rng)
         size = self.images_at_once or max(1, len(mine))
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [self._batch(part, plan, epoch) for part in parts]
+        weight = self.num_prompts(step, epoch) / len(step)
+        return [self._batch(part, plan, epoch, weight) for part in parts]
 
-    def _batch(self, part: list[int], plan: tuple[bool, ...], epoch: int) -> Batch:
+    def _batch(self, part: list[int], plan: tuple[bool, ...], epoch: int, weight: float) -> Batch:
         prompts: list[Prompt] = []
         draws: list[np.ndarray] = []
         image_index: list[int] = []
@@ -99,13 +106,13 @@ class BatchLoader:
         sizes = [view.size(record.size) for view, record in zip(views, records, strict=True)]
         grouped = group_prompts(prompts, image_index, sizes, self.img_size)
         valid = [valid_region(size, self.img_size, self.low_res_size) for size in sizes]
-        images = None
-        if self.cache is None:
-            shown = zip(records, views, strict=True)
-            images = torch.stack([self._image(record, view) for record, view in shown])
+        shown = []
+        if self.cache is None or self.labels is not None:
+            pairs = zip(records, views, strict=True)
+            shown = [self._shown(record, view) for record, view in pairs]
         return Batch(
-            images=images,
-            encoded=torch.stack([self.encoded(r) for r in records]) if self.cache else None,
+            images=self._inputs(shown, self.img_size) if self.cache is None else None,
+            encoded=None if self.cache is None else self._encoded(records),
             groups=[group for group, _ in grouped],
             targets=[
                 torch.from_numpy(np.stack([targets[place] for place in places]))[:, None]
@@ -117,7 +124,25 @@ class BatchLoader:
                 torch.from_numpy(np.stack([draws[place] for place in places]))
                 for _, places in grouped
             ],
+            scene=None if self.labels is None else self._scene(records, views, shown, weight),
         )
+
+    def _scene(
+        self,
+        records: list[ImageRecord],
+        views: list["View"],
+        shown: list[np.ndarray],
+        weight: float,
+    ) -> SceneTargets:
+        """Return the instance decoder's part of a batch: all objects of the images."""
+        assert self.labels is not None
+        frame = frame_of(self.img_size)
+        maps = []
+        for record, view in zip(records, views, strict=True):
+            masks = (view.turn(record.decode(instance)) for instance in record.instances)
+            classes = [self.labels.index(instance.label) for instance in record.instances]
+            maps.append(map_targets(masks, classes, view.size(record.size), frame // CELL))
+        return SceneTargets(self._inputs(shown, frame), TargetMaps.of(maps), weight)
 
     def num_prompts(self, step: list[int], epoch: int) -> int:
         """Return the number of prompts of a step, over all workers."""
@@ -143,20 +168,31 @@ class BatchLoader:
             (mixture.center, mixture.random, mixture.bbox),
         )
 
-    def _image(self, record: ImageRecord, view: "View") -> Tensor:
-        image = decode_image(self.dataset.image_bytes(record))
-        return image_to_input(view.recolour(view.turn(image)), self.img_size)
+    def _shown(self, record: ImageRecord, view: "View") -> np.ndarray:
+        return view.recolour(view.turn(decode_image(self.dataset.image_bytes(record))))
 
-    def encoded(self, record: ImageRecord) -> Tensor:
-        """Return an image's entry of the cache, float32."""
+    def _encoded(self, records: list[ImageRecord]) -> Tensor:
         assert self.cache is not None
-        entry = self.cache.load(record.digest)
-        if entry is None:
-            raise DatasetError(
-                f"{self.cache.path(record.digest)}: the embedding of {record.name} is missing; "
-                "another process deletes from the cache while it is in use"
-            )
-        return torch.from_numpy(np.array(entry, dtype=np.float32))
+        return torch.stack([cached_entry(self.cache, record) for record in records])
+
+    @staticmethod
+    def _inputs(images: list[np.ndarray], side: int) -> Tensor:
+        return torch.stack([image_to_input(image, side) for image in images])
+
+
+def cached_entry(cache: EmbeddingCache, record: ImageRecord) -> Tensor:
+    """Return an image's entry of a cache, float32.
+
+    Raises:
+        DatasetError: it is no longer there.
+    """
+    entry = cache.load(record.digest)
+    if entry is None:
+        raise DatasetError(
+            f"{cache.path(record.digest)}: the embedding of {record.name} is missing; "
+            "another process deletes from the cache while it is in use"
+        )
+    return torch.from_numpy(np.array(entry, dtype=np.float32))
 
 
 @dataclass(frozen=True)

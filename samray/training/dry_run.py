@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from samray import cluster
 from samray.config import Config, required, resolve_model
 from samray.data.dataset import PreparedDataset
+from samray.instances.losses import instance_loss
 from samray.sam.adapt import (
     blocks,
     num_blocks,
@@ -34,7 +35,7 @@ from samray.sam.embeddings import EmbeddingCache, entry_bytes, entry_shape
 from samray.sam.model import PARTS, build_model
 from samray.storage import Place, require_folder, resolve
 from samray.training.batches import share_of
-from samray.training.finetuning import FineTuning
+from samray.training.finetuning import FineTuning, instance_labels
 from samray.training.loop import Worker, prompted_sam, train_step
 from samray.training.optimizer import Optimizer
 from samray.training.step import Batch, PromptedSam
@@ -52,17 +53,19 @@ class Memory:
         training: gradients and AdamW's two moments of what learns, and DDP's copy of the gradients.
         encoder: activations kept for the backward pass through the image encoder.
         decoder: the same for the prompts decoded at once.
+        instances: the same for the instance decoder.
     """
 
     weights: int
     training: int
     encoder: int
     decoder: int
+    instances: int
 
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return self.weights + self.training + self.encoder + self.decoder
+        return self.weights + self.training + self.encoder + self.decoder + self.instances
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,9 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
     num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
     with tempfile.TemporaryDirectory(prefix="samray-dry-run-") as folder:
         cache = EmbeddingCache(Path(folder), sam, num_frozen) if num_frozen else None
-        module = prompted_sam(config, sam.to(device))
-        optimizer = Optimizer(module.sam, config.train, device)
-        source = FineTuning(config, dataset, cache, sam)
+        module = prompted_sam(config, sam, instance_labels(config, dataset)).to(device)
+        optimizer = Optimizer(module.sam, config.train, device, module.instances)
+        source = FineTuning(config, dataset, cache, module)
         steps = source.steps(0)
         world = config.scaling.num_workers
         shares = [share_of(step, 0, world) for step in steps]
@@ -144,6 +147,8 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
             _fill_with_zeros(cache, sam, source, largest)
         batches, num_prompts = source.load(largest, 0, 1, 0)
         learning = {part: _count(getattr(sam, part)) for part in PARTS}
+        if module.instances is not None:
+            learning["instance_decoder"] = _count(module.instances)
         kept = min(max(len(batch) for batch in batches), config.train.max_prompts)
         trained = sum(own for own, _ in learning.values())
         memory = Memory(
@@ -151,6 +156,7 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
             training=trained * (12 if world == 1 else 16),
             encoder=encoder_bytes(config, optimizer.dtype, len(batches[0].valid)),
             decoder=kept * _decoder_bytes(module, optimizer, batches[0]),
+            instances=_instance_bytes(module, optimizer, batches[0]),
         )
         seconds, peak = None, None
         if memory.total < FREE_SHARE * _memory_of(device):
@@ -234,6 +240,21 @@ def _decoder_bytes(module: PromptedSam, optimizer: Optimizer, batch: Batch) -> i
             lambda: module.passes(embedding, group, target.to(device), valid, corrections, draws),
         )
     return found // len(group)
+
+
+def _instance_bytes(module: PromptedSam, optimizer: Optimizer, batch: Batch) -> int:
+    """Bytes that the instance decoder keeps of a batch."""
+    decoder = module.instances
+    if decoder is None or batch.scene is None:
+        return 0
+    scene = batch.scene.to(optimizer.device)
+    encoder = module.sam.prompt_encoder
+    shape = (len(scene.pixels), encoder.embed_dim, *encoder.image_embedding_size)
+    embeddings = torch.zeros(shape, device=optimizer.device)
+    with optimizer.autocast():
+        return saved_bytes(
+            module, lambda: instance_loss(decoder(embeddings, scene.pixels), scene.maps)
+        )
 
 
 def _measure(

@@ -11,13 +11,18 @@ from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.evaluation.scoring import MATRIX, evaluation_prompt, score_image
 from samray.geometry.drawing import draw_masks, shrink
 from samray.geometry.images import decode_image
+from samray.instances.choice import MAX_IMAGES, Example, choose_way, evenly, mean_accuracy
+from samray.instances.decoder import InstanceDecoder
+from samray.instances.saved import load_instances, set_way
+from samray.instances.segment import Way, maps_of
 from samray.sam.adapt import suffix
+from samray.sam.checkpoint import RunFolder, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
-from samray.training.batches import BatchLoader, epoch_steps
+from samray.training.batches import BatchLoader, cached_entry, epoch_steps
 from samray.training.loop import Worker
-from samray.training.step import Batch
+from samray.training.step import Batch, PromptedSam
 
 NUM_PICTURES, MAX_DRAWN = 2, 12  # val images drawn every epoch, and objects of each
 PICTURE_SIDE = 320  # pixels
@@ -29,13 +34,19 @@ class FineTuning:
     Args:
         cache: embeddings, or activations of the encoder's frozen blocks, of all train and val
             images; None if the whole encoder learns.
-        sam: the model in training.
+        module: the model in training, and the instance decoder that learns beside it, if any.
     """
 
     def __init__(
-        self, config: Config, dataset: PreparedDataset, cache: EmbeddingCache | None, sam: Any
+        self,
+        config: Config,
+        dataset: PreparedDataset,
+        cache: EmbeddingCache | None,
+        module: PromptedSam,
     ) -> None:
-        self.dataset, self.cache, self.sam = dataset, cache, sam
+        self.dataset, self.cache = dataset, cache
+        self.sam, self.instances = module.sam, module.instances
+        sam: Any = module.sam
         self.digest = dataset.digest
         self.batch_size, self.seed = config.train.batch_size, config.train.seed
         self.loader = BatchLoader(
@@ -49,6 +60,7 @@ class FineTuning:
             config.train.augment,
             config.train.max_objects,
             config.train.images_at_once,
+            instance_labels(config, dataset),
         )
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -71,21 +83,29 @@ class FineTuning:
 
         Returns:
             `val_iou` and `val_dice`, the means over the prompt matrix, and the IoU of each of its
-            rows as `val_iou_center`, `val_iou_random`, `val_iou_bbox` and `val_iou_clicks`.
+            rows as `val_iou_center`, `val_iou_random`, `val_iou_bbox` and `val_iou_clicks`. With an
+            instance decoder `val_msa`, the mean segmentation accuracy of its watershed.
         """
-        sums = torch.zeros(len(MATRIX), 3, dtype=torch.float64)  # IoU, Dice, count
+        sums = torch.zeros(len(MATRIX) + 1, 3, dtype=torch.float64)  # IoU, Dice, count
         for record in self.dataset.split("val")[worker.rank :: worker.world_size]:
             embedding = self._embedding(record)
             for score in score_image(self.sam, embedding, record, seed=0):
                 row = MATRIX.index(score.strategy)
                 sums[row] += torch.tensor([score.iou, score.dice, 1.0], dtype=torch.float64)
+            if self.instances is not None:
+                example = _example(self.dataset, self.instances, embedding, record)
+                accuracy = mean_accuracy(self.sam, [example], Way())
+                sums[-1] += torch.tensor([accuracy, 0.0, 1.0], dtype=torch.float64)
         sums = worker.sum(sums.to(worker.device)).cpu()
-        means = sums[:, :2] / sums[:, 2:]
-        return {
+        means = sums[:-1, :2] / sums[:-1, 2:]
+        scores = {
             "val_iou": float(means[:, 0].mean()),
             "val_dice": float(means[:, 1].mean()),
             **{f"val_iou_{name}": float(means[i, 0]) for i, name in enumerate(MATRIX)},
         }
+        if self.instances is not None:
+            scores["val_msa"] = float(sums[-1, 0] / sums[-1, 2])
+        return scores
 
     @torch.inference_mode()
     def pictures(self) -> dict[str, np.ndarray]:
@@ -108,10 +128,53 @@ class FineTuning:
             drawn[f"val/{number}: truth, answer"] = np.concatenate(halves, axis=1)
         return drawn
 
-    @torch.inference_mode()
     def _embedding(self, record: ImageRecord) -> Tensor:
         """Embed an image with the model as it is now, C x h x w."""
-        if self.cache is None:
-            return encode_image(self.sam, decode_image(self.dataset.image_bytes(record)))
-        encoded = self.loader.encoded(record)[None].to(self.sam.device)
-        return suffix(self.sam.image_encoder, encoded, self.cache.num_frozen)[0]
+        return _embedding(self.dataset, self.cache, self.sam, record)
+
+
+def instance_labels(config: Config, dataset: PreparedDataset) -> tuple[str, ...] | None:
+    """Return the labels that the instance decoder learns, sorted; None if none is trained."""
+    if not config.train.instances:
+        return None
+    records = dataset.split("train")
+    return tuple(sorted({instance.label for record in records for instance in record.instances}))
+
+
+def choose_instances(
+    run: RunFolder, dataset: PreparedDataset, cache: EmbeddingCache | None, device: torch.device
+) -> None:
+    """Find how the best checkpoint's maps become objects, on the val split, and write it there."""
+    checkpoint = load_checkpoint(run.path)
+    sam = checkpoint.model().to(device)
+    model = load_instances(checkpoint, sam)
+    if model is None:  # the base is the best
+        return
+    decoder = model.decoder.to(device)
+    records = dataset.split("val")
+    records = [records[place] for place in evenly(len(records), MAX_IMAGES)]
+    examples = [
+        _example(dataset, decoder, _embedding(dataset, cache, sam, record), record)
+        for record in records
+    ]
+    set_way(checkpoint.path, *choose_way(sam, examples))
+
+
+def _example(
+    dataset: PreparedDataset, decoder: InstanceDecoder, embedding: Tensor, record: ImageRecord
+) -> Example:
+    """An annotated image with the decoder's maps."""
+    image = decode_image(dataset.image_bytes(record))
+    truth = tuple(instance.rle for instance in record.instances)
+    return Example(maps_of(decoder, image, embedding), embedding, truth, record.size)
+
+
+@torch.inference_mode()
+def _embedding(
+    dataset: PreparedDataset, cache: EmbeddingCache | None, sam: Any, record: ImageRecord
+) -> Tensor:
+    """Embed an image with a model as it is now, C x h x w."""
+    if cache is None:
+        return encode_image(sam, decode_image(dataset.image_bytes(record)))
+    encoded = cached_entry(cache, record).to(sam.device)
+    return suffix(sam.image_encoder, encoded[None], cache.num_frozen)[0]

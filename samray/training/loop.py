@@ -19,7 +19,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from samray.config import Config, TrainConfig
-from samray.errors import TrainingError
+from samray.errors import CheckpointError, TrainingError
+from samray.instances.saved import InstanceModel, instance_files, load_instances, new_decoder
+from samray.instances.segment import Way
 from samray.sam.adapt import (
     merged_weights,
     num_blocks,
@@ -27,7 +29,14 @@ from samray.sam.adapt import (
     set_trainable,
     trained_state,
 )
-from samray.sam.checkpoint import RunFolder, load_checkpoint, load_optimizer, save_checkpoint
+from samray.sam.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+)
+from samray.sam.weights import digest_of
 from samray.training.optimizer import Optimizer
 from samray.training.step import LOSSES, Batch, PromptedSam
 
@@ -82,18 +91,20 @@ class Source(Protocol):
 def train_loop(
     config: Config,
     run: RunFolder,
-    open_source: Callable[[Sam], Source],
+    open_source: Callable[[PromptedSam], Source],
     worker: Worker,
     report: Report = lambda event: None,
     max_minutes: float | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> None:
     """Train from the run's latest checkpoint, or its base, to the last epoch.
 
     Args:
         config: resolved, so `freeze_image_encoder` and the loss weights are set.
-        open_source: receives the model, on the worker's device.
+        open_source: receives the model and what learns beside it, on the worker's device.
         report: receives every step and epoch, on rank 0.
         max_minutes: for a single worker: stop before an epoch that would exceed them.
+        labels: of the objects that an instance decoder learns to find; None: no such decoder.
 
     Raises:
         TrainingError: the gradient is not finite in several steps in a row, or a step needs more
@@ -101,17 +112,19 @@ def train_loop(
     """
     settings = config.train
     base = load_checkpoint(run.base)
-    module = prompted_sam(config, base.model().to(worker.device))
-    optimizer = Optimizer(module.sam, settings, worker.device)
+    module = prompted_sam(config, base.model(), labels).to(worker.device)
+    optimizer = Optimizer(module.sam, settings, worker.device, module.instances)
     epoch, step = 0, 0
     if run.latest is not None:
         trained, state = load_optimizer(run.latest)
         module.sam.load_state_dict(trained, strict=False)  # the others are the base's
+        latest = load_checkpoint(run.latest)
+        if module.instances is not None:
+            module.instances.load_state_dict(_saved_instances(latest))
         optimizer.load_state_dict(state)
-        progress = load_checkpoint(run.latest).progress
-        epoch, step = progress["epoch"], progress["step"]
+        epoch, step = latest.progress["epoch"], latest.progress["step"]
     model = DistributedDataParallel(module) if worker.world_size > 1 else module
-    source = open_source(module.sam)
+    source = open_source(module)
     if epoch == 0 and config.model.checkpoint != "none":
         _score_base(run, source, worker, report)
     began = started = time.perf_counter()
@@ -130,6 +143,8 @@ def train_loop(
                 f"the GPU is out of memory in epoch {epoch + 1}; set train.images_at_once or "
                 "train.max_prompts lower, or train.recompute_encoder=true, and give --resume"
             ) from exc
+        if labels is None:
+            del losses["loss_instances"]
         epoch += 1
         metrics = {
             "epoch": epoch,
@@ -140,7 +155,7 @@ def train_loop(
         }
         if worker.rank == 0:
             origin = {"dataset_digest": source.digest, "base": base.progress.get("base")}
-            _save_epoch(run, config, module.sam, optimizer, metrics, origin)
+            _save_epoch(run, config, module, labels, optimizer, metrics, origin)
             report({"event": "epoch", **metrics})
     # A barrier: no worker exits before the last checkpoint is written.
     worker.sum(torch.zeros(1, device=worker.device))
@@ -242,7 +257,7 @@ def _add_gradient(
     """Add a batch's gradient to the parameters', and its losses to `sums`."""
     with optimizer.autocast():
         losses: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
-    optimizer.backward(losses["loss"] * weight)
+    optimizer.backward((losses["loss"] + losses["loss_instances"]) * weight)
     for name in sums:
         sums[name] += float(losses[name].detach())
 
@@ -278,15 +293,38 @@ def balance_at(epoch: int, num_epochs: int) -> float:
     return max(0.0, 1 - 5 * epoch / num_epochs)
 
 
-def prompted_sam(config: Config, sam: Sam) -> PromptedSam:
-    """Return the module of a training step, with parts frozen as configured."""
+def prompted_sam(config: Config, sam: Sam, labels: tuple[str, ...] | None = None) -> PromptedSam:
+    """Return the module of a training step, with parts frozen as configured.
+
+    Args:
+        labels: see `train_loop`.
+    """
     set_trainable(sam, config.model)
     focal_weight = config.loss.focal_weight
     assert focal_weight is not None
     weights = (focal_weight, config.loss.dice_weight, config.loss.iou_weight)
     num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
     settings = config.train
-    return PromptedSam(sam, weights, settings.max_prompts, num_frozen, settings.recompute_encoder)
+    return PromptedSam(
+        sam,
+        weights,
+        settings.max_prompts,
+        num_frozen,
+        settings.recompute_encoder,
+        None if labels is None else new_decoder(sam, len(labels), settings.seed),
+    )
+
+
+def _saved_instances(latest: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint's instance decoder."""
+    saved = load_instances(latest, latest.model())
+    if saved is None:
+        raise CheckpointError(
+            f"{latest.path}: has no instance decoder, as it was written by an earlier version of "
+            f"samray; start a new run from its weights: --checkpoint {latest.path} with another "
+            "--output-dir"
+        )
+    return saved.decoder.state_dict()
 
 
 def _out_of_patience(run: RunFolder, settings: TrainConfig, worker: Worker) -> bool:
@@ -314,19 +352,26 @@ def _balanced_weight(config: Config, epoch: int) -> float:
 def _save_epoch(
     run: RunFolder,
     config: Config,
-    sam: Sam,
+    module: PromptedSam,
+    labels: tuple[str, ...] | None,
     optimizer: Optimizer,
     metrics: dict[str, Any],
     origin: dict[str, Any],
 ) -> None:
     """Write the epoch's checkpoint, then register it, which makes it count."""
     name = f"epoch_{metrics['epoch']:04d}"
+    weights = merged_weights(module.sam)
+    files = None
+    if module.instances is not None and labels is not None:
+        model = InstanceModel(module.instances, labels, Way())
+        files = instance_files(model, digest_of(weights, prefix="image_encoder."))
     save_checkpoint(
         run.path / "checkpoints" / name,
-        merged_weights(sam),
+        weights,
         config,
         {**metrics, **origin},
-        (trained_state(sam), optimizer.state_dict()),
+        (trained_state(module.sam), optimizer.state_dict()),
+        files,
     )
     run.register(name, metrics)
 

@@ -8,35 +8,48 @@ from torch import Tensor, nn
 from samray.config import TrainConfig
 from samray.errors import ConfigError
 
+INSTANCE_LEARNING_RATE = 1e-3  # peak, of the instance decoder: it starts far from its task
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Optimizer:
-    """AdamW with two groups: the image encoder, at a share of the learning rate, and the rest.
+    """AdamW with groups: the image encoder, at a share of the learning rate, and the rest.
+
+    The instance decoder is a group of its own, with its own learning rate, and its gradient is
+    clipped apart: the model takes the same steps with it as without.
 
     Args:
         sam: the model; its parameters that need a gradient are trained.
         device: of the model.
+        instances: the instance decoder, if one is trained.
 
     Raises:
         ConfigError: float16 on a CPU.
     """
 
-    def __init__(self, sam: nn.Module, settings: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        sam: nn.Module,
+        settings: TrainConfig,
+        device: torch.device,
+        instances: nn.Module | None = None,
+    ) -> None:
         named = [(name, p) for name, p in sam.named_parameters() if p.requires_grad]
         encoder = [p for name, p in named if name.startswith("image_encoder.")]
         others = [p for name, p in named if not name.startswith("image_encoder.")]
         assert settings.learning_rate is not None
+        apart = [] if instances is None else list(instances.parameters())
         groups = [
             {"params": others, "share": 1.0},
             {"params": encoder, "share": settings.encoder_lr_share},
+            {"params": apart, "share": INSTANCE_LEARNING_RATE / settings.learning_rate},
         ]
         self.adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
         )
-        self.parameters = others + encoder
+        self.parameters, self.apart = others + encoder, apart
         self.clip_grad_norm = settings.clip_grad_norm
         self.device, self.dtype = device, training_dtype(settings.precision, device.type)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -69,6 +82,7 @@ class Optimizer:
         before = self.scaler.state_dict()
         self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm)
+        norm = norm + nn.utils.clip_grad_norm_(self.apart, self.clip_grad_norm).to(norm)
         if torch.isfinite(norm):  # of the reduced gradient, so every worker sees the same
             self.scaler.step(self.adamw)
             self.scaler.update()

@@ -230,7 +230,7 @@ def _pretrain(config: Config, output: Place) -> dict[str, Any]:
         train_loop(
             config,
             run,
-            lambda sam: DrawnScenes(config, sam),
+            lambda module: DrawnScenes(config, module.sam),
             Worker(0, 1, device),
             tracker.report,
             config.pretrain.max_minutes,

@@ -12,11 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from samray.instances.decoder import InstanceDecoder
+from samray.instances.losses import TargetMaps, instance_loss
 from samray.sam.adapt import num_blocks, suffix
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.sam.losses import sam_loss
 
-LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou")
+LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou", "loss_instances")
+
+
+@dataclass
+class SceneTargets:
+    """The images of a batch for the instance decoder.
+
+    Attributes:
+        pixels: B x 3 x F x F float32, normalised, in the decoder's frame.
+        maps: what they should become.
+        weight: prompts of the step / its images. A step's losses are divided by its prompts, and
+            that of the instance decoder is a mean over images.
+    """
+
+    pixels: Tensor
+    maps: TargetMaps
+    weight: float
+
+    def to(self, device: torch.device) -> "SceneTargets":
+        """Copy to a device."""
+        return SceneTargets(self.pixels.to(device), self.maps.to(device), self.weight)
 
 
 @dataclass
@@ -34,6 +56,7 @@ class Batch:
             error and its logits, False its logits only.
         click_draws: per group, P x len(corrections) float32 in 0..1: selects the wrong cell that
             is clicked. Drawn with the prompt, so that it does not depend on the worker.
+        scene: what the instance decoder sees and learns; None if there is none.
     """
 
     images: Tensor | None
@@ -43,6 +66,7 @@ class Batch:
     valid: Tensor
     corrections: tuple[bool, ...] = ()
     click_draws: list[Tensor] | None = None
+    scene: SceneTargets | None = None
 
     def __len__(self) -> int:
         """Number of instances."""
@@ -63,6 +87,7 @@ class Batch:
             targets=[target.to(device, non_blocking=True) for target in self.targets],
             valid=self.valid.to(device, non_blocking=True),
             click_draws=None if draws is None else [draw.to(device) for draw in draws],
+            scene=None if self.scene is None else self.scene.to(device),
         )
 
 
@@ -76,6 +101,7 @@ class PromptedSam(nn.Module):
             are recomputed in the backward pass.
         num_frozen: blocks of the image encoder before the first that learns; None: all blocks.
         recompute_encoder: compute the image encoder's trained blocks again in the backward pass.
+        instances: the instance decoder that learns beside the model, if any.
     """
 
     def __init__(
@@ -85,9 +111,10 @@ class PromptedSam(nn.Module):
         max_prompts: int,
         num_frozen: int | None = None,
         recompute_encoder: bool = False,
+        instances: InstanceDecoder | None = None,
     ) -> None:
         super().__init__()
-        self.sam = sam
+        self.sam, self.instances = sam, instances
         self.num_frozen = num_blocks(sam.image_encoder) if num_frozen is None else num_frozen
         self.loss_weights = loss_weights
         self.max_prompts = max_prompts
@@ -103,6 +130,11 @@ class PromptedSam(nn.Module):
         if batch is None:
             return sums
         embeddings = self._embed(batch)
+        if self.instances is not None and batch.scene is not None:
+            # Detached: the model learns the same weights as without an instance decoder.
+            maps = self.instances(embeddings.detach(), batch.scene.pixels)
+            loss = instance_loss(maps, batch.scene.maps).sum()
+            sums["loss_instances"] = zero + batch.scene.weight * loss
         draws = batch.click_draws or [target.new_zeros(len(target), 0) for target in batch.targets]
         size = self.max_prompts
         chunks = [
@@ -124,7 +156,7 @@ class PromptedSam(nn.Module):
                 losses = recompute(self.passes, *arguments, use_reentrant=False)
             else:
                 losses = self.passes(*arguments)
-            sums = {name: sums[name] + losses[name] for name in LOSSES}
+            sums |= {name: sums[name] + losses[name] for name in losses}
         return sums
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -161,7 +193,7 @@ class PromptedSam(nn.Module):
                 group = group.with_point(point, label)
             masks, ious = self._decode(embeddings, group, multimask_output=False)
             losses = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
-            sums = {name: sums[name] + losses[name] for name in LOSSES}
+            sums = {name: sums[name] + losses[name] for name in sums}
         return {name: value / (1 + len(corrections)) for name, value in sums.items()}
 
 

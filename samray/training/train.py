@@ -50,9 +50,10 @@ from samray.storage import (
     resolve,
 )
 from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
-from samray.training.finetuning import FineTuning
+from samray.training.finetuning import FineTuning, choose_instances, instance_labels
 from samray.training.loop import Report, Worker, train_loop
 from samray.training.optimizer import training_dtype
+from samray.training.step import PromptedSam
 
 ABORT_SECONDS = 20  # for the workers of an interrupted run to end
 
@@ -161,12 +162,15 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     step = done[-1]["step"] if done else 0
     with Tracker(run.path, config, step, arguments["report"]) as tracker:
 
-        def open_source(sam: Any) -> FineTuning:
-            source = FineTuning(config, dataset, cache, sam)
+        def open_source(module: PromptedSam) -> FineTuning:
+            source = FineTuning(config, dataset, cache, module)
             tracker.pictures = source.pictures
             return source
 
-        train_loop(config, run, open_source, worker, tracker.report)
+        labels = instance_labels(config, dataset)
+        train_loop(config, run, open_source, worker, tracker.report, labels=labels)
+    if worker.rank == 0 and config.train.instances:
+        choose_instances(RunFolder(run.path), dataset, cache, worker.device)
 
 
 def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:

@@ -3,12 +3,22 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from samray.config import Config, PredictConfig
 from samray.data.dataset import PreparedDataset
+from samray.errors import ConfigError
+from samray.instances.saved import InstanceModel, instance_files, new_decoder
+from samray.instances.segment import Way
+from samray.prediction import batch
+from samray.sam.checkpoint import save_checkpoint
+from samray.sam.model import encoder_digest
+from samray.sam.shipped import load_shipped
 
 FEW_POINTS = ("predict.points_per_side=6", "predict.pred_iou_thresh=0.3")
 
@@ -177,3 +187,52 @@ def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
         assert status == 2, err
         assert named in err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def finder(tmp_path_factory, ray_cluster):
+    """The shipped model with an untrained instance decoder, which finds something in anything."""
+    shipped, folder = load_shipped(), tmp_path_factory.mktemp("run") / "best"
+    sam = shipped.model()
+    model = InstanceModel(new_decoder(sam, 2, 0), ("leaf", "stone"), Way(min_area=30))
+    files = instance_files(model, encoder_digest(sam))
+    save_checkpoint(folder, shipped.weights, Config(), {}, more=files)
+    return folder
+
+
+def segment(folder, checkpoint, **settings):
+    """Segment a drawn image as an actor does; return its LabelMe document and its table."""
+    image = np.full((150, 200, 3), 40, np.uint8)
+    cv2.circle(image, (50, 60), 30, (220, 60, 60), -1)
+    cv2.rectangle(image, (110, 30), (180, 70), (60, 200, 80), -1)
+    (folder / "in").mkdir(exist_ok=True)
+    cv2.imwrite(str(folder / "in/a.png"), image)
+    out = folder / "out"
+    predict = PredictConfig(checkpoint=str(checkpoint), **settings)
+    job = batch._job(Path(folder / "in"), Path(out), predict)
+    rows = pa.Table.from_pylist([{"name": "a.png", "stamp": "1", "prompts": None}])
+    (outcome,) = batch.ImageSegmenter(job)(rows).to_pylist()
+    assert not outcome["error"]
+    with (out / "a.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    return json.loads((out / "a.json").read_text()), table, json.loads(outcome["outcome"])
+
+
+def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missing(tmp_path, finder):
+    document, table, outcome = segment(tmp_path, finder)
+    assert outcome == {"reason": None, "objects": len(table), "found": False}
+    assert table
+    assert {row["label"] for row in table} <= {"leaf", "stone"}
+    for shape in document["shapes"]:
+        assert shape["label"] == table[int(shape["description"]) - 1]["label"]
+    assert segment(tmp_path, finder)[2]["found"]
+    document, _, outcome = segment(tmp_path, finder, label="thing", tile=128)
+    assert not outcome["found"]  # other settings
+    assert {shape["label"] for shape in document["shapes"]} == {"thing"}
+
+
+def test_tiles_need_an_instance_decoder_and_no_prompts(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--tile: tiny has no instance decoder.*leave it out"):
+        batch._job(tmp_path, tmp_path, PredictConfig(tile=128))
+    with pytest.raises(ConfigError, match=r"^--tile does not go with --prompts"):
+        batch._require_batch(PredictConfig(tile=128, prompts="prompts.json"))

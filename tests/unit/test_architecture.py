@@ -18,8 +18,9 @@ data        annotation labelme coco discovery pairing outcome intake prepare* sp
             export sample_data
 sam         model tiny attention adapt weights shipped checkpoint store losses embeddings \
             encode* decode
+instances   decoder targets losses segment windows metrics choice saved
 inspection  preview report problems
-evaluation  metrics scoring clicks summary report evaluate* promote*
+evaluation  metrics scoring objects clicks summary report evaluate* promote*
 prediction  requests answers predictor segmentation batch*
 training    batches step optimizer loop finetuning dry_run* train* tune* search_space* \
             sweep_report pretraining scenes

@@ -11,7 +11,9 @@ from segment_anything import SamAutomaticMaskGenerator
 from samray.config import PredictConfig
 from samray.data.labelme import labelme_document, read_annotation
 from samray.errors import AnnotationError
-from samray.geometry.masks import rasterize_instance
+from samray.geometry.masks import crop_mask, rasterize_instance
+from samray.instances.saved import InstanceModel, new_decoder
+from samray.instances.segment import Way
 from samray.prediction import segmentation
 from samray.prediction.requests import read_prompts
 from samray.prediction.segmentation import (
@@ -19,6 +21,7 @@ from samray.prediction.segmentation import (
     SegmentedObject,
     answer_prompts,
     find_everything,
+    find_instances,
     generator_settings,
     label_map,
     labelme_shapes,
@@ -52,7 +55,7 @@ def image():
 
 
 def found_object(mask, score=0.5):
-    tight = segmentation._crop(mask)
+    tight = crop_mask(mask)
     return segmentation._segmented(tight, score, 0.9)
 
 
@@ -80,6 +83,38 @@ def test_everything_is_found_in_drawn_things(sam, image):
         )
         assert best.pixels[y - best.box[1], x - best.box[0]]
         assert 0.8 < best.area / area < 1.25
+
+
+def test_the_instance_decoder_gives_objects_with_labels_and_scores(sam, image):
+    """Whatever it finds untrained, the table, the shapes and the label map agree about it."""
+    decoder = new_decoder(sam, 2, seed=0)
+    model = InstanceModel(decoder, ("leaf", "stone"), Way(min_area=30))
+    objects = find_instances(sam, model, image)
+    assert objects
+    assert [found.score for found in objects] == sorted((o.score for o in objects), reverse=True)
+    rows = list(csv.DictReader(io.StringIO(object_table(objects).decode())))
+    numbers = label_map(objects, (150, 200))
+    shapes = labelme_shapes(objects, None)
+    for number, (found, row) in enumerate(zip(objects, rows, strict=True), start=1):
+        assert found.label in model.labels
+        assert (row["label"], row["stability_score"]) == (found.label, "")
+        assert 0 <= found.score <= 1
+        assert found.area == found.pixels.sum() == (numbers == number).sum()
+        assert found.label in {s["label"] for s in shapes if s["description"] == str(number)}
+    assert {shape["label"] for shape in labelme_shapes(objects, "thing")} == {"thing"}
+
+
+def test_a_large_image_is_searched_window_by_window(sam, image):
+    """Objects of all windows are in the image's frame."""
+    model = InstanceModel(new_decoder(sam, 1, seed=0), ("thing",), Way(min_area=30))
+    large = image.repeat(3, axis=0).repeat(3, axis=1)
+    objects = find_instances(sam, model, large, tile=200)
+    covered = np.zeros(large.shape[:2], int)
+    for found in objects:
+        x1, y1, x2, y2 = found.box
+        covered[y1:y2, x1:x2] += found.pixels
+    assert objects
+    assert covered[:, 250:].any()
 
 
 def test_a_single_pixel_is_one_object(sam):

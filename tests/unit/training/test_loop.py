@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sam_parts import blob_record, small_sam, small_vit
+from small_dataset import write_dataset
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +15,7 @@ from samray.config import ModelConfig, PromptConfig, TrainConfig, load_config, r
 from samray.data.dataset import ImageRecord, Instance
 from samray.errors import ConfigError, TrainingError
 from samray.geometry.masks import CroppedMask, encode_rle
+from samray.instances.decoder import InstanceDecoder
 from samray.sam.adapt import num_blocks, prefix, set_trainable
 from samray.sam.checkpoint import RunFolder, save_checkpoint
 from samray.sam.decode import decode_prompts
@@ -33,13 +35,16 @@ CPU = torch.device("cpu")
 MIXED, INTERACTIVE = PromptConfig(point_selection="mixed"), PromptConfig(num_clicks=3)
 
 
-def make_loader(folder, instances=INSTANCES, prompts=MIXED):
+def make_loader(folder, instances=INSTANCES, prompts=MIXED, dataset=None):
     records = [blob_record(f"{n}", (60, 80), n, seed=n) for n in instances]
+    if dataset is not None:
+        records = dataset.split("train")
     cache = EmbeddingCache(Path(folder), small_sam())
     for record in records:
         rng = np.random.default_rng(int(record.digest, 16))
         cache.save(record.digest, rng.normal(size=(32, 4, 4)))
-    return BatchLoader(None, records, prompts, 5, cache, img_size=64, low_res_size=16)
+    labels = None if dataset is None else ("disc", "square")
+    return BatchLoader(dataset, records, prompts, 5, cache, 64, 16, labels=labels)
 
 
 def frozen_module(max_prompts=64):
@@ -49,7 +54,8 @@ def frozen_module(max_prompts=64):
 
 
 def optimizer_of(module, **settings):
-    return Optimizer(module.sam, TrainConfig(**{"learning_rate": 1e-4, **settings}), CPU)
+    config = TrainConfig(**{"learning_rate": 1e-4, **settings})
+    return Optimizer(module.sam, config, CPU, module.instances)
 
 
 def gradients(module):
@@ -211,9 +217,9 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     settings = ["model.adapt=none", "train.num_epochs=9", "train.patience=2"]
     config = resolve_model(load_config(overrides=settings), weights_given=True)
 
-    def open_source(sam):
+    def open_source(module):
         record = blob_record("0", (60, 80), 1)
-        cache = EmbeddingCache(tmp_path / "cache", sam)
+        cache = EmbeddingCache(tmp_path / "cache", module.sam)
         cache.save(record.digest, np.zeros((128, 16, 16)))
         return NeverBetter(BatchLoader(None, [record], MIXED, 5, cache, 256, 64))
 
@@ -359,14 +365,22 @@ SHARED_STEPS = {
     "one worker has none": ([2], MIXED, "frozen"),
     "correction clicks": ([1, 0, 2], INTERACTIVE, "frozen"),
     "adapters on cached activations": ([0, 1, 2], MIXED, "lora"),
+    "an instance decoder": ([0, 1, 2], MIXED, "instances"),
+    "an instance decoder, one worker has none": ([1], MIXED, "instances"),
 }
 
 
 def shared_step(folder, name):
     """The loader and the module of a step that workers share."""
-    _, prompts, kind = SHARED_STEPS[name]
+    step, prompts, kind = SHARED_STEPS[name]
     if kind == "frozen":
         return make_loader(folder, prompts=prompts), frozen_module()
+    if kind == "instances":
+        dataset = write_dataset(Path(folder) / f"prepared {len(step)}")
+        loader = make_loader(folder, dataset=dataset)
+        torch.manual_seed(0)
+        module = PromptedSam(frozen_module().sam, WEIGHTS, 64, instances=InstanceDecoder(32, 64, 2))
+        return loader, module
     sam = small_vit()
     loader = make_loader(folder, prompts=prompts)
     loader.cache = EmbeddingCache(Path(folder), sam, num_frozen=2)
@@ -391,10 +405,10 @@ def ddp_worker(rank, world_size, folder):
         loader, module = shared_step(f"{folder}/cache {rank}", name)
         optimizer = optimizer_of(module, learning_rate=1e-9, clip_grad_norm=1e9)
         ddp = DistributedDataParallel(module)
-        num_instances = sum(INSTANCES[index] for index in step)
+        num_prompts = loader.num_prompts(step, epoch=0)
         loader.images_at_once = 1  # one worker adds up two batches, the other may have none
         batches = loader.load(step, rank, world_size, epoch=0)
-        train_step(ddp, optimizer, batches, num_instances, Worker(rank, world_size, CPU))
+        train_step(ddp, optimizer, batches, num_prompts, Worker(rank, world_size, CPU))
         torch.save(gradients(module), f"{folder}/{name} {rank}.pth")
     dist.destroy_process_group()
 
@@ -417,5 +431,6 @@ def test_two_workers_give_the_gradients_of_one(name, shared_gradients, tmp_path)
     loader, module = shared_step(tmp_path, name)
     (batch,) = loader.load(step, 0, 1, epoch=0)
     assert bool(batch.corrections) == (prompts is INTERACTIVE)
-    (module(batch)["loss"] / len(batch)).backward()
+    losses = module(batch)
+    ((losses["loss"] + losses["loss_instances"]) / len(batch)).backward()
     assert_same_gradients(shared_gradients[name][0], gradients(module))

@@ -1,0 +1,75 @@
+"""All objects of an image, found against true: as figures, and drawn."""
+
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from samray.data.dataset import ImageRecord
+from samray.geometry.masks import decode_rle, encode_rle
+from samray.instances.metrics import THRESHOLDS, ImageObjects, match
+from samray.instances.saved import InstanceModel
+from samray.instances.segment import find_objects, maps_of
+
+# Okabe and Ito's palette: true objects that were found, those that were missed, false ones.
+HIT, MISSED, FALSE = (0, 158, 115), (86, 180, 233), (213, 94, 0)
+
+
+def compare_objects(
+    sam: Any,
+    model: InstanceModel,
+    embedding: torch.Tensor,
+    image: np.ndarray,
+    record: ImageRecord,
+) -> ImageObjects:
+    """Find all objects of an image, and return them beside the true ones.
+
+    Args:
+        sam, model: on one device.
+        embedding: C x h x w float32, by `sam`, on that device.
+        image: H x W x 3 uint8 RGB.
+    """
+    found = find_objects(sam, maps_of(model.decoder, image, embedding), embedding, model.way)
+    return ImageObjects(
+        size=record.size,
+        found=tuple(encode_rle(one.mask, record.size) for one in found),
+        found_labels=tuple(model.labels[one.class_index] for one in found),
+        scores=tuple(one.score for one in found),
+        true=tuple(instance.rle for instance in record.instances),
+        true_labels=tuple(instance.label for instance in record.instances),
+    )
+
+
+def draw_objects(image: np.ndarray, objects: ImageObjects) -> list[np.ndarray]:
+    """Return two pictures: the true objects, found ones in HIT and the others in MISSED; and what
+    was found, true ones in HIT and the others in FALSE.
+
+    Args:
+        image: H x W x 3 uint8 RGB.
+    """
+    pairs = match(objects.ious(), THRESHOLDS[0])
+    panels = []
+    for masks, matched, other in (
+        (objects.true, {true for _, true in pairs}, MISSED),
+        (objects.found, {found for found, _ in pairs}, FALSE),
+    ):
+        picture = image.copy()
+        line = max(1, round(max(image.shape[:2]) / 400))
+        for place, counts in enumerate(masks):
+            mask = decode_rle(counts, objects.size)
+            color = HIT if place in matched else other
+            tint = 0.7 * picture[mask] + 0.3 * np.array(color)
+            picture[mask] = tint.astype(np.uint8)
+            outline = cv2.findContours(
+                mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+            )[0]
+            cv2.drawContours(picture, outline, -1, color, line, cv2.LINE_AA)
+        panels.append(picture)
+    return panels
+
+
+def num_errors(objects: ImageObjects) -> int:
+    """Return the number of missed and of false objects at IoU 0.5."""
+    hits = len(match(objects.ious(), THRESHOLDS[0]))
+    return len(objects.true) + len(objects.found) - 2 * hits

@@ -1,0 +1,240 @@
+"""How well all objects of an image are found, as the field measures it.
+
+Mean segmentation accuracy: mean over IoU 0.5, 0.55 ... 0.95 of TP / (TP + FP + FN), of an image,
+then over images (Caicedo et al. 2019, the Data Science Bowl of 2018).
+
+Letters: N found objects, M true ones.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
+
+from samray.geometry.masks import mask_ious
+
+THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # of IoU
+MAX_DETECTIONS = 65535  # COCO's 100 an image are fewer than there are cells in a picture
+
+
+@dataclass(frozen=True)
+class ImageObjects:
+    """Found and true objects of one image.
+
+    Attributes:
+        size: (H, W).
+        found, true: compressed COCO counts of the masks.
+        found_labels, true_labels: of each.
+        scores: of each found object; the higher the surer.
+    """
+
+    size: tuple[int, int]
+    found: tuple[bytes, ...]
+    found_labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    true: tuple[bytes, ...]
+    true_labels: tuple[str, ...]
+
+    def ious(self) -> np.ndarray:
+        """N x M float64."""
+        return mask_ious(self.found, self.true, self.size)
+
+    def of_label(self, label: str) -> "ImageObjects":
+        """Return the objects of one label."""
+        found = [place for place, own in enumerate(self.found_labels) if own == label]
+        true = [place for place, own in enumerate(self.true_labels) if own == label]
+        return ImageObjects(
+            self.size,
+            tuple(self.found[place] for place in found),
+            (label,) * len(found),
+            tuple(self.scores[place] for place in found),
+            tuple(self.true[place] for place in true),
+            (label,) * len(true),
+        )
+
+
+def label_map_ious(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Return the IoU of the objects of two label maps.
+
+    Args:
+        found, true: H x W int, 0 background, objects numbered 1..N and 1..M.
+
+    Returns:
+        N x M float64.
+    """
+    num_found, num_true = int(found.max(initial=0)), int(true.max(initial=0))
+    pairs = found.astype(np.int64).ravel() * (num_true + 1) + true.ravel()
+    table = np.bincount(pairs, minlength=(num_found + 1) * (num_true + 1))
+    overlap = table.reshape(num_found + 1, num_true + 1).astype(np.float64)
+    union = overlap.sum(axis=1, keepdims=True) + overlap.sum(axis=0, keepdims=True) - overlap
+    ious: np.ndarray = overlap[1:, 1:] / np.maximum(union[1:, 1:], 1)
+    return ious
+
+
+def match(ious: np.ndarray, threshold: float) -> list[tuple[int, int]]:
+    """Return the most pairs (found, true) whose IoU reaches a threshold; each object once.
+
+    Among the ways to pair as many objects, that of the largest sum of IoU. Masks that do not
+    overlap have only one way from 0.5 on.
+    """
+    if not ious.size:
+        return []
+    reached = ious >= threshold
+    rows, columns = linear_sum_assignment(-(reached + ious / (2 * min(ious.shape))))
+    return [(int(r), int(c)) for r, c in zip(rows, columns, strict=True) if reached[r, c]]
+
+
+def segmentation_accuracy(ious: np.ndarray) -> list[float]:
+    """Return TP / (TP + FP + FN) of an image at each of THRESHOLDS; 1 if there is nothing at all.
+
+    Args:
+        ious: N x M.
+    """
+    num_found, num_true = ious.shape
+    if num_found + num_true == 0:
+        return [1.0] * len(THRESHOLDS)
+    hits = [len(match(ious, threshold)) for threshold in THRESHOLDS]
+    return [hit / (num_found + num_true - hit) for hit in hits]
+
+
+def score_instances(images: Sequence[ImageObjects]) -> dict[str, Any]:
+    """Return all measures over the images of a split.
+
+    Returns:
+        `msa`, mean segmentation accuracy; `sa50`, its value at IoU 0.5: means over images.
+        `f1`, F1 at IoU 0.5; `pq`, panoptic quality; `count_error`, sum of the images' errors in
+        the number of objects / true objects: over all objects. None of them looks at labels.
+        `ap`, `ap50`: COCO's, means over the labels. `found`, `true`: numbers of objects.
+        `labels`: for each label `true`, `found`, `f1`, `pq`, `ap`, `ap50`; an object of another
+        label is no match. `confusion`: {true label: {found label: objects matched at IoU 0.5}}.
+    """
+    tables = [image.ious() for image in images]
+    accuracies = np.array([segmentation_accuracy(table) for table in tables])
+    labels = sorted({label for image in images for label in image.true_labels + image.found_labels})
+    precision = _average_precision(images, labels)
+    by_label = {}
+    for label in labels:
+        own = [image.of_label(label).ious() for image in images]
+        by_label[label] = {**_counts(own), **precision[label]}
+    return {
+        "msa": float(accuracies.mean()),
+        "sa50": float(accuracies[:, 0].mean()),
+        **_counts(tables),
+        "count_error": _ratio(
+            sum(abs(table.shape[0] - table.shape[1]) for table in tables),
+            sum(table.shape[1] for table in tables),
+        ),
+        "ap": _mean([values["ap"] for values in precision.values()]),
+        "ap50": _mean([values["ap50"] for values in precision.values()]),
+        "labels": by_label,
+        "confusion": _confusion(images, tables),
+    }
+
+
+def _counts(tables: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Numbers of objects, F1 at 0.5 and panoptic quality (Kirillov et al. 2019)."""
+    found = sum(table.shape[0] for table in tables)
+    true = sum(table.shape[1] for table in tables)
+    hits = [float(table[pair]) for table in tables for pair in match(table, THRESHOLDS[0])]
+    return {
+        "found": found,
+        "true": true,
+        "f1": _ratio(2 * len(hits), found + true),
+        "pq": _ratio(2 * sum(hits), found + true),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return _ratio(sum(known), len(known))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _confusion(
+    images: Sequence[ImageObjects], tables: Sequence[np.ndarray]
+) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for image, table in zip(images, tables, strict=True):
+        for found, true in match(table, THRESHOLDS[0]):
+            row = counts.setdefault(image.true_labels[true], {})
+            row[image.found_labels[found]] = row.get(image.found_labels[found], 0) + 1
+    return {true: dict(sorted(row.items())) for true, row in sorted(counts.items())}
+
+
+def _average_precision(
+    images: Sequence[ImageObjects], labels: list[str]
+) -> dict[str, dict[str, float | None]]:
+    """AP and AP50 of each label by pycocotools; None for a label without a true object."""
+    there = {label for image in images for label in image.true_labels}
+    result: dict[str, dict[str, float | None]] = {
+        label: dict.fromkeys(("ap", "ap50"), 0.0 if label in there else None) for label in labels
+    }
+    if not there or not any(image.found for image in images):
+        return result
+    numbers = {label: number for number, label in enumerate(labels, start=1)}
+    truth, answers = _coco_entries(images, numbers)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        reference = COCO()
+        reference.dataset = {
+            "info": {},
+            "images": [
+                {"id": place, "height": image.size[0], "width": image.size[1]}
+                for place, image in enumerate(images)
+            ],
+            "categories": [{"id": number, "name": label} for label, number in numbers.items()],
+            "annotations": truth,
+        }
+        reference.createIndex()
+        evaluation = COCOeval(reference, reference.loadRes(answers), "segm")
+        evaluation.params.maxDets = [MAX_DETECTIONS]
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 0]  # IoU x recall x label
+    for label in there:
+        own = precision[:, :, numbers[label] - 1]
+        result[label] = {"ap": float(own.mean()), "ap50": float(own[0].mean())}
+    return result
+
+
+def _coco_entries(
+    images: Sequence[ImageObjects], numbers: dict[str, int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """True and found objects as COCO's annotations and results."""
+    truth: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    for place, image in enumerate(images):
+        for counts, label in zip(image.true, image.true_labels, strict=True):
+            mask = {"counts": counts, "size": list(image.size)}
+            truth.append(
+                {
+                    "id": len(truth) + 1,
+                    "image_id": place,
+                    "category_id": numbers[label],
+                    "segmentation": mask,
+                    "area": float(coco_mask.area(mask)),
+                    "iscrowd": 0,
+                }
+            )
+        for counts, label, score in zip(image.found, image.found_labels, image.scores, strict=True):
+            mask = {"counts": counts, "size": list(image.size)}
+            answers.append(
+                {
+                    "image_id": place,
+                    "category_id": numbers[label],
+                    "segmentation": mask,
+                    "score": score,
+                }
+            )
+    return truth, answers

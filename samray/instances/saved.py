@@ -1,0 +1,127 @@
+"""The instance decoder in a checkpoint: beside `weights.pth`, which stays a plain SAM.
+
+instances.pth     the decoder's state dict
+instances.json    labels, way and thresholds, the image encoder that it belongs to
+"""
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from samray.errors import CheckpointError
+from samray.instances.decoder import InstanceDecoder
+from samray.instances.segment import Way
+from samray.sam.checkpoint import Checkpoint
+from samray.sam.model import encoder_digest
+from samray.storage import Place, local_copy, read_json, write_json
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "instances.pth", "instances.json"
+SHIPPED = Path(__file__).parents[1] / "tiny_weights" / "tiny_instances.safetensors"
+
+
+@dataclass(frozen=True)
+class InstanceModel:
+    """What finds all objects of an image, beside the SAM whose embedding it reads.
+
+    Attributes:
+        decoder: on the CPU until it is moved.
+        labels: of its classes.
+        way: how its maps become objects.
+    """
+
+    decoder: InstanceDecoder
+    labels: tuple[str, ...]
+    way: Way
+
+
+def new_decoder(sam: Any, num_classes: int, seed: int) -> InstanceDecoder:
+    """Return a decoder for a model: pre-trained on drawn scenes as far as its shapes fit.
+
+    The part that reads the embedding of another encoder than `tiny`'s, and the classes, start at
+    random.
+
+    Args:
+        seed: of the random weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width = sam.prompt_encoder.embed_dim
+        decoder = InstanceDecoder(width, sam.image_encoder.img_size, num_classes)
+    state = decoder.state_dict()
+    for name, value in safetensors.torch.load_file(SHIPPED).items():
+        if state[name].shape == value.shape:
+            state[name].copy_(value.float())
+    return decoder.eval()
+
+
+def instance_files(model: InstanceModel, digest: str) -> dict[str, bytes]:
+    """Return the content of the two files, by name, for `save_checkpoint`.
+
+    Args:
+        digest: of the image encoder.
+    """
+    weights = {name: value.detach().cpu() for name, value in model.decoder.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    description = {
+        "format": FORMAT,
+        "encoder_digest": digest,
+        "labels": list(model.labels),
+        "way": asdict(model.way),
+    }
+    return {WEIGHTS: buffer.getvalue(), DESCRIPTION: json.dumps(description, indent=1).encode()}
+
+
+def set_way(folder: Place, way: Way, accuracies: dict[str, float]) -> None:
+    """Write the chosen way into a checkpoint, with what each kind reached on the val split."""
+    description = read_json(folder / DESCRIPTION)
+    description |= {"way": asdict(way), "val_msa": accuracies}
+    write_json(folder / DESCRIPTION, description)
+
+
+def load_instances(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
+    """Return the instance decoder of a checkpoint; None if it has none.
+
+    Args:
+        sam: the checkpoint's model.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to another image encoder.
+    """
+    folder = checkpoint.path
+    if folder.is_file() or not (folder / DESCRIPTION).exists():
+        return None
+    description = read_json(folder / DESCRIPTION)
+    advice = "copy the whole checkpoint folder again, or train again"
+    try:
+        if description["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder / DESCRIPTION}: has format {description['format']}, this samray reads "
+                f"{FORMAT}; train again"
+            )
+        labels, way = tuple(description["labels"]), Way(**description["way"])
+        digest = description["encoder_digest"]
+    except (KeyError, TypeError, ValueError) as exc:
+        raise CheckpointError(f"{folder / DESCRIPTION}: {exc!r} is wrong; {advice}") from exc
+    own = encoder_digest(sam)
+    if digest != own:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION}: belongs to the image encoder {digest[:12]}, but that of "
+            f"weights.pth is {own[:12]}; {advice}, or delete {DESCRIPTION} to use the grid"
+        )
+    width = sam.prompt_encoder.embed_dim
+    decoder = InstanceDecoder(width, sam.image_encoder.img_size, max(1, len(labels)))
+    path = folder / WEIGHTS
+    try:
+        decoder.load_state_dict(torch.load(local_copy(path), "cpu", weights_only=True))
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{path}: does not exist; {advice}") from exc
+    except Exception as exc:  # torch raises almost anything on damaged files
+        raise CheckpointError(f"{path}: cannot be read ({type(exc).__name__}); {advice}") from exc
+    return InstanceModel(decoder.eval(), labels, way)

@@ -1,0 +1,134 @@
+"""Measures of all objects of an image, against numbers worked by hand and pycocotools."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from samray.geometry.masks import CroppedMask, encode_rle
+from samray.instances.metrics import (
+    THRESHOLDS,
+    ImageObjects,
+    label_map_ious,
+    match,
+    score_instances,
+    segmentation_accuracy,
+)
+
+SIZE = (20, 30)
+
+
+def bar(x, width, y=2):
+    """A rectangle of 10 rows and `width` columns from x on."""
+    return encode_rle(CroppedMask(np.ones((10, width), bool), (x, y)), SIZE)
+
+
+def objects(found, true, scores=None, found_labels=None, true_labels=None):
+    return ImageObjects(
+        SIZE,
+        tuple(found),
+        tuple(found_labels or ["a"] * len(found)),
+        tuple(scores or [0.9] * len(found)),
+        tuple(true),
+        tuple(true_labels or ["a"] * len(true)),
+    )
+
+
+def test_accuracy_of_a_worked_case():
+    """IoU 1 and 0.8 of two found; one more found is false and one true object is missed."""
+    image = objects([bar(0, 10), bar(10, 8), bar(19, 1)], [bar(0, 10), bar(10, 10), bar(20, 10)])
+    ious = image.ious()
+    assert ious == pytest.approx(np.array([[1, 0, 0], [0, 0.8, 0], [0, 0.1, 0]]))
+    # Up to 0.8: 2 TP, 1 FP, 1 FN; above: 1 TP, 2 FP, 2 FN.
+    assert segmentation_accuracy(ious) == pytest.approx([2 / 4] * 7 + [1 / 5] * 3)
+    scores = score_instances([image])
+    assert scores["msa"] == pytest.approx(0.7 * 0.5 + 0.3 * 0.2)
+    assert scores["sa50"] == 0.5
+    assert scores["f1"] == pytest.approx(2 * 2 / 6)
+    assert scores["pq"] == pytest.approx((1 + 0.8) / (2 + 0.5 + 0.5))
+    assert scores["count_error"] == 0
+    assert (scores["found"], scores["true"]) == (3, 3)
+
+
+def test_images_count_the_same_and_errors_of_counts_do_not_cancel():
+    one = objects([bar(0, 10)], [bar(0, 10)])
+    none = objects([], [bar(0, 4), bar(5, 4), bar(10, 4)])
+    extra = objects([bar(0, 4), bar(5, 4)], [])
+    scores = score_instances([one, none, extra])
+    assert scores["msa"] == pytest.approx(1 / 3)
+    assert scores["count_error"] == pytest.approx((0 + 3 + 2) / 4)
+    assert score_instances([objects([], [])])["msa"] == 1  # nothing there, nothing found
+    assert score_instances([objects([], [])])["count_error"] is None
+
+
+def test_match_finds_the_most_pairs_where_masks_overlap():
+    """A greedy pairing would give the first to the best and leave the second without any."""
+    ious = np.array([[0.9, 0.6], [0.7, 0.1]])
+    assert match(ious, 0.5) == [(0, 1), (1, 0)]
+    assert match(ious, 0.8) == [(0, 0)]
+    assert match(np.zeros((0, 3)), 0.5) == []
+
+
+def test_matching_finds_as_many_pairs_as_trying_all_of_them():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ious = rng.random((4, 3)).round(2)
+        best = max(
+            sum(ious[row, column] >= 0.5 for column, row in enumerate(rows))
+            for rows in itertools.permutations(range(4), 3)
+        )
+        assert len(match(ious, 0.5)) == best
+
+
+def test_ious_of_label_maps_are_those_of_masks():
+    found, true = np.zeros(SIZE, int), np.zeros(SIZE, int)
+    found[2:12, 0:10], found[2:12, 12:20] = 1, 2
+    true[2:12, 0:10], true[2:12, 10:20], true[2:12, 21:30] = 1, 2, 3
+    masks = objects([bar(0, 10), bar(12, 8)], [bar(0, 10), bar(10, 10), bar(21, 9)])
+    assert label_map_ious(found, true) == pytest.approx(masks.ious())
+    assert label_map_ious(np.zeros(SIZE, int), true).shape == (0, 3)
+
+
+def test_average_precision_by_hand():
+    """Of two true objects the surest answer is wrong and the second finds one exactly.
+
+    Precision is 1/2 up to a recall of 1/2 and 0 above: COCO's mean over recalls 0, 0.01 ... 1 is
+    51/101 of 1/2, at every threshold.
+    """
+    image = objects([bar(20, 3), bar(0, 9)], [bar(0, 9), bar(10, 9)], scores=[0.9, 0.5])
+    scores = score_instances([image])
+    assert scores["ap"] == pytest.approx(51 / 101 / 2)
+    assert scores["ap50"] == pytest.approx(51 / 101 / 2)
+
+
+def test_more_objects_than_cocos_hundred_count():
+    masks = [
+        encode_rle(CroppedMask(np.ones((1, 1), bool), (x, y)), SIZE)
+        for x in range(0, 30, 2)
+        for y in range(0, 20, 2)
+    ]
+    assert len(masks) == 150
+    assert score_instances([objects(masks, masks)])["ap"] == 1
+
+
+def test_an_object_of_another_label_is_no_match_of_its_label():
+    true = [bar(0, 10), bar(10, 10), bar(20, 10)]
+    image = objects(true, true, found_labels=["a", "a", "b"], true_labels=["a", "b", "b"])
+    scores = score_instances([image])
+    assert (scores["msa"], scores["f1"]) == (1, 1)  # they do not look at labels
+    assert scores["confusion"] == {"a": {"a": 1}, "b": {"a": 1, "b": 1}}
+    assert scores["labels"]["a"] | {"ap": 0, "ap50": 0} == {
+        "found": 2, "true": 1, "f1": pytest.approx(2 / 3), "pq": pytest.approx(2 / 3),
+        "ap": 0, "ap50": 0,
+    }  # fmt: skip
+    assert scores["labels"]["b"]["f1"] == pytest.approx(2 / 3)
+
+
+def test_labels_without_true_or_found_objects():
+    scores = score_instances([objects([bar(0, 10)], [bar(0, 10)], found_labels=["new"])])
+    assert scores["labels"]["new"]["ap"] is None  # not the model's fault: there is no truth
+    assert scores["labels"]["a"]["ap"] == 0
+    assert scores["ap"] == 0
+    assert score_instances([objects([], [bar(0, 10)])])["ap"] == 0
+    assert score_instances([objects([bar(0, 10)], [])])["ap"] is None
+    assert len(THRESHOLDS) == 10

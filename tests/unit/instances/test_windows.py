@@ -1,0 +1,96 @@
+"""Objects at the seams of windows, where the truth is known."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from samray.geometry.masks import CroppedMask
+from samray.geometry.tiles import tile_windows
+from samray.instances.segment import FoundObject
+from samray.instances.windows import find_in_windows
+
+
+def seen(numbers):
+    """What a window shows of a label map: every visible part of every object."""
+
+    def find(window):
+        view = numbers[window.slices]
+        return [
+            FoundObject(CroppedMask(view[box] == n, (box[1].start, box[0].start)), 0, 0.5)
+            for n, box in enumerate(ndimage.find_objects(view), start=1)
+            if box is not None
+        ]
+
+    return find
+
+
+def paint(found, size):
+    """Label map of the objects, and how many cover each pixel."""
+    numbers, covered = np.zeros(size, int), np.zeros(size, int)
+    for number, one in enumerate(found, start=1):
+        (x, y), (h, w) = one.mask.origin, one.mask.pixels.shape
+        numbers[y : y + h, x : x + w][one.mask.pixels] = number
+        covered[y : y + h, x : x + w] += one.mask.pixels
+    return numbers, covered
+
+
+def assert_same(found, numbers):
+    assert len(found) == len(np.unique(numbers)) - 1
+    painted, covered = paint(found, numbers.shape)
+    assert covered.max() <= 1
+    assert ((painted > 0) == (numbers > 0)).all()
+    for number in range(1, len(found) + 1):
+        assert len(np.unique(painted[numbers == number])) == 1
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(64, 16), (50, 25), (100, 20)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_object_is_cut_or_doubled_at_a_seam(tile, overlap, seed):
+    """Touching discs of any size, also larger than overlap and window."""
+    rng = np.random.default_rng(seed)
+    numbers = np.zeros((230, 310), int)
+    rows, columns = np.mgrid[:230, :310]
+    for number in range(1, 40):
+        y, x, r = rng.integers(0, 230), rng.integers(0, 310), rng.integers(3, 30)
+        numbers[(np.hypot(rows - y, columns - x) < r) & (numbers == 0)] = number
+    parts = np.zeros_like(numbers)
+    for number in range(1, 40):  # each connected, as an object is
+        labelled, count = ndimage.label(numbers == number)
+        if count:
+            sizes = np.bincount(labelled.ravel())[1:]
+            if sizes.max() >= 20:
+                parts[labelled == 1 + sizes.argmax()] = parts.max() + 1
+    assert_same(find_in_windows(parts.shape, tile, overlap, seen(parts)), parts)
+
+
+def test_an_object_over_many_windows_is_one():
+    numbers = np.zeros((300, 300), int)
+    numbers[20:30, 5:290] = 1
+    numbers[60:290, 120:260] = 2
+    assert len(tile_windows((300, 300), 64, 16)) > 20
+    assert_same(find_in_windows((300, 300), 64, 16, seen(numbers)), numbers)
+
+
+def test_a_picture_that_fits_one_window_is_not_cut():
+    numbers = np.zeros((40, 50), int)
+    numbers[0:10, 0:50], numbers[20:40, 45:50] = 1, 2
+    assert_same(find_in_windows((40, 50), 64, 16, seen(numbers)), numbers)
+    assert find_in_windows((40, 50), 64, 16, lambda window: []) == []
+
+
+def test_neighbours_that_touch_in_the_overlap_stay_apart():
+    numbers = np.zeros((64, 112), int)
+    numbers[10:40, 30:56], numbers[10:40, 56:80] = 1, 2  # the seam's overlap is 48..64
+    assert_same(find_in_windows((64, 112), 64, 16, seen(numbers)), numbers)
+
+
+def test_joined_parts_take_the_class_of_the_largest():
+    def find(window):
+        wide = window.x == 0
+        pixels = np.ones((10, 40 if wide else 20), bool)
+        return [FoundObject(CroppedMask(pixels, (24 if wide else 0, 5)), int(wide), 0.9)]
+
+    (found,) = find_in_windows((64, 112), 64, 16, find)
+    assert found.class_index == 1
+    assert found.mask.pixels.shape == (10, 44)
+    assert found.score == pytest.approx(0.9)

@@ -1,0 +1,153 @@
+"""The instance decoder in the training loop: what it costs the model, saving, resuming."""
+
+import functools
+import json
+
+import pytest
+import torch
+from small_dataset import write_dataset
+
+from samray.config import load_config, resolve_model
+from samray.errors import CheckpointError
+from samray.geometry.images import decode_image
+from samray.instances.saved import load_instances, new_decoder
+from samray.instances.segment import Way
+from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.sam.embeddings import EmbeddingCache, encode_image
+from samray.sam.shipped import load_shipped
+from samray.training.finetuning import FineTuning, choose_instances, instance_labels
+from samray.training.loop import Worker, train_loop
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "prepared")
+
+
+@pytest.fixture(scope="module")
+def cache(dataset, tmp_path_factory):
+    """Embeddings of all images by the shipped model."""
+    sam = load_shipped().model()
+    cache = EmbeddingCache(tmp_path_factory.mktemp("data") / "cache", sam)
+    for record in dataset.images.values():
+        image = decode_image(dataset.image_bytes(record))
+        cache.save(record.digest, encode_image(sam, image).numpy())
+    return cache
+
+
+class StoppedError(Exception):
+    """Raised in the middle of a run."""
+
+
+def train(folder, dataset, cache, instances=True, stop_after=None):
+    """Train two epochs; if asked, die after one and go on from its checkpoint."""
+    words = ["model.adapt=none", "train.num_epochs=2", f"train.instances={instances}"]
+    config = resolve_model(load_config(overrides=words), weights_given=True)
+    run = RunFolder.create(folder, config, "d")
+    save_checkpoint(run.base, load_shipped().weights, config, {})
+
+    def report(event):
+        if event["event"] == "epoch" and event["epoch"] == stop_after:
+            raise StoppedError
+
+    arguments = {
+        "open_source": functools.partial(FineTuning, config, dataset, cache),
+        "worker": Worker(0, 1, CPU),
+        "labels": instance_labels(config, dataset),
+    }
+    if stop_after is not None:
+        with pytest.raises(StoppedError):
+            train_loop(config, run, report=report, **arguments)
+        run = RunFolder(folder)
+    train_loop(config, run, **arguments)
+    return RunFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def run(dataset, cache, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run") / "run", dataset, cache)
+
+
+def latest(run):
+    checkpoint = load_checkpoint(run.latest)
+    return checkpoint, load_instances(checkpoint, checkpoint.model())
+
+
+def test_the_model_learns_the_same_weights_with_and_without(run, dataset, cache, tmp_path):
+    without = train(tmp_path / "run", dataset, cache, instances=False)
+    (one, found), (other, none) = latest(run), latest(without)
+    assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
+    assert found.labels == ("disc", "square")
+    assert none is None
+    assert "val_msa" in run.state["epochs"][0]
+    assert not {"val_msa", "loss_instances"} & without.state["epochs"][0].keys()
+
+
+def test_the_decoder_learns_and_is_saved_beside_the_weights(run):
+    first, second = (epoch["loss_instances"] for epoch in run.state["epochs"])
+    assert second < first
+    start = new_decoder(load_shipped().model(), 2, seed=0).state_dict()
+    saved = latest(run)[1].decoder.state_dict()
+    assert all(not torch.equal(start[name], value) for name, value in saved.items())
+
+
+def test_a_run_that_died_goes_on_exactly(run, dataset, cache, tmp_path):
+    resumed = train(tmp_path / "run", dataset, cache, stop_after=1)
+    (_, whole), (_, again) = latest(run), latest(resumed)
+    expected = whole.decoder.state_dict()
+    assert all(torch.equal(expected[n], value) for n, value in again.decoder.state_dict().items())
+    assert [e["loss_instances"] for e in run.state["epochs"]] == [
+        e["loss_instances"] for e in resumed.state["epochs"]
+    ]
+
+
+def test_the_way_is_chosen_on_val_and_kept_in_the_best_checkpoint(run, dataset, cache):
+    run.update(best=run.state["latest"])
+    choose_instances(run, dataset, cache, CPU)
+    description = json.loads((run.latest / "instances.json").read_text())
+    assert set(description["val_msa"]) == {"watershed", "point", "box", "both"}
+    best = max(description["val_msa"].values())
+    assert description["val_msa"][description["way"]["kind"]] == best
+    assert latest(run)[1].way == Way(**description["way"])
+
+
+def test_a_base_that_is_the_best_has_no_decoder_and_needs_no_choice(run, dataset, cache):
+    run.update(best="base")
+    choose_instances(run, dataset, cache, CPU)
+    checkpoint = load_checkpoint(run.path)
+    assert load_instances(checkpoint, checkpoint.model()) is None
+    run.update(best=run.state["latest"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d | {"encoder_digest": "0" * 64}, "belongs to the image encoder 000000000000"),
+        (lambda d: d | {"format": 9}, "has format 9"),
+        (lambda d: {key: d[key] for key in ("format", "labels")}, "'way'"),
+        (lambda d: d | {"labels": ["one"]}, "instances.pth: cannot be read"),
+        (lambda d: d | {"way": {"kind": "magic"}}, "'magic'"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_is_an_error_that_says_what_to_do(
+    run, damage, message, tmp_path
+):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in run.latest.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    description = json.loads((folder / "instances.json").read_text())
+    (folder / "instances.json").write_text(json.dumps(damage(description)))
+    checkpoint = load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_instances(checkpoint, checkpoint.model())
+
+
+def test_weights_of_the_decoder_may_not_be_missing(run, tmp_path):
+    for name in ("weights.pth", "config.yaml", "progress.json", "instances.json"):
+        (tmp_path / name).write_bytes((run.latest / name).read_bytes())
+    checkpoint = load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"instances.pth: does not exist"):
+        load_instances(checkpoint, checkpoint.model())
