@@ -265,7 +265,13 @@ def run_evaluate(config: Config) -> None:
 
 
 def _print_scores(figures: dict[str, Any], images: str, checkpoint: str) -> None:
-    """Print the prompt matrix and the clicks, of two models with their change."""
+    """Print the prompt matrix, the clicks and all objects, of two models with their change."""
+    everything = figures["tuned" if "tuned" in figures else "base"].get("instances")
+    if everything is not None:
+        print(
+            f"every object: {everything['found']} found, {everything['true']} there, mean "
+            f"segmentation accuracy {everything['msa']:.3f}, at IoU 0.5 {everything['sa50']:.3f}"
+        )
     base = figures["base"]["iou"]["strategy"]
     clicks = [figures[m].get("clicks_to_iou") for m in ("base", "tuned") if m in figures]
     means = [f"{found['90']['mean']:.1f}" for found in clicks if found]

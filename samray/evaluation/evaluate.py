@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -20,11 +20,14 @@ from samray.evaluation.clicks import (
     count_clicks,
 )
 from samray.evaluation.metrics import Score
+from samray.evaluation.objects import compare_objects, draw_objects, num_errors
 from samray.evaluation.report import instance_rows, report_page
 from samray.evaluation.scoring import embedding_of, evaluation_prompt, score_image
 from samray.evaluation.summary import changes, summary
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
+from samray.instances.metrics import ImageObjects, score_instances
+from samray.instances.saved import InstanceModel, load_instances
 from samray.sam.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -51,6 +54,7 @@ from samray.storage import (
 
 OVERLAY_STRATEGY = "random"
 OVERLAY_SIDE = 360  # pixels
+OBJECTS_SIDE = 560  # pixels, of pictures of all objects of an image
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -223,10 +227,12 @@ class Outcome:
     Attributes:
         scores: of every instance and kind of prompt.
         clicks: of the objects on which clicks were counted.
+        objects: all objects of each image, found and true; of a model with an instance decoder.
     """
 
     scores: list[Score]
     clicks: list[ClickCount]
+    objects: list[ImageObjects] = field(default_factory=list)
 
 
 def _figures(outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -236,6 +242,8 @@ def _figures(outcomes: dict[str, Outcome]) -> dict[str, Any]:
         figures[model] = summary(outcome.scores)
         if outcome.clicks:
             figures[model]["clicks_to_iou"] = clicks_summary(outcome.clicks)
+        if outcome.objects:
+            figures[model]["instances"] = score_instances(outcome.objects)
     if len(outcomes) == 2:
         base, tuned = outcomes["base"], outcomes["tuned"]
         figures["change"] = changes(base.scores, tuned.scores)
@@ -275,8 +283,22 @@ def _score_all(
         }
         for index, (kind, score) in enumerate(wanted)
     ]
+    pictures += _object_pictures(pool, records, outcomes[last], config.evaluate.num_overlays)
     pool.stop()
     return outcomes, pictures
+
+
+def _object_pictures(
+    pool: cluster.Pool, records: list[ImageRecord], outcome: Outcome, number: int
+) -> list[dict[str, Any]]:
+    """Draw all objects of the images with the most missed and false ones."""
+    named = list(zip([record.name for record in records], outcome.objects, strict=False))
+    wanted = sorted(named, key=lambda item: -num_errors(item[1]))[:number]
+    drawn = dict(pool.map(lambda actor, item: actor.draw_objects.remote(*item), wanted))
+    return [
+        {"kind": "objects", "image": name, "errors": num_errors(objects), "panels": drawn[index]}
+        for index, (name, objects) in enumerate(wanted)
+    ]
 
 
 def score_models(
@@ -339,6 +361,7 @@ def _outcomes(
         model: Outcome(
             [score for part in some for score in part.scores],
             [count for part in some for count in part.clicks],
+            [objects for part in some for objects in part.objects],
         )
         for model, some in parts.items()
     }
@@ -361,6 +384,9 @@ class Evaluator:
         self.sams = {m: _load(path).model().to(device) for m, path in checkpoints.items()}
         base, *_ = self.sams
         cache = EmbeddingCache(cache_dir, self.sams[base], reserve_gb=reserve_gb)
+        self.finders = {
+            model: _finder(path, self.sams[model]) for model, path in checkpoints.items()
+        }
         # Embeddings of a tuned image encoder would be read by nobody else and only fill the disk.
         self.caches = {
             model: cache if encoder_digest(sam) == cache.encoder_digest else None
@@ -375,8 +401,18 @@ class Evaluator:
             embedding = embedding_of(sam, self.dataset, self.caches[model], record)
             scores = score_image(sam, embedding, record, self.seed)
             clicks = count_clicks(sam, embedding, record, clicked) if clicked else []
-            outcomes[model] = Outcome(scores, clicks)
+            objects, finder = [], self.finders[model]
+            if finder is not None:
+                image = decode_image(self.dataset.image_bytes(record))
+                objects = [compare_objects(sam, finder, embedding, image, record)]
+            outcomes[model] = Outcome(scores, clicks, objects)
         return outcomes
+
+    def draw_objects(self, name: str, objects: ImageObjects) -> list[bytes]:
+        """Return JPEGs of all objects of an image: the true ones, and those that were found."""
+        image = decode_image(self.dataset.image_bytes(self.dataset.images[name]))
+        panels = draw_objects(image, objects)
+        return [encode_picture(shrink(panel, OBJECTS_SIDE), ".jpg") for panel in panels]
 
     def draw(self, name: str, number: int) -> list[bytes]:
         """Return JPEGs of one instance: image with prompt, truth, then each model's answer."""
@@ -398,6 +434,14 @@ class Evaluator:
 
 def _load(path: Place | None) -> Checkpoint:
     return load_shipped() if path is None else load_checkpoint(path)
+
+
+def _finder(path: Place | None, sam: Any) -> InstanceModel | None:
+    """The instance decoder of a checkpoint, on the device of its model; None if it has none."""
+    model = None if path is None else load_instances(load_checkpoint(path), sam)
+    if model is not None:
+        model.decoder.to(sam.device)
+    return model
 
 
 def _worst_and_best(scores: list[Score], number: int) -> list[tuple[str, Score]]:

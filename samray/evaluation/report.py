@@ -34,7 +34,8 @@ def report_page(
 
     Args:
         evaluation: the content of evaluation.json.
-        pictures: of the worst and the best instances, with JPEG files as `panels`.
+        pictures: of the worst and the best instances, and of all objects of images; with JPEG
+            files as `panels`.
     """
     for picture in pictures:
         picture["panels"] = [jpeg_uri(panel) for panel in picture["panels"]]
@@ -51,4 +52,6 @@ def report_page(
         curves=curves_svg(run.state["epochs"]) if run else "",
         worst=[p for p in pictures if p["kind"] == "worst"],
         best=[p for p in pictures if p["kind"] == "best"],
+        everything=evaluation[models[-1]].get("instances"),
+        objects=[p for p in pictures if p["kind"] == "objects"],
     )

@@ -11,6 +11,8 @@ from samray.evaluation.metrics import Score
 from samray.evaluation.report import instance_rows, report_page
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import changes, summary
+from samray.geometry.masks import CroppedMask, encode_rle
+from samray.instances.metrics import ImageObjects, score_instances
 from samray.sam.checkpoint import RunFolder
 
 
@@ -81,6 +83,26 @@ def test_a_comparison_has_every_section(run):
     assert ">100 %</td><td>0 %</td>" in page
     assert "/data/&lt;other&gt;" in page
     assert 'class="loss">worse' in page.partition("On another dataset")[2]
+
+
+def test_every_object_has_a_section_of_its_own(run):
+    """Figures and confused labels of the tuned model, and pictures of images with errors."""
+    content = evaluation(**figures(drawn_scores(0), drawn_scores(0.1)))
+    boxes = [encode_rle(CroppedMask(np.ones((9, 9), bool), (x, 4)), (20, 60)) for x in (0, 15, 30)]
+    found = ImageObjects(
+        (20, 60), tuple(boxes), ("fig", "<date>", "fig"), (0.9, 0.8, 0.7), tuple(boxes[:2]),
+        ("fig", "fig"),
+    )  # fmt: skip
+    content["tuned"]["instances"] = score_instances([found])
+    picture = {"kind": "objects", "image": "7.jpg", "errors": 1, "panels": [b"one", b"two"]}
+    page = report_page(content, run, [picture])
+    section = page.partition("<h2>Every object</h2>")[2].partition("<h2>")[0]
+    assert "3 found, 2 there" in section
+    assert "<b>0.667</b>" in section  # 2 of 2 with one false: TP / (TP + FP + FN)
+    assert "&lt;date&gt; 1" in section
+    assert "7.jpg: 1 missed or false" in section
+    assert section.count("data:image/jpeg;base64,") == 2
+    assert "<td>none</td>" in section  # no true object has the label <date>, so it has no AP
 
 
 def test_the_scores_of_one_model_speak_of_no_change():
