@@ -95,9 +95,9 @@ def _joined(parts: Sequence[_Part]) -> list[FoundObject]:
         x1, y1, x2, y2 = boxes[place]
         later = boxes[place + 1 :]
         near = (later[:, 0] < x2) & (later[:, 2] > x1) & (later[:, 1] < y2) & (later[:, 3] > y1)
-        for other in place + 1 + np.flatnonzero(near):
+        for other in (place + 1 + np.flatnonzero(near)).tolist():
             if parts[other].window != part.window and _agree(part, parts[other]):
-                group[root(int(other))] = root(place)
+                group[root(other)] = root(place)
     groups: dict[int, list[FoundObject]] = {}
     for place, part in enumerate(parts):
         groups.setdefault(root(place), []).append(part.found)
