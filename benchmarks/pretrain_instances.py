@@ -70,7 +70,7 @@ def main() -> None:
             state = {
                 name: value.half().contiguous()
                 for name, value in average.module.state_dict().items()
-                if not name.startswith("classify.")  # each dataset has its own classes
+                if not name.startswith("classify_")  # each dataset has its own classes
             }
             safetensors.torch.save_file(state, arguments.output)
             seconds, recent = time.perf_counter() - started, float(np.mean(losses[-250:]))

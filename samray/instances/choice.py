@@ -15,6 +15,7 @@ from samray.instances.metrics import segmentation_accuracy
 from samray.instances.segment import KINDS, ImageMaps, Way, find_objects
 
 MAX_IMAGES = 24  # evenly from the val split; more would add minutes and decide the same
+MIN_GAIN = 0.01  # for a setting to change: less is what a few val images differ by chance
 FLOODING: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("boundary", (0.3, 0.4, 0.5, 0.6, 0.7)),
     ("foreground", (0.3, 0.4, 0.5, 0.6, 0.7)),
@@ -89,8 +90,10 @@ def mean_accuracy(sam: Any, examples: Sequence[Example], way: Way) -> float:
 def _descend(
     way: Way, plan: tuple[tuple[str, tuple[float, ...]], ...], score: Callable[[Way], float]
 ) -> Way:
-    """Change one setting after the other to its best value; the earlier one on a tie."""
+    """Change one setting after the other to its best value, where that is worth MIN_GAIN."""
     for name, values in plan:
         changes: list[dict[str, Any]] = [{name: value} for value in values]
-        way = max((way, *(replace(way, **change) for change in changes)), key=score)
+        best = max((replace(way, **change) for change in changes), key=score)
+        if score(best) > score(way) + MIN_GAIN:
+            way = best
     return way

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 WIDTHS = (32, 64, 96)  # channels at strides 4, 8 and 16 of the decoder's frame
 CELL = 2  # pixels of the frame a cell of the maps
 CLASS_CELL = 2  # cells of the maps a cell of the classes: what an object is needs no fine outline
+CLASS_SCALE = 4.0
 MAX_FRAME = 1024
 
 
@@ -76,7 +77,8 @@ class InstanceDecoder(nn.Module):
         self.up_4 = nn.Conv2d(middle, fine, 1)
         self.merge_4 = nn.Sequential(Block(fine), Block(fine))
         self.head = nn.Conv2d(fine, 4 * 3, 3, padding=1)
-        self.classify = nn.Conv2d(fine, num_classes, 1)
+        self.classify_fine = nn.Conv2d(fine, num_classes, 1)
+        self.classify_coarse = nn.Conv2d(coarse, num_classes, 1)
 
     def forward(self, embeddings: Tensor, pixels: Tensor) -> Maps:
         """Return the maps of B images.
@@ -91,11 +93,13 @@ class InstanceDecoder(nn.Module):
         context = F.interpolate(
             self.from_embedding(embeddings), at_16.shape[-2:], mode="bilinear", align_corners=False
         )
-        x = self.merge_16(at_16 + context)
-        x = self.merge_8(at_8 + _double(self.up_8(x)))
+        coarse = self.merge_16(at_16 + context)
+        x = self.merge_8(at_8 + _double(self.up_8(coarse)))
         x = self.merge_4(at_4 + _double(self.up_4(x)))
         foreground, center, boundary = F.pixel_shuffle(self.head(x), 2).unbind(1)
-        return Maps(foreground, center.sigmoid(), boundary.sigmoid(), self.classify(x))
+        # The classes start from random weights in every run: CLASS_SCALE lets few steps suffice.
+        classes = self.classify_fine(x) + _double(_double(self.classify_coarse(coarse)))
+        return Maps(foreground, center.sigmoid(), boundary.sigmoid(), CLASS_SCALE * classes)
 
 
 def frame_of(img_size: int) -> int:
