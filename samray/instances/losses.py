@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from samray.instances.decoder import CLASS_CELL, Maps
 from samray.instances.targets import BACKGROUND, UNKNOWN, MapTargets
 
+CLASS_WEIGHT = 0.25  # so that the features that the outlines need are not given up for the classes
+
 
 @dataclass
 class TargetMaps:
@@ -65,7 +67,7 @@ def instance_loss(maps: Maps, targets: TargetMaps) -> Tensor:
     if maps.classes.shape[1] > 1:
         cells = (slice(None), *[slice(None, None, CLASS_CELL)] * 2)
         entropy = F.cross_entropy(maps.classes.float(), targets.classes[cells], reduction="none")
-        loss = loss + _mean(entropy, inside[cells])
+        loss = loss + CLASS_WEIGHT * _mean(entropy, inside[cells])
     return loss
 
 

@@ -107,7 +107,7 @@ def test_the_way_is_chosen_on_val_and_kept_in_the_best_checkpoint(run, dataset, 
     run.update(best=run.state["latest"])
     choose_instances(run, dataset, cache, CPU)
     description = json.loads((run.latest / "instances.json").read_text())
-    assert set(description["val_msa"]) == {"watershed", "point", "box", "both"}
+    assert "watershed" in description["val_msa"]
     best = max(description["val_msa"].values())
     assert description["val_msa"][description["way"]["kind"]] == best
     assert latest(run)[1].way == Way(**description["way"])
