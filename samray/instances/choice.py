@@ -66,7 +66,7 @@ def choose_way(sam: Any, examples: Sequence[Example]) -> tuple[Way, dict[str, fl
     if score(Way()) < MIN_ACCURACY:
         return Way(), {"watershed": score(Way())}
     best = _descend(Way(), FLOODING, score)
-    kinds = {kind: score(replace(best, kind=kind)) for kind in KINDS}
+    kinds: dict[str, float] = {kind: score(replace(best, kind=kind)) for kind in KINDS}
     asked = max((replace(best, kind=kind) for kind in KINDS if kind != "watershed"), key=score)
     asked = _descend(asked, ASKING, score)
     kinds[asked.kind] = score(asked)
