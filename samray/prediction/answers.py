@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from samray.data.labelme import mask_to_shapes
+from samray.geometry.masks import CroppedMask, crop_mask, encode_rle
 from samray.geometry.prompts import Prompt
 from samray.prediction.requests import PromptRequest
 
@@ -56,36 +57,56 @@ def describe_mask(
         tolerance: maximum distance of a polygon from the outline, in pixels.
         group_id: joins the parts of a mask, in LabelMe.
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = (0, 0, 0, 0)
-    if len(rows):
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    size = (mask.shape[0], mask.shape[1])
+    return describe_object(crop_mask(mask), size, mask_format, label, tolerance, group_id)
+
+
+def describe_object(
+    mask: CroppedMask,
+    size: tuple[int, int],
+    mask_format: str,
+    label: str,
+    tolerance: float,
+    group_id: int,
+) -> dict[str, Any]:
+    """Return what `describe_mask` does of a tightly cropped mask in a frame of (H, W) pixels."""
+    (x, y), (h, w) = mask.origin, mask.pixels.shape
+    there = bool(mask.pixels.any())
     described: dict[str, Any] = {
-        "area": int(np.count_nonzero(mask)),
-        "bbox": box,
+        "area": int(np.count_nonzero(mask.pixels)),
+        "bbox": (x, y, x + w, y + h) if there else (0, 0, 0, 0),
         "format": mask_format,
     }
     if mask_format == "polygon":
-        described["polygons"] = _polygons(mask, tolerance)
+        described["polygons"] = _polygons(mask, tolerance) if there else []
     elif mask_format == "rle":
-        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        described["rle"] = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+        counts = encode_rle(mask, size) if there else _no_mask(size)
+        described["rle"] = {"size": list(size), "counts": counts.decode()}
     elif mask_format == "png":
+        whole = np.zeros(size, dtype=bool)
+        whole[y : y + h, x : x + w] = mask.pixels
         buffer = io.BytesIO()
-        Image.fromarray(mask).save(buffer, format="PNG")
+        Image.fromarray(whole).save(buffer, format="PNG")
         described["png"] = base64.b64encode(buffer.getvalue()).decode()
     elif mask_format == "labelme":
-        shapes = mask_to_shapes(mask, label, tolerance)
-        if len(shapes) > 1:
-            shapes = [{**shape, "group_id": group_id} for shape in shapes]
+        shapes: list[dict[str, Any]] = mask_to_shapes(mask.pixels, label, tolerance)
+        for shape in shapes:
+            shape["points"] = [[left + x, top + y] for left, top in shape["points"]]
+            if len(shapes) > 1:
+                shape["group_id"] = group_id
         described["shapes"] = shapes
     return described
 
 
-def _polygons(mask: np.ndarray, tolerance: float) -> list[dict[str, Any]]:
+def _no_mask(size: tuple[int, int]) -> bytes:
+    counts: bytes = coco_mask.encode(np.zeros(size, np.uint8, order="F"))["counts"]
+    return counts
+
+
+def _polygons(mask: CroppedMask, tolerance: float) -> list[dict[str, Any]]:
     """Return the outlines of parts and holes, (x, y) of the border pixels' centres."""
     contours, hierarchy = cv2.findContours(
-        mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+        mask.pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=mask.origin
     )
     found = []
     for number, contour in enumerate(contours):

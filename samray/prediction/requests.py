@@ -144,8 +144,8 @@ class PromptRequest(_Strict):
         return mistakes
 
 
-class PredictRequest(_Strict):
-    """`POST /v1/predict`."""
+class ImageRequest(_Strict):
+    """What a request says about the image, the model and the form of the masks."""
 
     image: ImageContent | None = None
     """The image file; alternatives: image_id, or a file named `image` in multipart."""
@@ -153,19 +153,24 @@ class PredictRequest(_Strict):
     """The id of an image that was uploaded before."""
     model: Annotated[str, StringConstraints(max_length=64)] | None = None
     """A name of `GET /v1/models`; unset: the first."""
-    prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS)]
-    """One prompt per object."""
-    multimask_output: bool | None = None
-    """Three masks per prompt or one; unset: three for a single point without a box."""
     mask_format: Literal["polygon", "rle", "png", "labelme", "none"] = "polygon"
     """polygon: outlines; rle: COCO's compressed counts; png: 1 bit per pixel, base64; labelme:
     shapes, and a whole file of the best masks; none: only scores, areas and boxes."""
-    label: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "object"
-    """Label of the LabelMe shapes."""
     image_name: Annotated[str, StringConstraints(pattern=IMAGE_NAME, max_length=200)] | None = None
     """LabelMe's `imagePath`; unset: the name of the file sent in multipart, else the digest."""
     polygon_tolerance: Annotated[float, Field(ge=0, le=50)] = 0.5
     """Maximum distance of a polygon from the mask's outline, in pixels."""
+
+
+class PredictRequest(ImageRequest):
+    """`POST /v1/predict`."""
+
+    prompts: Annotated[list[PromptRequest], Field(min_length=1, max_length=MAX_PROMPTS)]
+    """One prompt per object."""
+    multimask_output: bool | None = None
+    """Three masks per prompt or one; unset: three for a single point without a box."""
+    label: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "object"
+    """Label of the LabelMe shapes."""
     min_area: Annotated[int, Field(ge=0)] = 0
     """Parts of a mask smaller than this many pixels are removed; the largest is always kept."""
 
@@ -176,6 +181,15 @@ class PredictRequest(_Strict):
             one_point = len(prompt.point_coords) == 1 and prompt.box is None
             multimask = one_point and prompt.mask_token is None
         return 3 if multimask else 1
+
+
+class SegmentRequest(ImageRequest):
+    """`POST /v1/segment`."""
+
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Objects with a lower score are left out."""
+    label: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    """Label of all objects; unset: that which the model gives each, else `object`."""
 
 
 class ModelAnswer(BaseModel):
@@ -221,6 +235,38 @@ class PredictAnswer(BaseModel):
     request_id: str
 
 
+class ObjectAnswer(BaseModel):
+    """One object; `mask_format` decides which of the last four fields are set."""
+
+    label: str
+    score: float
+    area: int
+    bbox: tuple[float, float, float, float]
+    format: str
+    polygons: list[dict[str, Any]] | None = None
+    rle: dict[str, Any] | None = None
+    png: str | None = None
+    shapes: list[dict[str, Any]] | None = None
+
+
+class SegmentAnswer(BaseModel):
+    """`POST /v1/segment`: the surest object first."""
+
+    image_id: str
+    width: int
+    height: int
+    model: ModelAnswer
+    found_by: Literal["instances", "grid"]
+    """The model's instance decoder, or SAM's grid of points, which knows no labels."""
+    objects: list[ObjectAnswer]
+    left_out: int
+    """Objects of a lower score, for which time or room in the answer did not suffice."""
+    labelme: dict[str, Any] | None = None
+    cache: Literal["hit", "miss"]
+    timing_ms: dict[str, float]
+    request_id: str
+
+
 class ImageAnswer(BaseModel):
     """`POST /v1/images`."""
 
@@ -259,8 +305,11 @@ def require_json(content_type: str) -> None:
         raise ApiError("unsupported_format", message)
 
 
-def read_request(content: bytes | str) -> PredictRequest:
-    """Parse and check a `PredictRequest`; see `read_body`.
+Asked = TypeVar("Asked", bound=ImageRequest)
+
+
+def read_request(content: bytes | str, model: type[Asked]) -> Asked:
+    """Parse and check a request about an image; see `read_body`.
 
     The image's base64 is cut out before parsing. What is left may have MAX_JSON_BYTES, and no
     object of it more than MAX_KEYS keys: pydantic reports every unknown key, and five million of
@@ -275,7 +324,7 @@ def read_request(content: bytes | str) -> PredictRequest:
         message = f"the JSON beside the image has {len(small)} bytes; at most {MAX_JSON_BYTES}"
         raise ApiError("too_large", message)
     _require_few_keys(small)
-    asked = read_body(PredictRequest, small)
+    asked = read_body(model, small)
     if text is None or asked.image is None:
         return asked
     whole = read_body(ImageContent, b'{"base64":"' + text + b'"}')

@@ -1,5 +1,6 @@
 """All objects of one image, as a label map, a table and LabelMe shapes."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from samray.config import PredictConfig
 from samray.data.labelme import mask_to_shapes
 from samray.errors import AnnotationError
 from samray.geometry.drawing import shrink
+from samray.geometry.frames import input_size_of
 from samray.geometry.masks import (
     CroppedMask,
     crop_mask,
@@ -99,6 +101,36 @@ def generator_settings(settings: PredictConfig, model_type: str) -> dict[str, An
 class MaskGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]
     """SAM's generator with the same results, but one full-size mask in memory instead of all."""
 
+    done: list[Any] | None = None  # batches of points, if they are done already
+
+    def generate_in_pieces(
+        self, embedding: torch.Tensor, size: tuple[int, int]
+    ) -> Generator[None, None, list[dict[str, Any]]]:
+        """Return the records of `generate`; works on a batch of points between two values.
+
+        Args:
+            embedding: C x h x w float32 of the image, on the model's device.
+            size: (H, W) of the image.
+        """
+        sam, (height, width) = self.predictor.model, size
+        self.predictor.features = embedding[None]
+        self.predictor.original_size = size
+        self.predictor.input_size = input_size_of(size, sam.image_encoder.img_size)
+        self.predictor.is_image_set = True
+        points = self.point_grids[0] * [width, height]
+        batches = []
+        for start in range(0, len(points), self.points_per_batch):
+            some, box = points[start : start + self.points_per_batch], [0, 0, width, height]
+            with torch.inference_mode():
+                batches.append(self._process_batch(some, size, box, size))
+            yield
+        self.done, self.predictor.set_image = batches, lambda _: None
+        records: list[dict[str, Any]] = self.generate(np.empty((height, width, 0), np.uint8))
+        return records
+
+    def _process_batch(self, *arguments: Any) -> Any:
+        return self.done.pop(0) if self.done else super()._process_batch(*arguments)
+
     @staticmethod
     def postprocess_small_regions(mask_data: Any, min_area: int, nms_thresh: float) -> Any:
         """Remove small parts and holes, then the duplicates that this creates."""
@@ -133,24 +165,46 @@ def find_everything(sam: Any, image: np.ndarray, settings: dict[str, Any]) -> li
         AnnotationError: field `image`; there are more than MAX_OBJECTS.
     """
     small = shrink(image, MAX_SEARCH_SIDE)
-    height, width = small.shape[:2]
-    scale = (image.shape[1] / width, image.shape[0] / height)
+    generator, scale = mask_generator(sam, image.shape[:2], small.shape[:2], settings)
+    return objects_of_records(generator.generate(small), small.shape[:2], scale)
+
+
+def mask_generator(
+    sam: Any,
+    size: tuple[int, ...],
+    small: tuple[int, ...],
+    settings: dict[str, Any],
+    points_at_once: int = POINTS_PER_BATCH,
+) -> tuple[MaskGenerator, tuple[float, float]]:
+    """Return the generator for an image of (H, W), and its pixels per pixel of the shrunk one."""
+    scale = (size[1] / small[1], size[0] / small[0])
     min_area = settings["min_mask_region_area"] / (scale[0] * scale[1])
     generator = MaskGenerator(
         sam,
         **settings | {"min_mask_region_area": round(min_area)},
-        points_per_batch=max(1, min(POINTS_PER_BATCH, MAX_LOGITS // (3 * height * width))),
+        points_per_batch=max(1, min(points_at_once, MAX_LOGITS // (3 * small[0] * small[1]))),
         output_mode="coco_rle",
     )
+    return generator, scale
+
+
+def objects_of_records(
+    records: list[dict[str, Any]], small: tuple[int, ...], scale: tuple[float, float]
+) -> list[SegmentedObject]:
+    """Return the generator's masks of an image shrunk to (h, w), enlarged and each once.
+
+    Raises:
+        AnnotationError: field `image`; there are more than MAX_OBJECTS.
+    """
     found: dict[tuple[Any, bytes], SegmentedObject] = {}
-    for record in generator.generate(small):
+    for record in records:
         mask = np.ascontiguousarray(coco_mask.decode(record["segmentation"]))
         if mask.any():
             cropped = crop_mask(mask.astype(bool))
-            if small is not image:
-                cropped = enlarge_mask(cropped, (height, width), scale)
+            if scale != (1, 1):
+                cropped = enlarge_mask(cropped, (small[0], small[1]), scale)
             scores = float(record["predicted_iou"]), float(record["stability_score"])
-            segmented = _segmented(cropped, *scores)
+            segmented = segmented_object(cropped, *scores)
             # SAM finds duplicates by their boxes, and a box of a single row or column is empty
             # to it: the same mask would be kept many times.
             found.setdefault((segmented.box, segmented.counts), segmented)
@@ -184,7 +238,8 @@ def find_instances(
     found = find_in_windows(size, side, side // 4, find)
     require_countable(found)
     return [
-        _segmented(one.mask, one.score, None, label=model.labels[one.class_index]) for one in found
+        segmented_object(one.mask, one.score, None, label=model.labels[one.class_index])
+        for one in found
     ]
 
 
@@ -230,7 +285,7 @@ def answer_prompts(
             if place not in objects:
                 low, high = int((logits > 1).sum()), int((logits > -1).sum())
                 stability = low / high if high else 0.0
-                objects[place] = _segmented(crop_mask(mask), score, stability, prompt_id)
+                objects[place] = segmented_object(crop_mask(mask), score, stability, prompt_id)
         results[place] = {"id": prompt_id, "masks": masks}
     places = range(len(requests))
     return [objects[place] for place in places], [results[place] for place in places]
@@ -276,7 +331,7 @@ def object_table(objects: list[SegmentedObject]) -> bytes:
     return csv_bytes(rows)
 
 
-def _segmented(
+def segmented_object(
     mask: CroppedMask,
     score: float,
     stability_score: float | None,

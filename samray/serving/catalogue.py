@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from samray import __version__
 from samray.config import ServeConfig
 from samray.errors import ConfigError, SamrayError, StoreError
-from samray.prediction.requests import PredictRequest
+from samray.prediction.requests import PredictRequest, SegmentRequest
 from samray.sam.store import ModelStore
 from samray.storage import Place, resolve
 
@@ -52,7 +52,7 @@ class Call:
 
     image_id: str
     model: ModelRef
-    request: PredictRequest | None  # None: encode only
+    request: PredictRequest | SegmentRequest | None  # None: encode only
 
 
 def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[str, ModelRef]:

@@ -37,8 +37,12 @@ from samray.geometry.images import size_from_header
 from samray.prediction.requests import (
     IMAGE_NAME,
     ApiError,
+    Asked,
     ImageAnswer,
     PredictAnswer,
+    PredictRequest,
+    SegmentAnswer,
+    SegmentRequest,
     read_body,
     read_request,
     require_json,
@@ -49,10 +53,10 @@ from samray.serving.gate import ACCESS_LOG, PAGE_FILES, Gate, Policy, open_acces
 from samray.serving.listener import Listener
 from samray.serving.openapi import (
     IMAGE_BODY,
-    PREDICT_BODY,
     PREVIEW_ANSWER,
     describe_api,
     errors,
+    request_body,
 )
 
 POLL_SECONDS = 1.0  # of the store and the decoder
@@ -409,11 +413,33 @@ class Ingress:
         response_model=PredictAnswer,
         response_model_exclude_none=True,
         responses=errors(400, 404, 415),
-        openapi_extra=PREDICT_BODY,
+        openapi_extra=request_body(PredictRequest),
     )
     async def predict(self, request: Request) -> Any:
         """Answer prompts on one image with masks."""
         started = time.perf_counter()
+        image_id, ref, asked = await self._asked(request, PredictRequest)
+        answer = await self._ask(Call(image_id, ref, asked))
+        return self._finished(answer, image_id, ref, request.state.request_id, started)
+
+    @app.post(
+        "/v1/segment",
+        response_model=SegmentAnswer,
+        responses=errors(400, 404, 415),
+        openapi_extra=request_body(SegmentRequest),
+    )
+    async def segment(self, request: Request) -> Response:
+        """Find all objects of an image, the surest first."""
+        started = time.perf_counter()
+        image_id, ref, asked = await self._asked(request, SegmentRequest)
+        answer = await self._ask(Call(image_id, ref, asked))
+        objects = answer.pop("json")  # as bytes: thousands of masks would keep this process busy
+        rest = self._finished(answer, image_id, ref, request.state.request_id, started)
+        content = json.dumps(rest)[:-1].encode() + b", " + objects + b"}"
+        return Response(content, media_type="application/json")
+
+    async def _asked(self, request: Request, model: type[Asked]) -> tuple[str, ModelRef, Asked]:
+        """Read a request about an image, and keep the image if it brings one."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         raw: bytes | None = None
         name: str | None = None
@@ -422,10 +448,10 @@ class Ingress:
             if text is None:
                 message = "request: a field of this name, JSON, is missing"
                 raise ApiError("invalid_request", message, "request")
-            asked = await asyncio.to_thread(read_request, text)
+            asked = await asyncio.to_thread(read_request, text, model)
         else:
             require_json(kind)
-            asked = await asyncio.to_thread(read_request, await request.body())
+            asked = await asyncio.to_thread(read_request, await request.body(), model)
         given = [raw is not None, asked.image is not None, asked.image_id is not None]
         if sum(given) != 1:
             raise ApiError("invalid_request", "give exactly one of image and image_id", "image")
@@ -435,9 +461,7 @@ class Ingress:
         image_id = asked.image_id or await self._keep(raw or b"")
         if asked.image_name is None and name and re.fullmatch(IMAGE_NAME, name[:200]):
             asked = asked.model_copy(update={"image_name": name[:200]})
-        slim = asked.model_copy(update={"image": None})
-        answer = await self._ask(Call(image_id, ref, slim))
-        return self._finished(answer, image_id, ref, request.state.request_id, started)
+        return image_id, ref, asked.model_copy(update={"image": None})
 
     # Label Studio defines these routes, so they are not in the OpenAPI document.
     @app.get(f"{labelstudio.PREFIX}/health", include_in_schema=False)

@@ -5,30 +5,35 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from samray.prediction.requests import ErrorAnswer, PredictRequest
+from samray.prediction.requests import ErrorAnswer, ImageRequest, PredictRequest, SegmentRequest
 
-PREDICT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["request"],
-                    "properties": {
-                        "image": {"type": "string", "format": "binary"},
-                        "request": {
-                            "type": "string",
-                            "contentMediaType": "application/json",
-                            "description": "a PredictRequest, without image",
+
+def request_body(model: type[ImageRequest]) -> dict[str, Any]:
+    """Return what `describe_api` needs of a route whose request may bring its image."""
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}},
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["request"],
+                        "properties": {
+                            "image": {"type": "string", "format": "binary"},
+                            "request": {
+                                "type": "string",
+                                "contentMediaType": "application/json",
+                                "description": f"a {model.__name__}, without image",
+                            },
                         },
-                    },
-                }
+                    }
+                },
             },
-        },
+        }
     }
-}
+
+
 IMAGE_BODY = {
     "requestBody": {
         "required": True,
@@ -60,12 +65,13 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 def describe_api(app: FastAPI, needs_token: bool) -> dict[str, Any]:
-    """Return FastAPI's document with the schema of `PredictRequest` and the token's scheme."""
+    """Return FastAPI's document with the schemas of the requests and the token's scheme."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     template = "#/components/schemas/{model}"
-    schema = PredictRequest.model_json_schema(ref_template=template)
-    document["components"]["schemas"] |= schema.pop("$defs")
-    document["components"]["schemas"]["PredictRequest"] = schema
+    for model in (PredictRequest, SegmentRequest):
+        schema = model.model_json_schema(ref_template=template)
+        document["components"]["schemas"] |= schema.pop("$defs")
+        document["components"]["schemas"][model.__name__] = schema
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     if needs_token:
         document["security"] = [{"token": []}]

@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import ctypes
 import io
+import itertools
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,7 +32,12 @@ from samray.data.labelme import labelme_document
 from samray.errors import AnnotationError
 from samray.geometry.images import decode_image
 from samray.prediction.answers import describe_mask, drop_small_parts, prompt_of
-from samray.prediction.requests import ApiError, PredictRequest, mistakes_error
+from samray.prediction.requests import (
+    ApiError,
+    PredictRequest,
+    SegmentRequest,
+    mistakes_error,
+)
 from samray.sam.decode import PromptMasks, predict_masks
 from samray.sam.embeddings import encode_images
 from samray.sam.model import encoder_digest
@@ -42,7 +48,7 @@ PROMPTS_AT_ONCE = 4  # decoded in one piece: half a second of a ViT on one core
 MODELS_LOADED = 4  # by one replica; the least recently used is evicted
 LATENCY = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000]  # ms
 
-Piece = tuple[int, dict[str, Any]]
+SEARCH_SHARE = 0.7  # of the time limit, after which no more objects are looked for
 
 
 class LoadedModels:
@@ -50,24 +56,48 @@ class LoadedModels:
 
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._sams: OrderedDict[str, asyncio.Future[tuple[Any, str]]] = OrderedDict()
+        self._sams: OrderedDict[Any, asyncio.Future[Any]] = OrderedDict()
+        self._instances: OrderedDict[Any, asyncio.Future[Any]] = OrderedDict()
 
     async def get(self, ref: ModelRef) -> tuple[Any, str]:
         """Return a model and its image encoder's digest."""
-        if ref.digest not in self._sams:
-            self._sams[ref.digest] = asyncio.ensure_future(asyncio.to_thread(self._load, ref))
-            while len(self._sams) > MODELS_LOADED:
-                self._sams.popitem(last=False)
-        self._sams.move_to_end(ref.digest)
-        try:
-            return await asyncio.shield(self._sams[ref.digest])
-        except Exception:
-            self._sams.pop(ref.digest, None)  # whatever the reason was, the next request retries
-            raise
+        found: tuple[Any, str] = await _once(self._sams, ref.digest, lambda: self._load(ref))
+        return found
+
+    async def instances(self, ref: ModelRef, sam: Any) -> Any:
+        """Return the `InstanceModel` of a model, or None; loaded only if somebody asks for it.
+
+        The same weights may have been saved beside two decoders, so the folder tells them apart.
+        """
+        return await _once(self._instances, ref, lambda: self._load_instances(ref, sam))
 
     def _load(self, ref: ModelRef) -> tuple[Any, str]:
         sam = ref.load().model().to(self.device).eval()
         return sam, encoder_digest(sam)
+
+    def _load_instances(self, ref: ModelRef, sam: Any) -> Any:
+        from samray.prediction.search import instances_of  # 25 MB of libraries for it alone
+
+        model = instances_of(ref.load(), sam)
+        if model is not None:
+            model.decoder.to(self.device)
+        return model
+
+
+async def _once(
+    loaded: OrderedDict[Any, asyncio.Future[Any]], key: Any, load: Callable[[], Any]
+) -> Any:
+    """Load something in a thread, once for concurrent requests; the latest few are kept."""
+    if key not in loaded:
+        loaded[key] = asyncio.ensure_future(asyncio.to_thread(load))
+        while len(loaded) > MODELS_LOADED:
+            loaded.popitem(last=False)
+    loaded.move_to_end(key)
+    try:
+        return await asyncio.shield(loaded[key])
+    except Exception:
+        loaded.pop(key, None)  # whatever the reason was, the next request retries
+        raise
 
 
 def preview_png(raw: bytes) -> bytes:
@@ -177,7 +207,7 @@ class Decoder:
         self.encode_ms = Histogram("samray_encode_ms", "waiting for an embedding", LATENCY)
         self.busy = Gauge("samray_decoder_busy_seconds", "time on the piece of work in progress")
         self.busy_since: float | None = None
-        self.max_mask_megapixels = settings.max_mask_megapixels
+        self.settings = settings
 
     async def warm_up(self, ref: ModelRef) -> str:
         """Load a model here and in an encoder; return its image encoder's digest."""
@@ -190,8 +220,8 @@ class Decoder:
         """Encode the image if needed, and decode the prompts.
 
         Returns:
-            The content of a `PredictAnswer` without what the Ingress adds, or {"refused": (code,
-            message, field)}.
+            The content of a `PredictAnswer` without what the Ingress adds; of a `SegmentAnswer`
+            with its objects as `json`; or {"refused": (code, message, field)}.
         """
         try:
             return await self._answer(call)
@@ -214,11 +244,14 @@ class Decoder:
             "encode_ms": 1000 * (encoded - started),
             "decode_ms": 0.0,
         }
-        if call.request is not None:
+        if isinstance(call.request, PredictRequest):
             self._require_inside(call.request, size)
             self._require_affordable(call.request, size)
-            earlier = self._earlier_answers(call)
-            answer |= await self._decode(sam, embedding, size, call, earlier)
+            earlier = self._earlier_answers(call, call.request)
+            answer |= await self._decode(sam, embedding, size, call, call.request, earlier)
+        elif call.request is not None:
+            answer |= await self._search(sam, embedding, size, call, call.request)
+        if call.request is not None:
             self.decode_ms.observe(answer["decode_ms"])
         return answer
 
@@ -252,11 +285,10 @@ class Decoder:
         if mistakes:
             raise mistakes_error(mistakes)
 
-    def _earlier_answers(self, call: Call) -> list[torch.Tensor | None]:
+    def _earlier_answers(self, call: Call, request: PredictRequest) -> list[torch.Tensor | None]:
         """Return the logits that the prompts correct, 1 x h x w each, or None."""
-        assert call.request is not None
         found: list[torch.Tensor | None] = []
-        for number, prompt in enumerate(call.request.prompts):
+        for number, prompt in enumerate(request.prompts):
             logits = None
             if prompt.mask_token is not None:
                 logits = self.logits.get((prompt.mask_token, call.image_id, call.model.digest))
@@ -274,11 +306,11 @@ class Decoder:
         """Refuse a request whose masks would take too long, before any work is done."""
         masks = sum(request.masks_of(prompt) for prompt in request.prompts)
         megapixels = masks * size[0] * size[1] / 1e6
-        if megapixels > self.max_mask_megapixels:
+        if megapixels > self.settings.max_mask_megapixels:
             raise ApiError(
                 "too_large",
                 f"{masks} masks of {size[1]} x {size[0]} pixels are {megapixels:.0f} megapixels; "
-                f"the limit is {self.max_mask_megapixels:g}; send fewer prompts, "
+                f"the limit is {self.settings.max_mask_megapixels:g}; send fewer prompts, "
                 "multimask_output=false, or a smaller image",
                 "prompts",
             )
@@ -289,25 +321,15 @@ class Decoder:
         embedding: np.ndarray,
         size: tuple[int, int],
         call: Call,
+        request: PredictRequest,
         earlier: list[torch.Tensor | None],
     ) -> dict[str, Any]:
-        """Decode all prompts and describe their masks, in pieces between which others get a turn.
-
-        A request that is cancelled, by its deadline or because the client disconnected, ends after
-        the piece in progress.
-        """
-        request = call.request
-        assert request is not None
-        pieces = self._pieces(sam, embedding, size, call, earlier)
-        loop = asyncio.get_running_loop()
+        """Decode all prompts and describe their masks."""
+        pieces = self._pieces(sam, embedding, size, call, request, earlier)
+        done, seconds = await self._worked(pieces)
         described: list[list[dict[str, Any]]] = [[] for _ in request.prompts]
-        seconds = 0.0
-        while True:
-            piece, taken = await loop.run_in_executor(self.worker, self._timed, pieces)
-            seconds += taken
-            if piece is None:
-                break
-            described[piece[0]].append(piece[1])
+        for number, mask in done:
+            described[number].append(mask)
         results = [
             {"id": prompt.id, "masks": masks}
             for prompt, masks in zip(request.prompts, described, strict=True)
@@ -315,16 +337,60 @@ class Decoder:
         answer: dict[str, Any] = {"results": results, "decode_ms": 1000 * seconds}
         if request.mask_format == "labelme":
             shapes = [shape for masks in described for shape in masks[0]["shapes"]]
-            name = request.image_name or f"{call.image_id.removeprefix('sha256:')[:16]}.png"
-            answer["labelme"] = labelme_document(name, size, shapes)
+            answer["labelme"] = labelme_document(_image_name(call, request), size, shapes)
         return answer
 
-    def _timed(self, pieces: Iterator[Piece]) -> tuple[Piece | None, float]:
-        """Work on the next piece; return it, None after the last, and the seconds taken."""
+    async def _search(
+        self,
+        sam: Any,
+        embedding: np.ndarray,
+        size: tuple[int, int],
+        call: Call,
+        request: SegmentRequest,
+    ) -> dict[str, Any]:
+        """Find all objects and describe them."""
+        from samray.prediction.search import Bounds, search
+
+        seconds = SEARCH_SHARE * self.settings.timeout_seconds
+        bounds = Bounds(
+            self.settings.max_mask_megapixels,
+            int(self.settings.max_answer_mb * 2**20),
+            time.monotonic() + seconds,
+            PROMPTS_AT_ONCE,
+        )
+        model = await self.models.instances(call.model, sam)
+        raw = await self.vault.get.remote(call.image_id)
+        if raw is None:
+            raise ApiError("unknown_image", "this image is not here; upload it", "image_id")
+        named = request.model_copy(update={"image_name": _image_name(call, request)})
+        pieces = search(
+            sam, model, call.model.model_type, raw, _on_device(sam, embedding), size, named, bounds
+        )
+        done, seconds = await self._worked(pieces)
+        return {"json": done[-1], "decode_ms": 1000 * seconds}
+
+    async def _worked(self, pieces: Iterator[Any]) -> tuple[list[Any], float]:
+        """Return all pieces of a work, between which others get a turn, and the seconds taken.
+
+        A request that is cancelled, by its deadline or because the client disconnected, ends after
+        the piece in progress.
+        """
+        loop = asyncio.get_running_loop()
+        done: list[Any] = []
+        seconds = 0.0
+        while True:
+            some, taken = await loop.run_in_executor(self.worker, self._timed, pieces)
+            seconds += taken
+            if not some:
+                return done, seconds
+            done += some
+
+    def _timed(self, pieces: Iterator[Any]) -> tuple[list[Any], float]:
+        """Work on the next piece; return it, nothing after the last, and the seconds taken."""
         self.busy_since = time.perf_counter()
         try:
-            piece = next(pieces, None)
-            return piece, time.perf_counter() - self.busy_since
+            some = list(itertools.islice(pieces, 1))
+            return some, time.perf_counter() - self.busy_since
         finally:
             self.busy_since = None
 
@@ -341,14 +407,13 @@ class Decoder:
         embedding: np.ndarray,
         size: tuple[int, int],
         call: Call,
+        request: PredictRequest,
         earlier: list[torch.Tensor | None],
-    ) -> Iterator[Piece]:
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (place of the prompt, one of its masks), each prompt's best mask first."""
-        request = call.request
-        assert request is not None
         found = predict_masks(
             sam,
-            torch.from_numpy(embedding.astype(np.float32)).to(sam.device),
+            _on_device(sam, embedding),
             [prompt_of(prompt) for prompt in request.prompts],
             size,
             [None if logits is None else logits.float().to(sam.device) for logits in earlier],
@@ -357,12 +422,12 @@ class Decoder:
         )
         for number, masks in found:
             for place in masks.ranking:
-                yield number, self._describe(number, masks, place, call)
+                yield number, self._describe(number, masks, place, call, request)
 
-    def _describe(self, number: int, found: PromptMasks, place: int, call: Call) -> dict[str, Any]:
+    def _describe(
+        self, number: int, found: PromptMasks, place: int, call: Call, request: PredictRequest
+    ) -> dict[str, Any]:
         """Return one mask as the request asks for it, and keep its logits for corrections."""
-        request = call.request
-        assert request is not None
         mask = drop_small_parts(found.mask(place), request.min_area)
         token = secrets.token_urlsafe(12)
         # A copy: a view would keep the masks of the whole chunk in memory. Half precision, so that
@@ -381,3 +446,13 @@ class Decoder:
             self.embeddings.drop(key)
         for key in [key for key in self.logits.entries if key[1] == image_id]:
             self.logits.drop(key)
+
+
+def _on_device(sam: Any, embedding: np.ndarray) -> torch.Tensor:
+    """C x h x w float32, where the model is."""
+    return torch.from_numpy(embedding.astype(np.float32)).to(sam.device)
+
+
+def _image_name(call: Call, request: PredictRequest | SegmentRequest) -> str:
+    """LabelMe's `imagePath`."""
+    return request.image_name or f"{call.image_id.removeprefix('sha256:')[:16]}.png"

@@ -31,9 +31,13 @@ from samray.data.prepare import prepare
 from samray.errors import ConfigError
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import Prompt
+from samray.instances.saved import InstanceModel, instance_files, new_decoder
+from samray.instances.segment import Way
 from samray.prediction.predictor import Predictor
 from samray.prediction.requests import MAX_POINTS, MAX_PROMPTS
+from samray.prediction.segmentation import find_instances
 from samray.sam.checkpoint import load_checkpoint, save_checkpoint
+from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
 from samray.sam.store import ModelStore
 from samray.serving.app import build_app, serve_here
@@ -44,14 +48,20 @@ JSON = {"Content-Type": "application/json"}
 
 
 def checkpoint_like_shipped(folder, shift=0.0):
-    """A checkpoint folder with the shipped weights, the mask decoder's moved a little if asked."""
+    """A checkpoint folder with the shipped weights, the mask decoder's moved a little if asked.
+
+    Beside them lies an instance decoder.
+    """
     shipped = load_shipped()
+    sam = shipped.model()
+    instances = InstanceModel(new_decoder(sam, 1, seed=0), ("thing",), Way(min_area=30))
     weights = {
         name: value + shift * torch.randn_like(value) if name.startswith("mask_decoder") else value
         for name, value in shipped.weights.items()
     }
     progress = {"epoch": 1, "base": shipped.progress["base"]}
-    save_checkpoint(folder, weights, load_config(), progress)
+    more = instance_files(instances, encoder_digest(sam))
+    save_checkpoint(folder, weights, load_config(), progress, more=more)
     return load_checkpoint(folder)
 
 
@@ -284,6 +294,73 @@ def test_every_format_is_the_same_mask(url, photo, mask_format):
         assert ("rle" in mask) == (mask_format == "rle")
 
 
+def segment(url, photo=None, **request):
+    if photo is not None:
+        request["image"] = {"base64": base64.b64encode(photo).decode()}
+    return call(url, "POST", "/v1/segment", json=request)
+
+
+def test_all_objects_are_those_of_samray_predict(url, photo):
+    """With the labels of the checkpoint's decoder; clicks and it need one encoding."""
+    image_id = call(url, "POST", "/v1/images", data=photo).json()["image_id"]
+    answer = segment(url, image_id=image_id, mask_format="rle").json()
+    sam = load_shipped().model().eval()
+    model = InstanceModel(new_decoder(sam, 1, seed=0), ("thing",), Way(min_area=30))
+    image = decode_image(photo)
+    expected = find_instances(sam, model, image)
+    assert (answer["height"], answer["width"]) == image.shape[:2]
+    assert (answer["found_by"], answer["left_out"], answer["cache"]) == ("instances", 0, "hit")
+    assert answer["model"] == predict(url, image_id=image_id, prompts=[point()]).json()["model"]
+    assert len(answer["objects"]) == len(expected) > 2
+    scores = [one["score"] for one in answer["objects"]]
+    assert scores == sorted(scores, reverse=True)
+    for one, other in zip(answer["objects"], expected, strict=True):
+        x1, y1, x2, y2 = other.box
+        mask = coco_mask.decode(one["rle"])[y1:y2, x1:x2]
+        # The embedding is kept in half precision.
+        assert np.mean(mask == other.pixels) > 0.97
+        assert one["label"] == "thing"
+        assert one["score"] == pytest.approx(other.score, abs=0.02)
+    least = scores[1]
+    surer = segment(url, photo, mask_format="none", min_score=least).json()["objects"]
+    assert len(surer) == 2
+    assert set(surer[0]) == {"label", "score", "area", "bbox", "format"}
+
+
+def test_all_objects_come_in_every_way_and_format(url, photo):
+    form = {"image": ("a b.jpg", photo), "request": (None, '{"mask_format": "labelme"}')}
+    labelme = call(url, "POST", "/v1/segment", files=form).json()
+    assert labelme["labelme"]["imagePath"] == "a b.jpg"
+    shapes = [shape for one in labelme["objects"] for shape in one["shapes"]]
+    assert labelme["labelme"]["shapes"] == shapes
+    assert {shape["label"] for shape in shapes} == {"thing"}
+    png = segment(url, photo, mask_format="png", label="leaf").json()["objects"]
+    polygons = segment(url, photo).json()["objects"]
+    for one, other, drawn in zip(labelme["objects"], png, polygons, strict=True):
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(other["png"]))))
+        assert mask.sum() == one["area"] == drawn["area"]
+        x1, y1, x2, y2 = one["bbox"]
+        assert mask[int(y1) : int(y2), int(x1) : int(x2)].sum() == mask.sum()
+        assert other["label"] == "leaf"
+        assert all(mask[y, x] for part in drawn["polygons"] for x, y in part["points"])
+
+
+def test_a_request_for_all_objects_is_checked(url, photo, large_photo):
+    error = refusal(segment(url, photo, min_score=2), 422, "invalid_request")
+    assert error["field"] == "min_score"
+    assert refusal(segment(url, photo, prompts=[]), 422, "invalid_request")["field"] == "prompts"
+    assert refusal(segment(url), 422, "invalid_request")["field"] == "image"
+    refusal(segment(url, image_id="sha256:" + "0" * 64), 404, "unknown_image")
+    refusal(segment(url, photo, model="none"), 404, "unknown_model")
+    refusal(segment(url, photo[:300]), 400, "invalid_image")
+    refusal(call(url, "POST", "/v1/segment", token=None, json={}), 401, "unauthorized")
+    origin = {"Origin": "https://evil.example"}
+    refusal(call(url, "POST", "/v1/segment", json={}, headers=origin), 403, "forbidden")
+    nothing = segment(url, large_photo)  # of one colour
+    assert nothing.status_code == 200
+    assert nothing.json()["width"] == 1700
+
+
 @pytest.mark.parametrize(
     ("sent", "asked", "name"),
     [("a ü.jpg", None, "a ü.jpg"), ("a.jpg", "b.jpg", "b.jpg"), ("../a.jpg", None, None)],
@@ -469,11 +546,16 @@ def test_paths_and_methods_that_are_not(url):
 
 def test_the_document_describes_the_api(url):
     document = call(url, "GET", "/openapi.json").json()
-    assert {"/v1/predict", "/v1/images", "/v1/models", "/v1/healthz", "/v1/readyz"} <= set(
-        document["paths"]
-    )
+    assert {
+        "/v1/predict",
+        "/v1/segment",
+        "/v1/images",
+        "/v1/models",
+        "/v1/healthz",
+        "/v1/readyz",
+    } <= set(document["paths"])
     schemas = document["components"]["schemas"]
-    assert {"PredictRequest", "PromptRequest", "PredictAnswer", "ErrorAnswer"} <= set(schemas)
+    assert {"PredictRequest", "PromptRequest", "SegmentRequest", "SegmentAnswer"} <= set(schemas)
     names = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert names <= set(schemas)
 

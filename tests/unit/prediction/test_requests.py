@@ -10,6 +10,7 @@ from samray.prediction.requests import (
     MAX_JSON_BYTES,
     MAX_KEYS,
     ApiError,
+    PredictRequest,
     PromptRequest,
     read_request,
     require_json,
@@ -21,7 +22,7 @@ PROMPT = {"point_coords": [[1, 2]]}
 def test_a_large_image_is_read_though_the_rest_must_be_small():
     content = base64.b64encode(bytes(3 * 2**20)).decode()
     document = {"prompts": [PROMPT], "image": {"base64": content}, "label": "nut"}
-    asked = read_request(json.dumps(document))
+    asked = read_request(json.dumps(document), PredictRequest)
     assert asked.image.base64 == content
     assert (asked.label, len(asked.prompts)) == ("nut", 1)
 
@@ -29,7 +30,7 @@ def test_a_large_image_is_read_though_the_rest_must_be_small():
 def test_a_large_image_that_is_not_base64_is_told_so():
     document = {"prompts": [PROMPT], "image": {"base64": "*" * 2 * 2**20}}
     with pytest.raises(ApiError, match="not base64"):
-        read_request(json.dumps(document))
+        read_request(json.dumps(document), PredictRequest)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_much_json_without_a_picture_is_refused_at_once(document):
     assert len(content) > MAX_JSON_BYTES
     started = time.perf_counter()
     with pytest.raises(ApiError) as caught:
-        read_request(content)
+        read_request(content, PredictRequest)
     assert caught.value.code == "too_large"
     assert time.perf_counter() - started < 5
 
@@ -58,7 +59,7 @@ def test_many_unknown_keys_are_one_mistake(place):
     target = {"request": document, "prompt": document["prompts"][0], "image": document["image"]}
     target[place].update(surplus)
     with pytest.raises(ApiError) as caught:
-        read_request(json.dumps(document))
+        read_request(json.dumps(document), PredictRequest)
     assert caught.value.code == "invalid_request"
     assert len(caught.value.message) < 500
 
@@ -66,7 +67,7 @@ def test_many_unknown_keys_are_one_mistake(place):
 def test_not_json_is_told_so():
     for content in (b"", b"[1", b"\xff", b"[" * 500_000):
         with pytest.raises(ApiError) as caught:
-            read_request(content)
+            read_request(content, PredictRequest)
         assert caught.value.code in ("bad_request", "invalid_request")
 
 
@@ -91,5 +92,5 @@ def test_json_must_be_declared_as_json():
 )
 def test_masks_of_a_prompt_are_counted_as_the_decoder_makes_them(prompt, multimask, masks):
     document = {"prompts": [json.loads(json.dumps(prompt))], "multimask_output": multimask}
-    asked = read_request(json.dumps(document))
+    asked = read_request(json.dumps(document), PredictRequest)
     assert asked.masks_of(PromptRequest.model_validate_json(json.dumps(prompt))) == masks

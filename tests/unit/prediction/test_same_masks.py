@@ -94,7 +94,7 @@ def endpoint_masks(sam, image, size):
     def ask(prompts, earlier):
         request = PredictRequest(prompts=prompts, mask_format="rle", min_area=9)
         call = Call("sha256:0", ref, request)
-        answer = asyncio.run(decoder._decode(sam, embedding, size, call, earlier))
+        answer = asyncio.run(decoder._decode(sam, embedding, size, call, request, earlier))
         results = answer["results"]
         return [mask for result in results for mask in result["masks"]]
 

@@ -56,7 +56,7 @@ def image():
 
 def found_object(mask, score=0.5):
     tight = crop_mask(mask)
-    return segmentation._segmented(tight, score, 0.9)
+    return segmentation.segmented_object(tight, score, 0.9)
 
 
 @pytest.mark.parametrize("min_area", [0, 40])

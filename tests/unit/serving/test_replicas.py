@@ -36,8 +36,9 @@ def test_a_kept_answer_holds_no_memory_but_its_own():
     decoder = Decoder.func_or_class(ServeConfig(), None, None)
     prompts = [PromptRequest(point_coords=[(10 + n, 20)]) for n in range(8)]
     ref = ModelRef("tiny", "1", None, "digest", "tiny")
-    call = Call("sha256:0", ref, PredictRequest(prompts=prompts, mask_format="none"))
-    answer = asyncio.run(decoder._decode(sam, embedding, (60, 80), call, [None] * 8))
+    request = PredictRequest(prompts=prompts, mask_format="none")
+    call = Call("sha256:0", ref, request)
+    answer = asyncio.run(decoder._decode(sam, embedding, (60, 80), call, request, [None] * 8))
     assert len(answer["results"]) == 8
     assert len(decoder.logits.entries) == 24
     for logits, size in decoder.logits.entries.values():
