@@ -262,6 +262,96 @@ def test_clicks_become_a_dataset(page, some, tmp_path):
     np.testing.assert_array_equal(label_map, expected)
 
 
+def found(page):
+    wait(page, "!state.finding && $('status').textContent.includes('found in')")
+    return page.evaluate("state.objects.filter((o) => o.proposed).map((o) => o.mask.score)")
+
+
+def test_all_objects_are_found_and_put_right(page, some, tmp_path):
+    photo = some[0][0]
+    drop(page, photo)
+    click(page, 120, 80)
+    finish(page, "pebble")
+    page.click("#find")
+    scores = found(page)
+    assert len(scores) > 3
+    assert scores == sorted(scores, reverse=True)
+    assert page.locator("#objects li").count() == 1 + len(scores)
+    screenshot(page, "found")
+
+    # Undo, and again by the keyboard; a second time nothing is there twice.
+    page.click("#undo")
+    assert page.evaluate("state.objects.map((o) => o.label)") == ["pebble"]
+    assert page.locator("#proposals").is_hidden()
+    page.locator("#canvas").focus()
+    for _ in range(2):
+        page.evaluate("$('live').textContent = ''")
+        page.keyboard.press("f")
+        assert found(page) == scores
+
+    # The slider hides the less sure ones, and a reload keeps what it hid.
+    least = (scores[2] + scores[3]) / 2
+    page.locator("#least").evaluate(
+        """(slider, least) => {
+            for (const value of [least - 0.01, least]) {
+                slider.value = value;
+                slider.dispatchEvent(new Event("input"));
+            }
+            slider.dispatchEvent(new Event("change"));
+        }""",
+        least,
+    )
+    shown = sum(score >= page.evaluate("state.least") for score in scores)
+    assert page.locator("#objects li").count() == 1 + shown < 1 + len(scores)
+    assert page.text_content("#keep") == f"Keep {shown}"
+    page.click("#undo")  # one step for the whole drag
+    assert page.locator("#objects li").count() == 1 + len(scores)
+    page.locator("#least").fill(f"{least:.2f}")
+    hidden = page.evaluate("state.hidden.length")
+    assert hidden > 0
+    page.reload()
+    wait(page, "window.state && state.id !== null")
+    assert page.evaluate("state.hidden.length") == hidden
+    page.locator("#least").fill(page.get_attribute("#least", "min"))
+    assert page.locator("#objects li").count() == 1 + len(scores)
+
+    # One gets another label, one goes, one is corrected from its box, the rest is kept.
+    name = page.locator("#objects li:nth-child(2) input")
+    name.fill("leaf")
+    name.press("Enter")
+    wait(page, "state.objects.some((o) => o.label === 'leaf' && !o.proposed)")
+    last = page.evaluate("state.objects.findLastIndex((o) => o.proposed)")
+    page.click(f"#objects li:nth-child({last + 1}) button")
+    assert page.locator("#objects li").count() == len(scores)
+    first = page.evaluate("state.objects.findIndex((o) => o.proposed)")
+    before = page.evaluate(f"state.objects[{first}].bbox")
+    page.click(f"#objects li:nth-child({first + 1}) .pick")
+    with page.expect_request("**/v1/predict") as asked:
+        page.mouse.click(*screen(page, (before[0] + before[2]) / 2, (before[1] + before[3]) / 2))
+    (prompt,) = asked.value.post_data_json["prompts"]
+    assert prompt["box"] == before
+    answered(page)
+    page.keyboard.press("Enter")
+    wait(page, f"!state.objects[{first}].proposed && state.base === null")
+    page.click("#keep")
+    assert page.evaluate("state.objects.every((o) => !o.proposed)")
+    assert page.locator("#proposals").is_hidden()
+    screenshot(page, "found_kept")
+
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(photo, data)
+    download(page, "labelme").save_as(data / f"{photo.stem}.json")
+    dataset, manifest = prepared(data, tmp_path / "prepared")
+    assert manifest["rejected"] == []
+    (record,) = dataset.images.values()
+    labels = [instance.label for instance in record.instances]
+    assert sorted(labels) == sorted(page.evaluate("state.objects.map((o) => o.label)"))
+    assert {"pebble", "leaf"} <= set(labels)
+    masks = [record.decode(instance) for instance in record.instances]
+    np.testing.assert_array_equal(masks, shown_masks(page, record.size))
+
+
 def test_by_keyboard_alone(page):
     page.focus("#sample")
     page.keyboard.press("Enter")
@@ -331,8 +421,12 @@ def test_nothing_moves_the_stage_and_everything_is_in_sight(open_page, some, siz
     require_unmoved()
     page.hover("#objects li")
     screenshot(page, f"{size}_objects")
+    page.click("#find")
+    wait(page, "state.objects.some((item) => item.proposed)")
+    require_unmoved()
+    screenshot(page, f"{size}_found")
     width, height, _ = SIZES[size]
-    for name in ("#finish", "#undo", "#label", "#exclude", "#next", "#model"):
+    for name in ("#finish", "#undo", "#label", "#exclude", "#next", "#model", "#find", "#least"):
         _require_in_sight(page, name, width, height)
     for kind in ("labelme", "coco", "png", "all"):
         _require_in_sight(page, f"[data-save={kind}]", width, height)

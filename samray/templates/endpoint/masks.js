@@ -100,12 +100,23 @@ function painted(mask, [red, green, blue], alpha, edge) {
   return layer;
 }
 
+// The IoU of two masks of one image.
+export function overlap(one, other) {
+  const [x1, y1, x2, y2] = one.bbox, [u1, v1, u2, v2] = other.bbox;
+  const left = Math.max(x1, u1), top = Math.max(y1, v1), right = Math.min(x2, u2), bottom = Math.min(y2, v2);
+  let both = 0;
+  for (let y = top; y < bottom; y++) {
+    for (let x = left; x < right; x++) if (one.has(x, y) && other.has(x, y)) both++;
+  }
+  return both / (one.area + other.area - both || 1);
+}
+
 // A finished object. It is never changed, but replaced, so that undo can bring it back.
 export class Item {
   // mask: null if its shape covers no area, as a line. shape: its entry in the LabelMe file it came with.
-  // redrawn: whether the mask is no longer the shape's.
-  constructor(label, mask, shape = undefined, redrawn = false) {
-    Object.assign(this, { label, mask, shape, redrawn });
+  // redrawn: whether the mask is no longer the shape's. proposed: found with all others, not kept yet.
+  constructor(label, mask, shape = undefined, redrawn = false, proposed = false) {
+    Object.assign(this, { label, mask, shape, redrawn, proposed });
   }
 
   get area() { return this.mask?.area ?? 0; }

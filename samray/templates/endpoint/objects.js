@@ -51,7 +51,7 @@ export function choose(number) {
 export function undo() {
   const { picture } = state, last = picture.history.pop();
   if (!last) { say("nothing to undo"); return; }
-  const { objects, ...prompt } = last;
+  const { objects, ...prompt } = last; // hidden proposals and their score, too
   if (picture.base && !prompt.base) restoreLabel();
   picture.setPrompt(prompt);
   picture.objects = objects;
@@ -132,6 +132,7 @@ export function changed(picture) {
 // Show the open picture's prompt, candidates and objects.
 export function refresh() {
   showCandidates();
+  showProposals();
   showList();
   draw();
 }
@@ -145,6 +146,18 @@ function showCandidates() {
     button.onclick = () => choose(i);
     return button;
   }));
+}
+
+// The slider for the score, as long as there is a proposal.
+function showProposals() {
+  const { objects, hidden, least } = state.picture, shown = objects.filter((item) => item.proposed);
+  const lowest = Math.min(...[...shown, ...hidden].map((item) => item.mask.score));
+  $("proposals").hidden = !shown.length && !hidden.length;
+  if ($("proposals").hidden) return;
+  $("least").min = Math.floor(100 * lowest) / 100;
+  $("least").value = Math.max(least, $("least").min);
+  $("least-shown").textContent = Number($("least").value).toFixed(2);
+  $("keep").textContent = `Keep ${shown.length}`;
 }
 
 let shown = {}; // what the list shows; many objects take time
@@ -186,13 +199,16 @@ function entry(item, i) {
     if (event.key === "Escape") { name.value = item.label; canvas.focus({ preventScroll: true }); }
   };
   pick.className = "pick"; pick.tabIndex = 0; pick.setAttribute("role", "button");
-  pick.textContent = item.area ? `${item.area} px` : `${item.shape?.shape_type ?? "shape"}, kept`;
-  pick.title = item.area ? "correct this object" : "samray trains on no such shape; it is written back as it came";
+  const size = item.proposed ? `${item.mask.score.toFixed(2)} · ${item.area}` : `${item.area} px`;
+  pick.textContent = item.area ? size : `${item.shape?.shape_type ?? "shape"}, kept`;
+  const action = item.proposed ? "score and pixels; correct this object" : "correct this object";
+  pick.title = item.area ? action : "samray trains on no such shape; it is written back as it came";
   pick.setAttribute("aria-label", `correct ${item.label} ${i + 1}, ${pick.textContent}`);
   button.textContent = "remove";
   button.setAttribute("aria-label", `remove ${item.label} ${i + 1}`);
   button.onclick = () => remove(item);
   row.className = item === state.base ? "chosen" : item === state.lit ? "lit" : "";
+  row.classList.toggle("proposed", item.proposed);
   row.onclick = (event) => { if (event.target !== name && event.target !== button) select(item); };
   row.onkeydown = (event) => {
     if (event.target === pick && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); select(item); }

@@ -2,6 +2,7 @@
 
 import { close, filesOfDrop, jsonPathOf, nameOf, open, openFiles, save, saveAll, step, text } from "./files.js";
 import { coco, labelMap, labelme } from "./formats.js";
+import { findAll } from "./find.js";
 import { answer, choose, clear, click, drawBox, finish, light, objectAt, remove, undo } from "./objects.js";
 import { encoded, loadModels, previewMask } from "./server.js";
 import { draw, fit, listen, reveal, visibleWidth, zoom } from "./stage.js";
@@ -167,7 +168,7 @@ const KEYS = {
   escape: clear, z: undo, e: () => exclude(!state.exclude),
   n: () => step(1), pagedown: () => step(1), p: () => step(-1), pageup: () => step(-1),
   "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: fit,
-  1: () => choose(0), 2: () => choose(1), 3: () => choose(2),
+  f: findAll, 1: () => choose(0), 2: () => choose(1), 3: () => choose(2),
   delete: () => { if (state.base) remove(state.base); },
 };
 

@@ -98,7 +98,8 @@ export async function predict(picture) {
   try {
     await encoded(picture);
     if (number !== picture.asked) return null;
-    const answer = await answerTo(picture, promptOf(picture));
+    const prompt = promptOf(picture);
+    const answer = await answerTo(picture, "/v1/predict", () => request(picture, prompt), prompt);
     if (number !== picture.asked) return null;
     Object.assign(picture, { masks: answer.results[0].masks.map((mask) => new Mask(mask)), chosen: 0, preview: null });
     const [best] = picture.masks;
@@ -144,11 +145,18 @@ function boxAround([x1, y1, x2, y2], points, labels) {
   return [Math.min(x1, ...xs), Math.min(y1, ...ys), Math.max(x2, ...xs), Math.max(y2, ...ys)];
 }
 
+// All objects of the picture, the surest first.
+export async function everything(picture) {
+  await encoded(picture);
+  const body = () => JSON.stringify({ image_id: picture.id, model: picture.model, mask_format: "rle" });
+  return answerTo(picture, "/v1/segment", body);
+}
+
 // What the server has lost since, in a restart or from a full cache, is sent again.
-async function answerTo(picture, prompt) {
+async function answerTo(picture, path, body, prompt = {}) {
   for (let tries = 0; tries < 4; tries++) {
     try {
-      return await ask("POST", "/v1/predict", request(picture, prompt), JSON_TYPE);
+      return await ask("POST", path, body(), JSON_TYPE);
     } catch (error) {
       if (error.code === "unknown_image") {
         picture.id = null;

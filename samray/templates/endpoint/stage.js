@@ -99,7 +99,7 @@ function drawImage() {
   context.drawImage(picture.image, 0, 0);
   for (const item of picture.objects) {
     if (!item.area || item === picture.base) continue;
-    tint(item.mask, colorOf(item.label), item === lit ? 160 : 90, item === lit ? 3 : 1);
+    tint(item.mask, colorOf(item.label), item === lit ? 160 : item.proposed ? 50 : 90, item === lit ? 3 : 1);
   }
   if (current) tint(current, PROMPT_COLOR, 130, 2);
   else if (picture.base?.area) tint(picture.base.mask, PROMPT_COLOR, 110, 2);

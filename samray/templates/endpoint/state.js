@@ -29,13 +29,16 @@ export class Picture {
     this.waiting = this.finishing = false; // for an answer; whether to finish the object with it
     this.preview = null;
     this.objects = [];
+    this.finding = false; // all objects
+    this.hidden = []; // proposals of a lower score than `least`
+    this.least = 0;
     this.history = [];
   }
 
   // Before each change of the prompt or the objects. Masks and objects are never changed in place.
   remember() {
-    const { points, labels, box, masks, chosen, base, objects } = this;
-    this.history.push({ points, labels, box, masks, chosen, base, objects });
+    const { points, labels, box, masks, chosen, base, objects, hidden, least } = this;
+    this.history.push({ points, labels, box, masks, chosen, base, objects, hidden, least });
     if (this.history.length > MAX_STEPS) this.history.shift();
   }
 
@@ -54,8 +57,8 @@ export class Picture {
   close() {
     this.image?.close();
     this.image = this.preview = null;
-    for (const { objects, masks, base } of [this, ...this.history]) {
-      for (const mask of [...masks, base?.mask, ...objects.map((object) => object.mask)]) mask?.forget();
+    for (const { objects, hidden, masks, base } of [this, ...this.history]) {
+      for (const mask of [...masks, base?.mask, ...[...objects, ...hidden].map((item) => item.mask)]) mask?.forget();
     }
   }
 }

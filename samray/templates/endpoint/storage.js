@@ -53,9 +53,9 @@ function restored(key, { name, path, blob, document, jsonPath }, work) {
   kept.add(key);
   const picture = Object.assign(new Picture(name, blob, path), { key, document, jsonPath });
   if (!work) return picture;
-  const { width, height } = work, item = ({ label, mask, shape, redrawn }) =>
-    new Item(label, mask && new Mask(mask), shape, redrawn);
-  return Object.assign(picture, { width, height, objects: work.objects.map(item) });
+  const { width, height, hidden = [], least = 0 } = work, item = ({ label, mask, shape, redrawn, proposed }) =>
+    new Item(label, mask && new Mask(mask), shape, redrawn, proposed);
+  return Object.assign(picture, { width, height, least, objects: work.objects.map(item), hidden: hidden.map(item) });
 }
 
 // Keep a picture's file, and the LabelMe file it came with.
@@ -70,12 +70,13 @@ export async function keepFile(picture) {
 // Keep a picture's objects, once they are known.
 export async function keepWork(picture) {
   if (unkept.has(picture.key) || !picture.width) return;
-  const objects = picture.objects.map(({ label, mask, shape, redrawn }) => {
+  const plain = ({ label, mask, shape, redrawn, proposed }) => {
     const { bbox, area, rle, score, mask_token } = mask ?? {};
-    return { label, shape, redrawn, mask: mask && { bbox, area, rle, score, mask_token } };
-  });
-  const { width, height } = picture;
-  if (!(await write("work", [session, picture.key], { width, height, objects }))) lose(picture);
+    return { label, shape, redrawn, proposed, mask: mask && { bbox, area, rle, score, mask_token } };
+  };
+  const { width, height, least } = picture;
+  const work = { width, height, least, objects: picture.objects.map(plain), hidden: picture.hidden.map(plain) };
+  if (!(await write("work", [session, picture.key], work))) lose(picture);
 }
 
 // Keep which images there are and which one is open.
