@@ -482,62 +482,70 @@ class Ingress:
 
     @app.post(f"{labelstudio.PREFIX}/predict", include_in_schema=False)
     async def label_studio_predict(self, request: Request) -> dict[str, list[dict[str, Any]]]:
-        """Answer the regions drawn with a smart tool with one mask."""
+        """Answer the regions of a smart tool with one mask, whole tasks with all objects."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         require_json(kind)
         body = await request.body()
         asked = await asyncio.to_thread(read_body, labelstudio.PredictionRequest, body)
         ref = self._model(None)
-        version = self._label_studio_version(ref)
-        nothing = labelstudio.no_prediction(version, drawn=bool(asked.regions()))
-        try:
-            return {"results": await self._label_studio_predictions(asked, ref, nothing)}
-        except ApiError as exc:
-            # Label Studio drops the body of an error. This one it gives to the browser, and shows
-            # to a project's owner who sends a test request.
-            self.policy.on_refusal(exc.code)
-            error = exc.body(request.state.request_id)
-            ACCESS_LOG.warning("no mask for Label Studio: %s", json.dumps(error["error"]))
-            return {"results": [{**nothing, **error} for _ in asked.tasks]}
+        version, regions = self._label_studio_version(ref), asked.regions()
+        nothing = labelstudio.no_prediction(version, drawn=bool(regions))
+        until = time.monotonic() + self.settings.timeout_seconds
+        results: list[dict[str, Any]] = []
+        for number in range(len(asked.tasks)):
+            if number and time.monotonic() > until:
+                results.append({**nothing, "note": labelstudio.NO_TIME})
+                continue
+            try:
+                made = await self._label_studio_prediction(asked, number, ref, version)
+                note = labelstudio.NO_OBJECT if regions else labelstudio.NOTHING_FOUND
+                results.append(made or {**nothing, "note": note})
+            except ApiError as exc:
+                # Label Studio drops the body of an error. This one it gives to the browser, and
+                # shows to a project's owner who sends a test request.
+                self.policy.on_refusal(exc.code)
+                error = exc.body(request.state.request_id)
+                ACCESS_LOG.warning("no mask for Label Studio: %s", json.dumps(error["error"]))
+                results.append({**nothing, **error})
+        return {"results": results}
 
-    async def _label_studio_predictions(
-        self, asked: labelstudio.PredictionRequest, ref: ModelRef, nothing: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Return one prediction a task: `nothing`, with the reason, where no object is shown.
-
-        Of a single task the image is fetched all the same: a test request then shows whether it
-        can be, and the first click is faster.
-        """
+    async def _label_studio_prediction(
+        self, asked: labelstudio.PredictionRequest, number: int, ref: ModelRef, version: str
+    ) -> dict[str, Any] | None:
+        """Return the prediction for a task; None if there is nothing to show."""
         regions = asked.regions()
         to_name = next((region.to_name for region in regions if region.to_name), None)
         output = await asyncio.to_thread(labelstudio.read_output, asked.label_config, to_name)
-        note = labelstudio.NO_OBJECT if regions else labelstudio.NO_WHOLE_TASKS
-        if len(asked.tasks) > 1:
-            return [{**nothing, "note": note} for _ in asked.tasks]
-        field = f"tasks[0].data.{output.data_key}"
-        address = asked.tasks[0].data.get(output.data_key)
+        field = f"tasks[{number}].data.{output.data_key}"
+        address = asked.tasks[number].data.get(output.data_key)
         if not isinstance(address, str) or not address:
             message = f"{field}: needs the address of a picture"
             raise ApiError("invalid_request", message, field)
         for fresh in (False, True):
             image_id, size = await self._label_studio_image(address, field, fresh)
             prompt = labelstudio.prompt_of_regions(regions, size, output.to_name)
-            if prompt is None:
-                return [{**nothing, "note": note}]
+            if regions and prompt is None:
+                return None
             try:
-                call = Call(image_id, ref, labelstudio.request_for(prompt, output))
-                answer = await self._ask(call)
+                answer = await self._ask(
+                    Call(image_id, ref, labelstudio.request_for(prompt, output))
+                )
                 break
             except ApiError as exc:
                 if exc.code != "unknown_image" or fresh:  # else the vault has evicted it
                     raise ApiError(exc.code, exc.message, field) from exc
-        label = labelstudio.choose_label(regions, output)
-        mask = answer["results"][0]["masks"][0]
-        return [
-            await asyncio.to_thread(
-                labelstudio.build_prediction, mask, size, output, label, nothing["model_version"]
-            )
-        ]
+        most = max(1, int(self.settings.max_mask_megapixels * 1e6 / (size[0] * size[1])))
+
+        def build() -> dict[str, Any] | None:
+            if prompt is not None:
+                label = labelstudio.choose_label(regions, output)
+                masks = [(answer["results"][0]["masks"][0], label)]
+            else:
+                found = json.loads(b"{" + answer["json"] + b"}")["objects"][:most]
+                masks = [(one, labelstudio.own_label(one["label"], output)) for one in found]
+            return labelstudio.build_prediction(masks, size, output, version)
+
+        return await asyncio.to_thread(build)
 
     def _label_studio_version(self, ref: ModelRef) -> str:
         return f"{ref.name} {ref.version}"

@@ -22,12 +22,14 @@ from samray.prediction.requests import (
     ApiError,
     PredictRequest,
     PromptRequest,
+    SegmentRequest,
     mistakes_error,
 )
 
 PREFIX = "/compat/labelstudio"
 MAX_CONFIG = 1_000_000  # characters of a labelling config
-NO_WHOLE_TASKS = "samray answers clicks and boxes of Auto-Annotation, not whole tasks"
+NOTHING_FOUND = "no object was found in this picture"
+NO_TIME = "there was no time left for this task; ask for fewer at once"
 NO_OBJECT = "click inside the object or draw a box around it; strokes are not answered"
 
 # Output tags in order of preference: a brush holds the exact mask, a polygon its outline.
@@ -206,23 +208,49 @@ def choose_label(regions: list[Region], output: Output) -> str | None:
     return output.labels[0] if output.labels else None
 
 
-def request_for(prompt: PromptRequest, output: Output) -> PredictRequest:
-    """Return the request whose answer `build_prediction` can convert."""
+def own_label(label: str, output: Output) -> str | None:
+    """Return the label that a model gives if the output tag has it; else that tag's first one."""
+    if not output.labels or label in output.labels:
+        return label
+    return output.labels[0]
+
+
+def request_for(prompt: PromptRequest | None, output: Output) -> PredictRequest | SegmentRequest:
+    """Return the request whose answer `build_prediction` can convert.
+
+    Args:
+        prompt: None: all objects.
+    """
     mask_format: Any = "rle" if output.kind.startswith("brush") else "polygon"
+    if prompt is None:
+        return SegmentRequest(mask_format=mask_format)
     return PredictRequest(prompts=[prompt], mask_format=mask_format)
 
 
 def build_prediction(
-    mask: dict[str, Any], size: tuple[int, int], output: Output, label: str | None, version: str
-) -> dict[str, Any]:
-    """Return a prediction of at most one region in Label Studio's format.
-
-    A polygon is the largest part of the mask.
+    masks: list[tuple[dict[str, Any], str | None]],
+    size: tuple[int, int],
+    output: Output,
+    version: str,
+) -> dict[str, Any] | None:
+    """Return a prediction in Label Studio's format, a region each; None if all masks are empty.
 
     Args:
-        mask: a `MaskAnswer` in the format of `request_for`.
+        masks: a `MaskAnswer` or `ObjectAnswer` in the format of `request_for`, and its label.
         size: (H, W).
     """
+    made = [_region_of(mask, size, output, label) for mask, label in masks]
+    regions = [region for region in made if region is not None]
+    if not regions:
+        return None
+    score = sum(region["score"] for region in regions) / len(regions)
+    return {"result": regions, "score": score, "model_version": version}
+
+
+def _region_of(
+    mask: dict[str, Any], size: tuple[int, int], output: Output, label: str | None
+) -> dict[str, Any] | None:
+    """Return a mask as a region; None if it is empty. A polygon is the largest part of the mask."""
     height, width = size
     value: dict[str, Any] | None = None
     if mask["format"] == "rle":
@@ -239,9 +267,9 @@ def build_prediction(
             points = (largest + 0.5) * [100 / width, 100 / height]
             value = {"points": points.round(4).tolist(), "closed": True}
     if value is None:
-        return no_prediction(version, drawn=True)
+        return None
     labels = {output.kind: [label]} if output.kind.endswith("labels") and label else {}
-    region = {
+    return {
         "id": secrets.token_hex(5),
         "type": output.kind,
         "from_name": output.from_name,
@@ -252,7 +280,6 @@ def build_prediction(
         "score": mask["score"],
         "value": {**value, **labels},
     }
-    return {"result": [region], "score": mask["score"], "model_version": version}
 
 
 def no_prediction(version: str, drawn: bool) -> dict[str, Any]:

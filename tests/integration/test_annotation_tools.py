@@ -333,27 +333,42 @@ def test_a_picture_that_the_endpoint_forgot_is_fetched_again(url, studio, photo)
     assert [path for path, _ in studio.asked].count(image) == 2
 
 
-def test_without_a_click_there_is_nothing_to_answer(url, studio):
-    """Label Studio also asks for predictions of whole tasks; without `result` it stores nothing."""
+def test_a_task_without_a_click_gets_all_objects(url, photo):
+    """As brush and as polygon, those of API v1, the surest first."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    body = {"image": {"base64": base64.b64encode(photo).decode()}, "mask_format": "rle"}
+    own = requests.post(f"{url}/v1/segment", json=body, headers=headers, timeout=60).json()
+    assert len(own["objects"]) > 2
     (whole,) = ask(url, "/data/upload/1/batch.jpg").json()["results"]
-    assert set(whole) == {"model_version", "note"}
-    assert [path for path, _ in studio.asked].count("/data/upload/1/batch.jpg") == 1
+    assert set(whole) == {"result", "score", "model_version"}
+    assert whole["score"] == pytest.approx(np.mean([one["score"] for one in own["objects"]]))
+    for region, expected in zip(whole["result"], own["objects"], strict=True):
+        assert (region["type"], region["from_name"]) == ("brushlabels", "mask")
+        assert region["value"]["brushlabels"] == ["Nut"]  # `tiny` knows no labels
+        assert (brush_pixels(region) == coco_mask.decode(expected["rle"])).all()
+        assert region["score"] == expected["score"]
+    assert len({region["id"] for region in whole["result"]}) == len(own["objects"])
+    (drawn,) = ask(url, "/data/upload/1/batch.jpg", config=POLYGON).json()["results"]
+    assert len(drawn["result"]) > 2
+    assert {region["type"] for region in drawn["result"]} == {"polygonlabels"}
+
+
+def test_a_click_that_only_excludes_has_no_answer(url):
     (nothing,) = ask(url, "/data/upload/1/a.jpg", click(is_positive=False)).json()["results"]
     assert nothing["result"] == []
     assert "click inside the object" in nothing["note"]
 
 
-def test_a_test_request_tells_what_clicks_would_meet(url, studio):
-    """Of one task: its image is fetched. Of many, as in a batch, none is."""
-    (wrong,) = ask(url, "/none.jpg").json()["results"]
-    assert "answered 404" in wrong["error"]["message"]
-    assert "result" not in wrong
-    before = len(studio.asked)
-    many = [{"id": number, "data": {"image": f"/{number}.jpg"}} for number in range(3)]
+def test_each_task_of_a_batch_is_answered_for_itself(url):
+    """A picture that is not there costs the others nothing; a wrong config is told for each."""
+    images = ["/data/upload/1/a.jpg", "/none.jpg", "/data/upload/1/b.jpg"]
+    many = [{"id": number, "data": {"image": image}} for number, image in enumerate(images)]
     body = {"tasks": many, "label_config": BRUSH, "params": {"context": None}}
-    answers = label_studio(url, "predict", body).json()["results"]
-    assert [set(answer) for answer in answers] == [{"model_version", "note"}] * 3
-    assert len(studio.asked) == before
+    first, wrong, last = label_studio(url, "predict", body).json()["results"]
+    assert len(first["result"]) == len(last["result"]) > 2
+    assert "answered 404" in wrong["error"]["message"]
+    assert wrong["error"]["field"] == "tasks[1].data.image"
+    assert "result" not in wrong
     body["label_config"] = "<View/>"
     answers = label_studio(url, "predict", body).json()["results"]
     assert [answer["error"]["field"] for answer in answers] == ["label_config"] * 3

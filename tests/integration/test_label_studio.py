@@ -271,13 +271,26 @@ def test_an_annotation_of_the_answer_is_kept_and_exported(studio, project):
     assert exported["predictions"] == []
 
 
-def test_opening_a_task_and_batch_predictions_store_nothing(studio, project):
-    number, task, _ = project
+def test_retrieve_predictions_stores_all_objects_of_a_task(studio, endpoint, photo):
+    """As brush regions with the endpoint's own pixels; opening a task alone stores nothing."""
+    config = re.search(r"```xml\n(.*?)```", PAGE, re.S)[1]
+    number, task = studio.create_project(photo, config)
+    studio.connect(number, f"{endpoint}/compat/labelstudio")
     assert studio.ask("GET", f"tasks/{task}")["predictions"] == []
     selected = {"selectedItems": {"all": True, "excluded": []}}
     action = f"dm/actions?id=retrieve_tasks_predictions&project={number}"
     studio.ask("POST", action, json=selected)
-    assert studio.ask("GET", f"predictions?project={number}") == []
+    (prediction,) = studio.ask("GET", f"predictions?project={number}")
+    with photo.open("rb") as file:
+        form = {"request": json.dumps({"mask_format": "rle"})}
+        files = {"image": file}
+        own = requests.post(f"{endpoint}/v1/segment", files=files, data=form, timeout=60).json()
+    assert len(own["objects"]) > 2
+    for region, expected in zip(prediction["result"], own["objects"], strict=True):
+        assert region["value"]["brushlabels"] == ["nut"]
+        assert region["score"] == pytest.approx(expected["score"])
+    mask = decoded_by_label_studio(prediction["result"][0])
+    assert np.array_equal(mask, coco_mask.decode(own["objects"][0]["rle"]).astype(bool))
 
 
 def test_the_reason_of_a_refusal_reaches_the_page_and_the_test_request(studio, endpoint, photo):

@@ -9,7 +9,8 @@ const UNNAMED = "object"; // the label that a model gives which knows none
 const SAME = 0.5; // IoU of a proposal with a kept object, from which on it is that object
 
 export async function findAll() {
-  const { picture } = state, started = performance.now(), seconds = () => ((performance.now() - started) / 1000).toFixed(1);
+  const { picture } = state, started = performance.now();
+  const seconds = () => ((performance.now() - started) / 1000).toFixed(1);
   if (!picture.image) { say("open an image first", true); return; }
   if (picture.finding) return;
   const clock = setInterval(() => {

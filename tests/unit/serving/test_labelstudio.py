@@ -17,6 +17,7 @@ from samray.serving.labelstudio import (
     choose_label,
     encode_brush,
     no_prediction,
+    own_label,
     prompt_of_regions,
     read_output,
     request_for,
@@ -254,7 +255,8 @@ def answer(mask, output):
     prompt = PromptRequest(point_coords=[(1, 1)])
     asked = request_for(prompt, output)
     described = describe_mask(mask, asked.mask_format, "object", asked.polygon_tolerance, 1)
-    return build_prediction({"score": 0.9, **described}, mask.shape, output, "Nut", "tiny 1")
+    masks = [({"score": 0.9, **described}, "Nut")]
+    return build_prediction(masks, mask.shape, output, "tiny 1")
 
 
 def ring():
@@ -293,6 +295,25 @@ def test_a_polygon_answer_is_one_region_of_the_largest_part():
     assert region["value"]["polygonlabels"] == ["Nut"]
 
 
+def test_all_objects_become_a_region_each_and_empty_ones_none():
+    masks = []
+    for mask, score in ((ring(), 0.9), (np.zeros(SIZE, bool), 0.7), (~ring(), 0.5)):
+        asked = request_for(None, BRUSH)
+        described = describe_mask(mask, asked.mask_format, "leaf", asked.polygon_tolerance, 1)
+        masks.append(({"score": score, **described}, own_label("leaf", BRUSH)))
+    prediction = build_prediction(masks, SIZE, BRUSH, "tiny 1")
+    assert [region["score"] for region in prediction["result"]] == [0.9, 0.5]
+    assert prediction["score"] == pytest.approx(0.7)
+    assert build_prediction(masks[1:2], SIZE, BRUSH, "tiny 1") is None
+
+
+def test_a_models_label_is_used_if_the_interface_has_it():
+    output = Output("mask", "picture", "photo", "brushlabels", ("Nut", "leaf"))
+    assert [own_label(name, output) for name in ("leaf", "object")] == ["leaf", "Nut"]
+    free = Output("mask", "picture", "photo", "brushlabels", ())
+    assert own_label("leaf", free) == "leaf"
+
+
 def test_only_an_answer_to_a_click_has_a_result_that_label_studio_stores():
     assert no_prediction("tiny 1", drawn=True)["result"] == []
     assert no_prediction("tiny 1", drawn=False) == {"model_version": "tiny 1"}
@@ -300,4 +321,4 @@ def test_only_an_answer_to_a_click_has_a_result_that_label_studio_stores():
 
 @pytest.mark.parametrize("kind", ["brush", "polygonlabels"])
 def test_an_empty_mask_is_no_region(kind):
-    assert answer(np.zeros(SIZE, bool), Output("o", "i", "image", kind, ("Nut",)))["result"] == []
+    assert answer(np.zeros(SIZE, bool), Output("o", "i", "image", kind, ("Nut",))) is None
