@@ -224,7 +224,7 @@ def test_a_click_becomes_one_brush_region_with_the_endpoints_own_pixels(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; `make chromium` installs it")
 def test_the_steps_of_the_page_in_a_browser(studio, endpoint, project, photo):
-    """Auto-Annotation, Auto-Detect, a label, a click, the tick, Submit: one brush region."""
+    """Auto-Annotation, Auto-Detect, a label, a click, the tick, Submit: one brush region more."""
     from playwright.sync_api import sync_playwright
 
     number, _, _ = project
@@ -244,18 +244,20 @@ def test_the_steps_of_the_page_in_a_browser(studio, endpoint, project, photo):
         page.locator(".lsf-tool_smart").first.click()  # Auto-Detect
         page.locator(".lsf-label").nth(1).click()  # below "click"
         picture = page.locator("canvas").first.bounding_box()
-        x, y = (picture["x"] + 0.45 * picture["width"], picture["y"] + 0.45 * picture["height"])
+        # Where none of the objects lies that Label Studio got when it opened the task.
+        x, y = (picture["x"] + 0.85 * picture["width"], picture["y"] + 0.8 * picture["height"])
         with page.expect_response("**/interactive-annotating") as answer:
             page.mouse.click(x, y)
         assert len(answer.value.json()["data"]["result"]) == 1
+        before = len(studio.ask("GET", f"tasks/{task}")["predictions"][0]["result"])
         page.get_by_test_id("bottombar-accept-suggestions-button").click()
         with page.expect_response("**/annotations*") as submitted:
             page.get_by_text("Submit", exact=True).click()
         assert submitted.value.ok
         browser.close()
     (annotation,) = studio.ask("GET", f"tasks/{task}")["annotations"]
-    (region,) = annotation["result"]
-    assert region["type"] == "brushlabels"
+    assert len(annotation["result"]) == before + 1 > 3
+    assert {region["type"] for region in annotation["result"]} == {"brushlabels"}
 
 
 def test_an_annotation_of_the_answer_is_kept_and_exported(studio, project):
@@ -271,16 +273,19 @@ def test_an_annotation_of_the_answer_is_kept_and_exported(studio, project):
     assert exported["predictions"] == []
 
 
-def test_retrieve_predictions_stores_all_objects_of_a_task(studio, endpoint, photo):
-    """As brush regions with the endpoint's own pixels; opening a task alone stores nothing."""
+def test_a_task_gets_all_objects_when_it_is_opened_or_predictions_are_retrieved(
+    studio, endpoint, photo
+):
+    """As brush regions with the endpoint's own pixels."""
     config = re.search(r"```xml\n(.*?)```", PAGE, re.S)[1]
     number, task = studio.create_project(photo, config)
     studio.connect(number, f"{endpoint}/compat/labelstudio")
-    assert studio.ask("GET", f"tasks/{task}")["predictions"] == []
+    (opened,) = studio.ask("GET", f"tasks/{task}")["predictions"]
     selected = {"selectedItems": {"all": True, "excluded": []}}
     action = f"dm/actions?id=retrieve_tasks_predictions&project={number}"
     studio.ask("POST", action, json=selected)
-    (prediction,) = studio.ask("GET", f"predictions?project={number}")
+    prediction = studio.ask("GET", f"predictions?project={number}")[-1]
+    assert len(prediction["result"]) == len(opened["result"])
     with photo.open("rb") as file:
         form = {"request": json.dumps({"mask_format": "rle"})}
         files = {"image": file}
