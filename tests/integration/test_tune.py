@@ -35,7 +35,8 @@ def config_file(folder: Path, **tune) -> Path:
     settings = {
         "model": {"adapt": "none"},
         "prompts": {"point_selection": "mixed"},
-        "train": {"num_epochs": 3, "batch_size": 2},
+        # The instance decoder is a matter of the single run; here it would double the time.
+        "train": {"num_epochs": 3, "batch_size": 2, "instances": False},
         "tune": {"search_space": SPACE, "num_trials": 4, "grace_epochs": 1, **tune},
     }
     path = folder / "tune.yaml"

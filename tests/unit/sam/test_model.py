@@ -74,11 +74,11 @@ def test_tiny_gives_the_numbers_of_sam_predictor(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", IMAGES.values(), ids=IMAGES)
-def test_vit_b_gives_the_numbers_of_sam_predictor(size, vit_b):
+def test_vit_b_gives_the_numbers_of_sam_predictor(vit_b):
+    """On one image, as it takes a minute; sizes are a matter of the code that `tiny` shares."""
     stock = sam_model_registry["vit_b"]()
     stock.load_state_dict(vit_b.state_dict())
-    assert_equals_sam_predictor(vit_b, size, stock)
+    assert_equals_sam_predictor(vit_b, IMAGES["landscape"], stock)
 
 
 @pytest.fixture(scope="module")
