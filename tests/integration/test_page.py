@@ -714,7 +714,13 @@ def _require_long_press_excludes(page, cdp):
     touch("touchEnd")
     answered(page, "state.picture.box !== null")
     assert page.evaluate("state.labels") == [1, 0, 0]
-    assert page.evaluate("menus.every((prevented) => prevented)")
+    # Not every system sends this event for a touch, so one is sent here, too.
+    page.evaluate(
+        """([x, y]) => document.elementFromPoint(x, y).dispatchEvent(
+            new MouseEvent("contextmenu", {bubbles: true, cancelable: true}))""",
+        [x, y],
+    )
+    assert page.evaluate("menus.length > 0 && menus.every((prevented) => prevented)")
 
 
 def test_a_reload_keeps_the_work(page, some, address):
