@@ -129,7 +129,7 @@ def find_objects(sam: Any, maps: ImageMaps, embedding: Tensor, way: Way) -> list
     if way.kind == "watershed":
         found = _flooded_objects(maps, numbers)
     else:
-        found = _asked_objects(sam, maps, embedding, numbers, way)
+        found = asked_objects(sam, maps, embedding, numbers, way)
     return sorted(found, key=lambda one: -one.score)
 
 
@@ -155,10 +155,14 @@ def _flooded_objects(maps: ImageMaps, numbers: np.ndarray) -> list[FoundObject]:
     return objects
 
 
-def _asked_objects(
+def asked_objects(
     sam: Any, maps: ImageMaps, embedding: Tensor, numbers: np.ndarray, way: Way
 ) -> list[FoundObject]:
-    """Ask the mask decoder for each flooded object."""
+    """Return the mask decoder's answers for flooded objects, the surest first.
+
+    Args:
+        numbers: h x w int32, as `flood` returns it, or with only some of its objects.
+    """
     height, width = maps.original_size
     scale = np.array([width / numbers.shape[1], height / numbers.shape[0]], np.float32)
     prompts = []

@@ -20,13 +20,11 @@ from samray.geometry.drawing import shrink
 from samray.geometry.images import decode_image
 from samray.geometry.masks import CroppedMask, enlarge_mask
 from samray.instances.saved import InstanceModel, load_instances, new_decoder
-
-# Not public: `find_objects` asks for all objects at once, which a ViT may take minutes for.
 from samray.instances.segment import (
     FoundObject,
     ImageMaps,
     Way,
-    _asked_objects,
+    asked_objects,
     find_objects,
     flood,
     maps_of,
@@ -173,7 +171,7 @@ def _ask(
         some = wanted[done : done + bounds.prompts]
         table = np.zeros(len(cells), np.int32)
         table[some] = np.arange(1, len(some) + 1)
-        found += _asked_objects(sam, maps, embedding, table[numbers], no_suppression)
+        found += asked_objects(sam, maps, embedding, table[numbers], no_suppression)
         done += len(some)
         yield
     by_mask = {id(one.mask): one for one in found}
