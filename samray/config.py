@@ -25,7 +25,7 @@ Split = Literal["train", "val", "test"]
 
 MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
 
-# `docs/measurements.md` has the comparison for `tiny`; 1e-4 is MedSAM's and micro-sam's range.
+# `docs/measurements.md` has the comparison for `tiny`; 1e-4 is MedSAM's.
 LEARNING_RATE_TINY, LEARNING_RATE_VIT = 3e-4, 1e-4
 
 # Transformer blocks of the image encoder; stages of `tiny`.
