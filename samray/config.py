@@ -278,7 +278,8 @@ class TrainConfig(Section):
     """Compute the image encoder's trained blocks again in the backward pass instead of keeping
     their activations: the same step in less memory and more time."""
     max_objects: int | None = Field(None, ge=1)
-    """Instances of an image to train on in one step, in turn over the epochs; unset: all."""
+    """Instances of an image to train on in one step, in turn over the epochs, and to validate with,
+    the same in every epoch; unset: all."""
     augment: bool = True
     """Flip, turn and recolour the images anew in each epoch; only where all blocks of the image
     encoder learn, because activations are cached otherwise."""

@@ -38,47 +38,63 @@ def score_image(
     image_embedding: torch.Tensor,
     record: ImageRecord,
     seed: int,
-    strategies: tuple[str, ...] = MATRIX,
+    max_objects: int | None = None,
 ) -> list[Score]:
-    """Return the score of every instance of an image under every strategy.
+    """Return the scores of the instances of an image under every row of the prompt matrix.
 
     Args:
         image_embedding: C x h x w float32, on the model's device.
+        max_objects: score so many of the image's instances, the same for every model; None: all.
     """
-    gt_masks = [record.decode(instance) for instance in record.instances]
+    instances = _some(record, max_objects)
+    gt_masks = [record.decode(record.instances[number]) for number in instances]
     scale = sam.image_encoder.img_size / max(record.size)
-    scores = []
-    for strategy in strategies:
-        prompts = [
-            evaluation_prompt(record, number, mask, strategy, seed)
-            for number, mask in enumerate(gt_masks)
-        ]
-        if strategy == CLICKS:
-            clicked = click_through(sam, image_embedding, gt_masks, prompts, NUM_CLICKS)
-            answers = ((number, *given[-1]) for number, given in enumerate(clicked))
-        else:
-            found = predict_masks(sam, image_embedding, prompts, record.size)
-            answers = ((place, m.mask(m.best), m.predicted_iou) for place, m in found)
-        for number, mask, predicted_iou in answers:
-            instance = record.instances[number]
-            area = instance.area + instance.area_outside
-            iou, dice = iou_and_dice(mask, gt_masks[number], instance.area_outside)
-            scores.append(
-                Score(
-                    image=record.name,
-                    source=record.source,
-                    instance=number,
-                    label=instance.label,
-                    strategy=strategy,
-                    iou=iou,
-                    dice=dice,
-                    boundary_iou=boundary_iou(mask, gt_masks[number]),
-                    predicted_iou=predicted_iou,
-                    area=area,
-                    model_side=scale * float(np.sqrt(area)),
-                )
+    scores: dict[str, list[Score]] = {row: [] for row in MATRIX}
+
+    def add(row: str, place: int, mask: np.ndarray, predicted_iou: float) -> None:
+        number = instances[place]
+        instance = record.instances[number]
+        area = instance.area + instance.area_outside
+        iou, dice = iou_and_dice(mask, gt_masks[place], instance.area_outside)
+        scores[row].append(
+            Score(
+                image=record.name,
+                source=record.source,
+                instance=number,
+                label=instance.label,
+                strategy=row,
+                iou=iou,
+                dice=dice,
+                boundary_iou=boundary_iou(mask, gt_masks[place]),
+                predicted_iou=predicted_iou,
+                area=area,
+                model_side=scale * float(np.sqrt(area)),
             )
-    return scores
+        )
+
+    for row in ("center", "bbox", CLICKS):
+        prompts = [
+            evaluation_prompt(record, number, mask, row, seed)
+            for number, mask in zip(instances, gt_masks, strict=True)
+        ]
+        if row == CLICKS:
+            clicked = click_through(sam, image_embedding, gt_masks, prompts, NUM_CLICKS)
+            for place, answers in enumerate(clicked):
+                add("random", place, *answers[0])  # the first click is the random point
+                add(CLICKS, place, *answers[-1])
+        else:
+            for place, masks in predict_masks(sam, image_embedding, prompts, record.size):
+                add(row, place, masks.mask(masks.best), masks.predicted_iou)
+    return [score for row in MATRIX for score in scores[row]]
+
+
+def _some(record: ImageRecord, max_objects: int | None) -> list[int]:
+    """Return the places of the instances to score, in order."""
+    count = len(record.instances)
+    if max_objects is None or count <= max_objects:
+        return list(range(count))
+    drawn = np.random.default_rng(int(record.digest[:8], 16)).permutation(count)
+    return sorted(drawn[:max_objects].tolist())
 
 
 @torch.inference_mode()

@@ -49,6 +49,7 @@ class FineTuning:
         sam: Any = module.sam
         self.digest = dataset.digest
         self.batch_size, self.seed = config.train.batch_size, config.train.seed
+        self.max_objects = config.train.max_objects
         self.loader = BatchLoader(
             dataset,
             dataset.split("train"),
@@ -89,7 +90,7 @@ class FineTuning:
         sums = torch.zeros(len(MATRIX) + 1, 3, dtype=torch.float64)  # IoU, Dice, count
         for record in self.dataset.split("val")[worker.rank :: worker.world_size]:
             embedding = self._embedding(record)
-            for score in score_image(self.sam, embedding, record, seed=0):
+            for score in score_image(self.sam, embedding, record, 0, self.max_objects):
                 row = MATRIX.index(score.strategy)
                 sums[row] += torch.tensor([score.iou, score.dice, 1.0], dtype=torch.float64)
             if self.instances is not None:

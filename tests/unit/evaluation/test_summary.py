@@ -71,6 +71,19 @@ def test_a_score_has_the_size_that_the_model_sees():
         assert found.model_side == pytest.approx(area**0.5 * 64 / 80)
 
 
+def test_some_objects_are_scored_as_among_all():
+    record, sam = blob_record("a.jpg", (60, 80), 5), small_sam()
+    embedding = encode_image(sam, np.zeros((60, 80, 3), np.uint8))
+    scores = score_image(sam, embedding, record, seed=0)
+    some = score_image(sam, embedding, record, seed=0, max_objects=2)
+    numbers = {found.instance for found in some}
+    assert len(numbers) == 2
+    assert [found.instance for found in some] == sorted(numbers) * len(MATRIX)
+    among_all = [found.iou for found in scores if found.instance in numbers]
+    assert [found.iou for found in some] == pytest.approx(among_all, abs=1e-6)
+    assert some == score_image(sam, embedding, record, seed=0, max_objects=2)
+
+
 def test_calibration_by_hand():
     pairs = [(0.52, 0.6), (0.58, 0.7), (0.95, 0.9), (1.02, 1.0), (-0.1, 0.0)]
     scores = [score("a", n, iou, predicted=predicted) for n, (predicted, iou) in enumerate(pairs)]
