@@ -26,10 +26,11 @@ from samray.data.dataset import PreparedDataset
 from samray.evaluation.metrics import Score, bootstrap_interval, mean_by
 from samray.evaluation.scoring import MATRIX, score_image
 from samray.geometry.images import decode_image
+from samray.geometry.views import cached_view
 from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images
-from samray.training.finetuning import FineTuning, instance_labels
+from samray.training.finetuning import FineTuning, cache_entries, instance_labels
 from samray.training.loop import Worker, train_loop
 from samray.training.train import base_checkpoint
 
@@ -70,9 +71,10 @@ def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[st
     cache = None
     if frozen:
         cache = EmbeddingCache(folder / "cache", sam, frozen)
-        for record in dataset.split("train") + dataset.split("val"):
+        for record, view in cache_entries(config, dataset):
             image = decode_image(dataset.image_bytes(record))
-            cache.save(record.digest, encode_images(sam, [image], frozen)[0].numpy())
+            shown = cached_view(record.digest, view).show(image)
+            cache.save(record.digest, encode_images(sam, [shown], frozen)[0].numpy(), view)
     worker = Worker(0, 1, torch.device("cpu"))
     labels = instance_labels(config, dataset)
     source = functools.partial(FineTuning, config, dataset, cache)

@@ -281,8 +281,12 @@ class TrainConfig(Section):
     """Instances of an image to train on in one step, in turn over the epochs, and to validate with,
     the same in every epoch; unset: all."""
     augment: bool = True
-    """Flip, turn and recolour the images anew in each epoch; only where all blocks of the image
-    encoder learn, because activations are cached otherwise."""
+    """Flip, turn and recolour the images anew in each epoch, where all blocks of the image encoder
+    learn; else see `cached_views`."""
+    cached_views: int = Field(1, ge=1, le=64)
+    """Views of a training image in the cache, where one is used: the image as it is, and others
+    flipped, turned and recoloured, which epochs take in turn. Each is encoded once and takes as
+    much of the disk as the image."""
     max_prompts: int = Field(64, ge=1)
     """Instances decoded at once; a step with more is recomputed in chunks, to save memory."""
     seed: int = Field(0, ge=0)

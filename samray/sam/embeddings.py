@@ -23,6 +23,7 @@ import torch
 from samray.config import Config
 from samray.data.dataset import PreparedDataset
 from samray.geometry.frames import TRANSFORM_VERSION, image_to_input
+from samray.geometry.views import VIEWS_VERSION
 from samray.sam.adapt import num_blocks, prefix, prefix_digest
 from samray.storage import Place, free_bytes, list_objects, read_bytes, resolve, whole_file
 
@@ -49,19 +50,28 @@ class EmbeddingCache:
         self.folder = folder / self.encoder_digest[:16]
         self.reserve_gb = reserve_gb
 
-    def path(self, image_digest: str) -> Place:
-        """Return the file of an image's embedding, present or not."""
-        content = (image_digest, self.encoder_digest, self.img_size, TRANSFORM_VERSION, PRECISION)
+    def path(self, image_digest: str, view: int = 0) -> Place:
+        """Return the file of an image's embedding, present or not.
+
+        Args:
+            view: number of a view of the image, see `samray.geometry.views.cached_view`.
+        """
+        content = [image_digest, self.encoder_digest, self.img_size, TRANSFORM_VERSION, PRECISION]
+        if view:
+            content += [VIEWS_VERSION, view]
         key = hashlib.sha256("\0".join(map(str, content)).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.npy"
 
-    def load(self, image_digest: str) -> np.ndarray | None:
+    def load(self, image_digest: str, view: int = 0) -> np.ndarray | None:
         """Return an image's entry, memory-mapped if on a local disk; None if it is missing.
+
+        Args:
+            view: see `path`.
 
         Returns:
             C x h x w float16; activations have the shape of `samray.sam.adapt.prefix`'s.
         """
-        path = self.path(image_digest)
+        path = self.path(image_digest, view)
         try:
             if isinstance(path, Path):
                 mapped: np.ndarray = np.load(path, mmap_mode="r")
@@ -71,21 +81,21 @@ class EmbeddingCache:
             return None
         return embedding
 
-    def lacking(self, image_digests: Iterable[str]) -> list[str]:
-        """Return the images whose embedding is missing."""
+    def lacking(self, entries: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Return those of the entries, (image digest, view), that are missing."""
         if isinstance(self.folder, Path):
-            return [digest for digest in image_digests if not self.path(digest).exists()]
+            return [entry for entry in entries if not self.path(*entry).exists()]
         # One listing instead of one request per image.
         there = {name.rpartition("/")[2] for name, _, _ in list_objects(self.folder)}
-        return [digest for digest in image_digests if self.path(digest).name not in there]
+        return [entry for entry in entries if self.path(*entry).name not in there]
 
     def has_room(self) -> bool:
         """Whether the disk has more free space than is reserved."""
         return free_bytes(self.folder) > self.reserve_gb * 1e9
 
-    def save(self, image_digest: str, embedding: np.ndarray) -> None:
+    def save(self, image_digest: str, embedding: np.ndarray, view: int = 0) -> None:
         """Write an embedding atomically."""
-        path = self.path(image_digest)
+        path = self.path(image_digest, view)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, embedding.astype(np.float16))

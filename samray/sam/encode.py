@@ -14,6 +14,7 @@ from samray import cluster
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.errors import ConfigError
 from samray.geometry.images import decode_image
+from samray.geometry.views import cached_view
 from samray.sam.checkpoint import load_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images, entry_bytes
 from samray.storage import Place, free_bytes
@@ -24,7 +25,7 @@ class EncodingReport:
     """Counts and duration of filling the cache.
 
     Attributes:
-        encoded: images encoded now.
+        encoded: images encoded now, each view of an image counted.
         found: images whose embedding was in the cache.
         seconds: duration of encoding.
     """
@@ -50,19 +51,20 @@ class ImageEncoder:
         self.cache = EmbeddingCache(cache, self.sam, num_frozen)
         self.sam.to(cluster.actor_device())
 
-    def encode(self, name: str) -> str:
-        """Encode one image into the cache; return its name."""
+    def encode(self, name: str, view: int) -> str:
+        """Encode one view of an image into the cache; return the image's name."""
         record = self.dataset.images[name]
-        if self.cache.load(record.digest) is None:  # a retried task may find it there
+        if self.cache.load(record.digest, view) is None:  # a retried task may find it there
             image = decode_image(self.dataset.image_bytes(record))
-            (entry,) = encode_images(self.sam, [image], self.cache.num_frozen).cpu().numpy()
-            self.cache.save(record.digest, entry)
+            shown = cached_view(record.digest, view).show(image)
+            (entry,) = encode_images(self.sam, [shown], self.cache.num_frozen).cpu().numpy()
+            self.cache.save(record.digest, entry, view)
         return name
 
 
 def encode_missing(
     dataset: PreparedDataset,
-    records: Sequence[ImageRecord],
+    views: Sequence[tuple[ImageRecord, int]],
     checkpoint: Place,
     cache_dir: Place,
     reserve_gb: float,
@@ -72,7 +74,8 @@ def encode_missing(
     """Encode every image that the cache lacks, each exactly once.
 
     Args:
-        records: images; two with the same content are encoded once.
+        views: images, each with the number of a view (`samray.geometry.views.cached_view`); two
+            images with the same content are encoded once.
         checkpoint: a checkpoint folder; only its image encoder is used.
         reserve_gb: disk space in GB to leave free.
         device: auto, cpu or gpu.
@@ -84,8 +87,8 @@ def encode_missing(
     """
     sam = load_checkpoint(checkpoint).model()
     cache = EmbeddingCache(cache_dir, sam, num_frozen)
-    unique = {record.digest: record.name for record in records}
-    missing = [unique[digest] for digest in cache.lacking(unique)]
+    unique = {(record.digest, view): (record.name, view) for record, view in views}
+    missing = [unique[entry] for entry in cache.lacking(unique)]
     found = len(unique) - len(missing)
     if not missing:
         print(f"embeddings: 0 images to encode, {found} found in {cache.folder}", flush=True)
@@ -116,14 +119,16 @@ def encode_missing(
     return EncodingReport(len(missing), found, round(time.perf_counter() - started, 2))
 
 
-def _encode(actor: Any, name: str) -> Any:
-    return actor.encode.remote(name)
+def _encode(actor: Any, entry: tuple[str, int]) -> Any:
+    return actor.encode.remote(*entry)
 
 
-def _encode_first(pool: cluster.Pool, name: str, num_images: int, statement: str) -> None:
+def _encode_first(
+    pool: cluster.Pool, entry: tuple[str, int], num_images: int, statement: str
+) -> None:
     """Encode one image alone, and print from its time how long the rest will take."""
     started = time.perf_counter()
-    list(pool.map(_encode, [name]))
+    list(pool.map(_encode, [entry]))
     seconds = time.perf_counter() - started
     minutes = seconds * (num_images - 1) / pool.limit / 60
     print(

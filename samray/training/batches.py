@@ -4,8 +4,6 @@ The order of an epoch depends on (seed, epoch) only. Every worker computes the s
 image is dropped or repeated, and the number of workers does not change the result.
 """
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from samray.errors import DatasetError
 from samray.geometry.frames import image_to_input, input_size_of
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import Prompt, draw_prompt
+from samray.geometry.views import AS_IT_IS, View, cached_view, draw_view
 from samray.instances.decoder import CELL, frame_of
 from samray.instances.losses import TargetMaps
 from samray.instances.targets import map_targets
@@ -42,10 +41,11 @@ class BatchLoader:
     Args:
         cache: embeddings or activations to read, or None for batches of images.
         img_size, low_res_size: sides of the model's input and of its masks.
-        augment: flip, turn and recolour the images; only without a cache.
+        augment: flip, turn and recolour the images; without a cache.
         max_objects: instances of an image in one step; None: all.
         images_at_once: images of a batch; None: all of a worker's part of a step.
         labels: of the instance decoder's classes; None: there is no such decoder.
+        cached_views: of each image in the cache; an epoch takes one of them, in turn.
     """
 
     def __init__(
@@ -61,11 +61,12 @@ class BatchLoader:
         max_objects: int | None = None,
         images_at_once: int | None = None,
         labels: tuple[str, ...] | None = None,
+        cached_views: int = 1,
     ) -> None:
         self.dataset, self.records = dataset, records
         self.augment = augment and cache is None
         self.max_objects, self.images_at_once = max_objects, images_at_once
-        self.labels = labels
+        self.labels, self.cached_views = labels, cached_views
         self.prompts, self.seed, self.cache = prompts, seed, cache
         self.img_size, self.low_res_size = img_size, low_res_size
 
@@ -93,7 +94,10 @@ class BatchLoader:
         for place, index in enumerate(part):
             record = self.records[index]
             rng = np.random.default_rng([self.seed, epoch, index])
-            views.append(draw_view(rng) if self.augment else AS_IT_IS)
+            if self.cache is not None:
+                views.append(cached_view(record.digest, self.cached_number(index, epoch)))
+            else:
+                views.append(draw_view(rng) if self.augment else AS_IT_IS)
             for number in self.chosen(index, epoch):
                 mask = views[-1].turn(record.decode(record.instances[number]))
                 target = mask_to_target(mask, self.img_size, self.low_res_size)
@@ -108,11 +112,13 @@ class BatchLoader:
         valid = [valid_region(size, self.img_size, self.low_res_size) for size in sizes]
         shown = []
         if self.cache is None or self.labels is not None:
-            pairs = zip(records, views, strict=True)
-            shown = [self._shown(record, view) for record, view in pairs]
+            shown = [
+                view.show(decode_image(self.dataset.image_bytes(record)))
+                for record, view in zip(records, views, strict=True)
+            ]
         return Batch(
             images=self._inputs(shown, self.img_size) if self.cache is None else None,
-            encoded=None if self.cache is None else self._encoded(records),
+            encoded=None if self.cache is None else self._encoded(part, epoch),
             groups=[group for group, _ in grouped],
             targets=[
                 torch.from_numpy(np.stack([targets[place] for place in places]))[:, None]
@@ -130,7 +136,7 @@ class BatchLoader:
     def _scene(
         self,
         records: list[ImageRecord],
-        views: list["View"],
+        views: list[View],
         shown: list[np.ndarray],
         weight: float,
     ) -> SceneTargets:
@@ -168,80 +174,41 @@ class BatchLoader:
             (mixture.center, mixture.random, mixture.bbox),
         )
 
-    def _shown(self, record: ImageRecord, view: "View") -> np.ndarray:
-        return view.recolour(view.turn(decode_image(self.dataset.image_bytes(record))))
+    def cached_number(self, index: int, epoch: int) -> int:
+        """Return which of an image's views in the cache an epoch takes."""
+        first = int(np.random.default_rng([self.seed, index]).integers(self.cached_views))
+        return (first + epoch) % self.cached_views
 
-    def _encoded(self, records: list[ImageRecord]) -> Tensor:
+    def _encoded(self, part: list[int], epoch: int) -> Tensor:
         assert self.cache is not None
-        return torch.stack([cached_entry(self.cache, record) for record in records])
+        return torch.stack(
+            [
+                cached_entry(self.cache, self.records[index], self.cached_number(index, epoch))
+                for index in part
+            ]
+        )
 
     @staticmethod
     def _inputs(images: list[np.ndarray], side: int) -> Tensor:
         return torch.stack([image_to_input(image, side) for image in images])
 
 
-def cached_entry(cache: EmbeddingCache, record: ImageRecord) -> Tensor:
+def cached_entry(cache: EmbeddingCache, record: ImageRecord, view: int = 0) -> Tensor:
     """Return an image's entry of a cache, float32.
+
+    Args:
+        view: number of the view, see `samray.geometry.views.cached_view`.
 
     Raises:
         DatasetError: it is no longer there.
     """
-    entry = cache.load(record.digest)
+    entry = cache.load(record.digest, view)
     if entry is None:
         raise DatasetError(
-            f"{cache.path(record.digest)}: the embedding of {record.name} is missing; "
+            f"{cache.path(record.digest, view)}: the embedding of {record.name} is missing; "
             "another process deletes from the cache while it is in use"
         )
     return torch.from_numpy(np.array(entry, dtype=np.float32))
-
-
-@dataclass(frozen=True)
-class View:
-    """How an image is shown in an epoch. Every object stays wholly visible.
-
-    Attributes:
-        quarter_turns: counter-clockwise, 0 to 3.
-        flipped: left to right, before the turns.
-        contrast: factor of the difference from the mean.
-        brightness: added, in levels of 0..255.
-    """
-
-    quarter_turns: int = 0
-    flipped: bool = False
-    contrast: float = 1.0
-    brightness: float = 0.0
-
-    def turn(self, array: np.ndarray) -> np.ndarray:
-        """Flip and turn an image or a mask, H x W [x 3]."""
-        array = array[:, ::-1] if self.flipped else array
-        return np.ascontiguousarray(np.rot90(array, self.quarter_turns))
-
-    def size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the (H, W) of a turned image."""
-        return (size[1], size[0]) if self.quarter_turns % 2 else size
-
-    def recolour(self, image: np.ndarray) -> np.ndarray:
-        """Change contrast and brightness of an image, H x W x 3 uint8."""
-        if self.contrast == 1 and self.brightness == 0:
-            return image
-        mean = float(image.mean())
-        levels = np.arange(256, dtype=np.float32)
-        table = (levels - mean) * self.contrast + mean + self.brightness
-        recoloured: np.ndarray = np.clip(np.rint(table), 0, 255).astype(np.uint8)[image]
-        return recoloured
-
-
-AS_IT_IS = View()
-
-
-def draw_view(rng: np.random.Generator) -> View:
-    """Draw one of the eight flips and turns, and a change of contrast and brightness."""
-    return View(
-        quarter_turns=int(rng.integers(4)),
-        flipped=bool(rng.integers(2)),
-        contrast=float(rng.uniform(0.8, 1.25)),
-        brightness=float(rng.uniform(-20, 20)),
-    )
 
 
 def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:

@@ -35,7 +35,7 @@ from samray.sam.embeddings import EmbeddingCache, entry_bytes, entry_shape
 from samray.sam.model import PARTS, build_model
 from samray.storage import Place, require_folder, resolve
 from samray.training.batches import share_of
-from samray.training.finetuning import FineTuning, instance_labels
+from samray.training.finetuning import FineTuning, cache_entries, instance_labels
 from samray.training.loop import Worker, prompted_sam, train_step
 from samray.training.optimizer import Optimizer
 from samray.training.step import Batch, PromptedSam
@@ -161,14 +161,14 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         seconds, peak = None, None
         if memory.total < FREE_SHARE * _memory_of(device):
             seconds, peak = _measure(module, optimizer, batches, num_prompts, device)
-    images = {record.digest for split in ("train", "val") for record in dataset.split(split)}
+    entries = {(record.digest, view) for record, view in cache_entries(config, dataset)}
     return Forecast(
         learning=learning,
         num_images=len(dataset.split("train")),
         steps=len(steps),
         num_epochs=config.train.num_epochs,
         num_prompts=num_prompts,
-        cache_bytes=len(images) * entry_bytes(sam, num_frozen) if num_frozen else 0,
+        cache_bytes=len(entries) * entry_bytes(sam, num_frozen) if num_frozen else 0,
         memory=memory,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         seconds=seconds,
@@ -276,8 +276,9 @@ def _measure(
 def _fill_with_zeros(cache: EmbeddingCache, sam: Any, source: FineTuning, share: list[int]) -> None:
     """Write entries of the right shape for a step's images, which costs no encoding."""
     zeros = np.zeros(entry_shape(sam, cache.num_frozen), np.float16)
+    loader = source.loader
     for index in share:
-        cache.save(source.loader.records[index].digest, zeros)
+        cache.save(loader.records[index].digest, zeros, loader.cached_number(index, epoch=0))
 
 
 def _count(part: nn.Module) -> tuple[int, int]:

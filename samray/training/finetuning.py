@@ -62,6 +62,7 @@ class FineTuning:
             config.train.max_objects,
             config.train.images_at_once,
             instance_labels(config, dataset),
+            config.train.cached_views,
         )
 
     def steps(self, epoch: int) -> list[list[int]]:
@@ -132,6 +133,13 @@ class FineTuning:
     def _embedding(self, record: ImageRecord) -> Tensor:
         """Embed an image with the model as it is now, C x h x w."""
         return _embedding(self.dataset, self.cache, self.sam, record)
+
+
+def cache_entries(config: Config, dataset: PreparedDataset) -> list[tuple[ImageRecord, int]]:
+    """Return what training reads of the cache: images, and the numbers of their views."""
+    train, val = dataset.split("train"), dataset.split("val")
+    numbers = range(config.train.cached_views)
+    return [(record, number) for record in train for number in numbers] + [(r, 0) for r in val]
 
 
 def instance_labels(config: Config, dataset: PreparedDataset) -> tuple[str, ...] | None:

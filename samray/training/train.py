@@ -50,7 +50,12 @@ from samray.storage import (
     resolve,
 )
 from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
-from samray.training.finetuning import FineTuning, choose_instances, instance_labels
+from samray.training.finetuning import (
+    FineTuning,
+    cache_entries,
+    choose_instances,
+    instance_labels,
+)
 from samray.training.loop import Report, Worker, train_loop
 from samray.training.optimizer import training_dtype
 from samray.training.step import PromptedSam
@@ -228,11 +233,11 @@ def _require_enough_images(config: Config, dataset: PreparedDataset) -> None:
 
 
 def _fill_cache(config: Config, run: RunFolder, dataset: PreparedDataset, num_frozen: int) -> Place:
-    """Encode the train and val images that the cache lacks; return its folder."""
+    """Encode what the cache lacks of the train and val images; return its folder."""
     cache_dir = embeddings_folder(config, dataset)
     encoding = encode_missing(
         dataset,
-        dataset.split("train") + dataset.split("val"),
+        cache_entries(config, dataset),
         run.base,
         cache_dir,
         config.embeddings.reserve_gb,

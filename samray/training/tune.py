@@ -56,6 +56,7 @@ from samray.storage import (
     write_json,
 )
 from samray.tracking import require_mlflow
+from samray.training.finetuning import cache_entries
 from samray.training.search_space import (
     SEARCHED,
     count_trials,
@@ -248,9 +249,10 @@ def _encode(
     num_frozen = num_frozen_blocks(ENCODER_BLOCKS[model.type], model)
     if num_frozen == 0:
         return EncodingReport(0, 0, 0.0)
+    tested = [(record, 0) for record in records]  # the test split too
     return encode_missing(
         dataset,
-        records,
+        [*cache_entries(plan.config, dataset), *tested],
         plan.output / "base",
         embeddings_folder(plan.config, dataset),
         plan.config.embeddings.reserve_gb,

@@ -8,9 +8,10 @@ from sam_parts import blob_record, small_sam
 from samray.config import PromptConfig
 from samray.errors import DatasetError
 from samray.geometry.prompts import Prompt
+from samray.geometry.views import View, cached_view
 from samray.sam.decode import group_prompts
 from samray.sam.embeddings import EmbeddingCache
-from samray.training.batches import BatchLoader, View, draw_view, epoch_steps, share_of
+from samray.training.batches import BatchLoader, epoch_steps, share_of, valid_region
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 12])
@@ -119,26 +120,29 @@ def test_several_prompts_of_an_object_share_its_target(loader):
     assert [areas[number] for number in range(0, 12, 3)] == sorted(set(areas))
 
 
-@pytest.mark.parametrize("turns", range(4))
-@pytest.mark.parametrize("flipped", [False, True])
-def test_a_view_turns_image_and_masks_together(turns, flipped):
-    image = np.zeros((30, 50, 3), np.uint8)
-    mask = np.zeros((30, 50), bool)
-    mask[3:9, 5:25] = True
-    image[mask] = 200
-    view = View(turns, flipped)
-    turned = view.turn(mask)
-    assert turned.shape == view.size((30, 50)) == ((50, 30) if turns % 2 else (30, 50))
-    np.testing.assert_array_equal(view.turn(image)[:, :, 0] > 0, turned)
+def test_epochs_take_an_images_cached_views_in_turn(loader):
+    record, cache = loader.records[1], loader.cache
+    loader.cached_views = 3
+    with pytest.raises(DatasetError, match=r"the embedding of 4.png is missing"):
+        [loader.load([1], 0, 1, epoch) for epoch in range(3)]
+    for number in range(1, 3):
+        cache.save(record.digest, np.full((32, 4, 4), number), number)
+    seen = [loader.cached_number(1, epoch) for epoch in range(6)]
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2]
+    assert seen[:3] == seen[3:]
+    for epoch, number in enumerate(seen[:3]):
+        (batch,) = loader.load([1], 0, 1, epoch)
+        entry = cache.load(record.digest, number).astype("float32")
+        np.testing.assert_array_equal(batch.encoded[0], entry)
+        view = cached_view(record.digest, number)
+        expected = valid_region(view.size(record.size), 64, 16)
+        np.testing.assert_array_equal(batch.valid[0, 0], expected)
 
 
-def test_views_are_all_drawn_and_only_recolour_within_bounds():
-    views = [draw_view(np.random.default_rng(seed)) for seed in range(200)]
-    assert len({(view.quarter_turns, view.flipped) for view in views}) == 8
-    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    assert View().recolour(image) is image
-    brighter = View(brightness=20.0).recolour(image)
-    np.testing.assert_array_equal(brighter, np.minimum(image.astype(int) + 20, 255))
-    flat = View(contrast=0.8).recolour(image)
-    assert flat.std() < image.std()
-    assert abs(float(flat.mean()) - float(image.mean())) < 1
+def test_the_first_cached_view_is_the_image_as_it_is(loader):
+    digest = loader.records[1].digest
+    assert cached_view(digest, 0) == View()
+    assert cached_view(digest, 1) == cached_view(digest, 1) != cached_view(digest, 2)
+    paths = {loader.cache.path(digest, number) for number in range(3)} | {loader.cache.path(digest)}
+    assert len(paths) == 3
+    assert loader.cache.lacking([(digest, 0), (digest, 1)]) == [(digest, 1)]
