@@ -347,6 +347,19 @@ STAGES: dict[str, Stage] = {
         "  samray pretrain --config configs/pretrain_tiny.yaml --output-dir run --resume "
         "--max-minutes 10",
     ),
+    "benchmark": Stage(
+        help="measure this machine in a few minutes, and forecast a run on it; needs no Ray",
+        run=stages.run_benchmark,
+        options={
+            "--model-type": "model.type",
+            "--device": "scaling.device",
+            "--num-images N": "benchmark.num_images",
+            "--storage DIR": "benchmark.storage",
+            "--output FILE": "benchmark.output",
+        },
+        example="  samray benchmark --num-images 5000\n"
+        "  samray benchmark --model-type vit_b --device gpu --storage s3://bucket/prefix",
+    ),
     "evaluate": Stage(
         help="compare a run's initial weights with its best checkpoint",
         run=stages.run_evaluate,

@@ -547,6 +547,18 @@ class PredictConfig(Section):
     are removed."""
 
 
+class BenchmarkConfig(Section):
+    """`samray benchmark`: how fast this machine is, and what a run would take on it."""
+
+    output: str = "benchmark.json"
+    """JSON file to write."""
+    storage: str | None = None
+    """Folder or s3://bucket/prefix to measure, where the data would be; unset: a temporary
+    folder."""
+    num_images: int = Field(1000, ge=1)
+    """Images of the run that is forecast."""
+
+
 class Config(Section):
     """The settings of a whole run; each stage reads the sections it needs."""
 
@@ -567,6 +579,7 @@ class Config(Section):
     serve: ServeConfig = ServeConfig()
     labelme: LabelmeConfig = LabelmeConfig()
     predict: PredictConfig = PredictConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
 
 
 def load_config(

@@ -207,6 +207,25 @@ def run_promote(config: Config) -> None:
     print(f"{version.name}: current is {version.version}: {version.folder}")
 
 
+def run_benchmark(config: Config) -> None:
+    """Measure this machine; print a table, and what a run would take."""
+    from samray.benchmark import benchmark
+
+    found = benchmark(config)
+    machine, forecast = found["machine"], found["forecast"]
+    print(f"{machine['device']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB of memory")
+    for row in found["figures"]:
+        note = f"  ({row['note']})" if row["note"] else ""
+        print(f"{row['what']:<26} {row['value']:>10.4g} {row['unit']}{note}")
+    print(
+        f"{found['model']} on {forecast['images']} images of {forecast['objects_an_image']} "
+        f"objects: encoding {forecast['encode_seconds'] / 60:.1f} min, cache "
+        f"{_gib(forecast['cache_bytes'])} GiB, {forecast['epochs']} epochs "
+        f"{forecast['train_seconds'] / 60:.1f} min on one such worker, without validation"
+    )
+    print(f"figures: {config.benchmark.output}")
+
+
 def run_models(config: Config) -> None:
     """Print the models of a store and their versions."""
     from samray.sam.store import ModelStore

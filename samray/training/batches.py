@@ -4,13 +4,15 @@ The order of an epoch depends on (seed, epoch) only. Every worker computes the s
 image is dropped or repeated, and the number of workers does not change the result.
 """
 
+from typing import Protocol
+
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from samray.config import PromptConfig
-from samray.data.dataset import ImageRecord, PreparedDataset
+from samray.data.dataset import ImageRecord
 from samray.errors import DatasetError
 from samray.geometry.frames import image_to_input, input_size_of
 from samray.geometry.images import decode_image
@@ -35,10 +37,18 @@ def share_of(step: list[int], rank: int, world_size: int) -> list[int]:
     return step[rank::world_size]
 
 
+class ImageFiles(Protocol):
+    """Where the bytes of images are: a `PreparedDataset`."""
+
+    def image_bytes(self, record: ImageRecord) -> bytes:
+        """Return the file of an image."""
+
+
 class BatchLoader:
     """Makes batches of a prepared dataset.
 
     Args:
+        dataset: the files of the images.
         cache: embeddings or activations to read, or None for batches of images.
         img_size, low_res_size: sides of the model's input and of its masks.
         augment: flip, turn and recolour the images; without a cache.
@@ -50,7 +60,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: PreparedDataset,
+        dataset: ImageFiles,
         records: list[ImageRecord],
         prompts: PromptConfig,
         seed: int,

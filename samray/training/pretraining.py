@@ -205,7 +205,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 def _pretrain(config: Config, output: Place) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
-    device = _device(config)
+    device = local_device(config)
     config = resolve_model(config, weights_given=False)
     digest = scenes_digest(config)
     if resumed is not None:
@@ -268,7 +268,12 @@ def _write_base(run: RunFolder, config: Config) -> None:
     save_checkpoint(run.base, weights, config, {"base": base})
 
 
-def _device(config: Config) -> torch.device:
+def local_device(config: Config) -> torch.device:
+    """Return the device to compute on in this process, without Ray.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
     wanted, has_gpu = config.scaling.device, torch.cuda.is_available()
     if wanted == "gpu" and not has_gpu:
         raise ConfigError("--device gpu: torch sees no GPU here; leave it out to use the CPU")

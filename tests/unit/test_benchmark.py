@@ -1,0 +1,49 @@
+"""`samray benchmark` measures real work, and leaves nothing behind."""
+
+import json
+
+import pytest
+import torch
+
+from samray import benchmark
+from samray.config import load_config
+from samray.sam.embeddings import encode_images
+from samray.storage import list_objects, resolve
+
+
+def test_a_benchmark_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.05)
+    storage = tmp_path / "storage"
+    words = ["benchmark.num_images=50", f"benchmark.storage={storage}", "model.adapt_blocks=1"]
+    config = load_config(overrides=[*words, f"benchmark.output={tmp_path / 'found.json'}"])
+    found = benchmark.benchmark(config)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    assert list(storage.iterdir()) == []
+    figures = {row["what"]: row["value"] for row in found["figures"]}
+    assert all(value > 0 for value in figures.values())
+    assert {"matrix product, float32", "encoder", "feed", "training step", "read"} <= set(figures)
+    forecast = found["forecast"]
+    step, feed = figures["training step"], 1 / figures["feed"]
+    assert forecast["epoch_seconds"] == pytest.approx(50 * max(step, feed))
+    assert forecast["encode_seconds"] == pytest.approx(50 * figures["encoder"])
+    assert forecast["cache_bytes"] > 50 * 2**19  # two of the three stages are cached
+
+
+def test_the_operations_of_an_encoder_are_counted():
+    from sam_parts import small_sam
+
+    sam = small_sam()
+    layer = sam.image_encoder.neck[0]  # 1 x 1 convolution, without a bias
+    counted = benchmark.encoder_flops(sam)
+    own = 2 * layer.weight.numel() * sam.prompt_encoder.image_embedding_size[0] ** 2
+    assert counted > own
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        encode_images(sam, [torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()])
+    assert counted == counter.get_total_flops()
+
+
+def test_storage_in_s3_is_measured_and_left_empty(bucket):
+    figures = benchmark.storage_figures(f"{bucket}/place")
+    assert [row.what for row in figures] == ["write", "read", "read a small file"]
+    assert all(row.value > 0 for row in figures)
+    assert list(list_objects(resolve(f"{bucket}/place", "x"))) == []
