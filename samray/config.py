@@ -8,13 +8,15 @@ The docstring of a field is its documentation: its first sentence is the help of
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from samray.errors import ConfigError
 from samray.storage import Place, read_bytes, resolve, write_bytes
@@ -42,6 +44,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _without_password(uri: str) -> str:
+    if re.search(r"//[^/@]*@", uri):
+        raise PydanticCustomError(  # of a type of its own, whose input is not shown
+            "secret",
+            "holds a user or a password, which would be saved with the run; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+        )
+    return uri
+
+
+MlflowUri = Annotated[str, AfterValidator(_without_password)]
 
 
 class SampleDataConfig(Section):
@@ -298,7 +313,7 @@ class TrainConfig(Section):
     """Stop after so many epochs in a row without a new best; unset: train all epochs."""
     dry_run: bool = False
     """Print what would be trained and what it needs (steps, cache, memory, seconds), and stop."""
-    mlflow_uri: str | None = None
+    mlflow_uri: MlflowUri | None = None
     """MLflow server, database or folder to log the run to, beside RUN/tensorboard; mlflow must be
     installed."""
     resume: bool = False
@@ -373,7 +388,7 @@ class TuneConfig(Section):
     """Retries of a trial that crashed."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Maximum number of trials at the same time; unset: as many as fit the cluster."""
-    mlflow_uri: str | None = None
+    mlflow_uri: MlflowUri | None = None
     """MLflow server, database or folder to log every trial to; mlflow must be installed."""
     seed: int = Field(0, ge=0)
     """Random seed of the trials' settings; the trials themselves train with train.seed."""
@@ -788,6 +803,8 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     """One pydantic error as `dotted.path ...`, with the valid names for an unknown key."""
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "secret":
+        return f"{where}: {error['msg']}"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']} (got {error['input']!r})"
     *sections, key = (str(part) for part in error["loc"])

@@ -183,3 +183,13 @@ def test_event_files_of_a_run_in_s3_are_there_after_each_epoch(bucket):
     curves, _ = read_curves(files)
     assert [step for step, _ in curves["val/iou"]] == [0, 3, 6]
     assert [step for step, _ in curves["step/loss"]] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("setting", ["train.mlflow_uri", "tune.mlflow_uri"])
+def test_a_password_is_not_saved_with_a_run(setting):
+    with pytest.raises(ConfigError, match=f"{setting}: holds a user or a password") as refused:
+        load_config(options={setting: "https://me:marked-secret@server:5000"})
+    assert "marked-secret" not in str(refused.value)
+    server = "https://server:5000"
+    section, _, name = setting.partition(".")
+    assert getattr(load_config(options={setting: server}), section).model_dump()[name] == server
