@@ -309,6 +309,9 @@ class TrainConfig(Section):
     instances: Literal["auto"] | bool = "auto"
     """Train a decoder beside the model that finds every object of an image, with its label; auto:
     yes. The model's own weights are the same with it as without."""
+    checkpoint_minutes: float | None = Field(10.0, gt=0)
+    """Write a checkpoint within an epoch, too, after so many minutes without one; `resume` goes on
+    from it. Unset (null): only at the end of each epoch."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many epochs in a row without a new best; unset: train all epochs."""
     dry_run: bool = False

@@ -242,6 +242,7 @@ class RunFolder:
             "dataset_digest": dataset_digest,
             "best": None,
             "latest": None,
+            "within": None,
             "epochs": [],
             "embeddings": None,
         }
@@ -257,6 +258,12 @@ class RunFolder:
     def latest(self) -> Place | None:
         """Folder of the last finished epoch's checkpoint."""
         return self.path / self.state["latest"] if self.state["latest"] else None
+
+    @property
+    def resume_from(self) -> Place | None:
+        """Folder of the checkpoint to resume from: `latest`, or one within the next epoch."""
+        within = self.state.get("within")
+        return self.path / within if within else self.latest
 
     @property
     def epochs_without_best(self) -> int:
@@ -297,11 +304,21 @@ class RunFolder:
         self.update(
             epochs=epochs,
             latest=f"checkpoints/{name}",
+            within=None,
             best=f"checkpoints/{name}" if best is metrics else kept,
         )
         for link in LINKS:
             self._link(link)
-        kept = {Path(self.state[link]).name for link in LINKS}
+        self._remove_others()
+
+    def register_within(self, name: str) -> None:
+        """Make a checkpoint within an epoch the one to resume from."""
+        self.update(within=f"checkpoints/{name}")
+        self._remove_others()
+
+    def _remove_others(self) -> None:
+        """Delete the checkpoints that are no longer needed."""
+        kept = {Path(self.state[key] or "").name for key in (*LINKS, "within")}
         for folder in (self.path / "checkpoints").iterdir():
             if folder.name not in kept:
                 remove_folder(folder)
@@ -369,6 +386,7 @@ def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> Non
 def _deciding(config: Config) -> dict[str, Any]:
     """The settings that determine a run's result, by dotted path."""
     free = {"data_dir", "output_dir", "num_epochs", "patience", "dry_run", "resume", "mlflow_uri"}
+    free |= {"checkpoint_minutes"}
     free |= {"max_prompts", "images_at_once", "recompute_encoder"}  # the same step in less memory
     sections = config.model_dump(mode="json", include={"model", "prompts", "loss", "train"})
     return {

@@ -5,11 +5,12 @@ come from a `Source`. Every worker runs the same code and differs only in its ra
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +41,26 @@ from samray.sam.weights import digest_of
 from samray.training.optimizer import Optimizer
 from samray.training.step import LOSSES, Batch, PromptedSam
 
+
+@dataclass(frozen=True)
+class EpochPart:
+    """What is done of an epoch.
+
+    Attributes:
+        steps: number of its steps.
+        sums: of the losses, and the number of instances; of this worker, or of all if saved.
+        skipped: the images of each skipped step.
+    """
+
+    steps: int = 0
+    sums: list[float] = field(default_factory=list)
+    skipped: list[list[str]] = field(default_factory=list)
+
+
 MAX_SKIPPED = 3  # steps in a row whose gradient is not finite
 
+# Called on every worker after a step, with the number of steps so far.
+Save = Callable[[int, EpochPart], None]
 # Called on rank 0 with {"event": "step" | "epoch", ...}.
 Report = Callable[[dict[str, Any]], None]
 
@@ -114,19 +133,23 @@ def train_loop(
     base = load_checkpoint(run.base)
     module = prompted_sam(config, base.model(), labels).to(worker.device)
     optimizer = Optimizer(module.sam, settings, worker.device, module.instances)
-    epoch, step = 0, 0
-    if run.latest is not None:
-        trained, state = load_optimizer(run.latest)
+    epoch, step, part = 0, 0, EpochPart()
+    if run.resume_from is not None:
+        trained, state = load_optimizer(run.resume_from)
         module.sam.load_state_dict(trained, strict=False)  # the others are the base's
-        latest = load_checkpoint(run.latest)
+        latest = load_checkpoint(run.resume_from)
         if module.instances is not None:
             module.instances.load_state_dict(_saved_instances(latest))
         optimizer.load_state_dict(state)
         epoch, step = latest.progress["epoch"], latest.progress["step"]
+        part = EpochPart(**latest.progress.get("part", {}))
     model = DistributedDataParallel(module) if worker.world_size > 1 else module
     source = open_source(module)
-    if epoch == 0 and config.model.checkpoint != "none":
+    if step == 0 and config.model.checkpoint != "none":
         _score_base(run, source, worker, report)
+    origin = {"dataset_digest": source.digest, "base": base.progress.get("base")}
+    write = functools.partial(_write, run, config, module, labels, optimizer, origin)
+    clock = _Clock(settings.checkpoint_minutes, worker)
     began = started = time.perf_counter()
     while epoch < settings.num_epochs and not _out_of_patience(run, settings, worker):
         now = time.perf_counter()
@@ -134,9 +157,10 @@ def train_loop(
             break
         started = now
         module.balanced_weight = _balanced_weight(config, epoch)
+        save = functools.partial(_save_within, run, write, clock, worker, epoch)
         try:
             losses, step = train_epoch(
-                model, optimizer, source, settings, worker, epoch, step, report
+                model, optimizer, source, settings, worker, epoch, step, report, part, save
             )
         except torch.OutOfMemoryError as exc:
             raise TrainingError(
@@ -145,7 +169,7 @@ def train_loop(
             ) from exc
         if labels is None:
             del losses["loss_instances"]
-        epoch += 1
+        epoch, part = epoch + 1, EpochPart()
         metrics = {
             "epoch": epoch,
             "step": step,
@@ -154,8 +178,10 @@ def train_loop(
             "seconds": round(time.perf_counter() - started, 2),
         }
         if worker.rank == 0:
-            origin = {"dataset_digest": source.digest, "base": base.progress.get("base")}
-            _save_epoch(run, config, module, labels, optimizer, metrics, origin)
+            name = f"epoch_{epoch:04d}"
+            write(name, metrics)
+            run.register(name, metrics)
+            clock.start()
             report({"event": "epoch", **metrics})
     # A barrier: no worker exits before the last checkpoint is written.
     worker.sum(torch.zeros(1, device=worker.device))
@@ -170,8 +196,16 @@ def train_epoch(
     epoch: int,
     step: int,
     report: Report,
+    begun: EpochPart | None = None,
+    save: Save = lambda step, part: None,
 ) -> tuple[dict[str, Any], int]:
     """Train on every item of the epoch once.
+
+    Args:
+        step: number of steps so far.
+        begun: what was done of the epoch before the run was interrupted.
+        save: called after each step but the last, with the number of steps so far and what is done
+            of the epoch.
 
     Returns:
         Mean losses per instance over all workers, with `skipped`, the images of each step that was
@@ -182,11 +216,14 @@ def train_epoch(
     """
     steps = source.steps(epoch)
     total_steps = len(steps) * settings.num_epochs
+    done = EpochPart() if begun is None else begun
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
-    skipped: list[list[str]] = []  # the images of each skipped step
+    if done.sums and worker.rank == 0:  # they are of all workers
+        sums += torch.tensor(done.sums, dtype=torch.float64)
+    skipped = list(done.skipped)
     in_a_row = 0
     for number, (batches, num_prompts) in enumerate(
-        _load_ahead(source, steps, worker, epoch), start=1
+        _load_ahead(source, steps[done.steps :], worker, epoch), start=done.steps + 1
     ):
         learning_rate = learning_rate_at(step, total_steps, settings)
         optimizer.set_learning_rate(learning_rate)
@@ -197,10 +234,12 @@ def train_epoch(
             skipped.append(source.names(steps[number - 1]))
             if in_a_row == min(MAX_SKIPPED, len(steps)):
                 raise TrainingError(_not_finite(skipped[-in_a_row:]))
-            continue
         mine = sum(len(batch) for batch in batches)
-        sums += torch.tensor([*(losses[name] for name in LOSSES), mine], dtype=torch.float64)
-        if worker.rank == 0 and mine:
+        if losses is not None:
+            sums += torch.tensor([*(losses[name] for name in LOSSES), mine], dtype=torch.float64)
+        if number < len(steps):
+            save(step, EpochPart(number, sums.tolist(), skipped))
+        if worker.rank == 0 and mine and losses is not None:
             report(
                 {
                     "event": "step",
@@ -349,17 +388,17 @@ def _balanced_weight(config: Config, epoch: int) -> float:
     return weight * balance_at(epoch, config.train.num_epochs)
 
 
-def _save_epoch(
+def _write(
     run: RunFolder,
     config: Config,
     module: PromptedSam,
     labels: tuple[str, ...] | None,
     optimizer: Optimizer,
-    metrics: dict[str, Any],
     origin: dict[str, Any],
+    name: str,
+    progress: dict[str, Any],
 ) -> None:
-    """Write the epoch's checkpoint, then register it, which makes it count."""
-    name = f"epoch_{metrics['epoch']:04d}"
+    """Write a checkpoint; it does not count until it is registered."""
     weights = merged_weights(module.sam)
     files = None
     if module.instances is not None and labels is not None:
@@ -369,11 +408,50 @@ def _save_epoch(
         run.path / "checkpoints" / name,
         weights,
         config,
-        {**metrics, **origin},
+        {**progress, **origin},
         (trained_state(module.sam), optimizer.state_dict()),
         files,
     )
-    run.register(name, metrics)
+
+
+def _save_within(
+    run: RunFolder,
+    write: Callable[[str, dict[str, Any]], None],
+    clock: "_Clock",
+    worker: Worker,
+    epoch: int,
+    step: int,
+    part: EpochPart,
+) -> None:
+    """Write a checkpoint within an epoch if it is time, and make it the one to resume from."""
+    if not clock.is_due():
+        return
+    sums = worker.sum(torch.tensor(part.sums, dtype=torch.float64, device=worker.device))
+    if worker.rank == 0:
+        name = f"within_{epoch + 1:04d}_{step:08d}"
+        of_all = asdict(replace(part, sums=sums.tolist()))
+        write(name, {"epoch": epoch, "step": step, "part": of_all})
+        run.register_within(name)
+    clock.start()
+
+
+class _Clock:
+    """Says when a checkpoint is due; rank 0's clock decides for all workers."""
+
+    def __init__(self, minutes: float | None, worker: Worker) -> None:
+        self.minutes, self.worker = minutes, worker
+        self.start()
+
+    def start(self) -> None:
+        """Count from now."""
+        self.started = time.monotonic()
+
+    def is_due(self) -> bool:
+        """The same on all workers, which all have to ask."""
+        if self.minutes is None:
+            return False
+        due = time.monotonic() - self.started >= 60 * self.minutes and self.worker.rank == 0
+        return bool(self.worker.sum(torch.tensor(float(due), device=self.worker.device)))
 
 
 def _load_ahead(

@@ -119,7 +119,9 @@ def _fit(
         config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
-        print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
+        where = "within the epoch after" if resumed.state.get("within") else "after"
+        finished = len(resumed.state["epochs"])
+        print(f"resuming {where} epoch {finished} of {config.train.num_epochs}")
     num_frozen = num_frozen_blocks(ENCODER_BLOCKS[config.model.type], config.model)
     cluster.start()
     resources = cluster.plan_resources(config.scaling)

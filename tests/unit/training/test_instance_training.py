@@ -42,14 +42,15 @@ class StoppedError(Exception):
 
 
 def train(folder, dataset, cache, instances=True, stop_after=None):
-    """Train two epochs; if asked, die after one and go on from its checkpoint."""
+    """Train two epochs; if asked, die after an event and go on from the checkpoint."""
     words = ["model.adapt=none", "train.num_epochs=2", f"train.instances={instances}"]
+    words += ["train.batch_size=1", f"train.checkpoint_minutes={1e-9 if stop_after else 'null'}"]
     config = resolve_model(load_config(overrides=words), weights_given=True)
     run = RunFolder.create(folder, config, "d")
     save_checkpoint(run.base, load_shipped().weights, config, {})
 
     def report(event):
-        if event["event"] == "epoch" and event["epoch"] == stop_after:
+        if tuple(event.get(key) for key in ("event", "epoch", "step")) == stop_after:
             raise StoppedError
 
     arguments = {
@@ -93,9 +94,21 @@ def test_the_decoder_learns_and_is_saved_beside_the_weights(run):
     assert all(not torch.equal(start[name], value) for name, value in saved.items())
 
 
-def test_a_run_that_died_goes_on_exactly(run, dataset, cache, tmp_path):
-    resumed = train(tmp_path / "run", dataset, cache, stop_after=1)
-    (_, whole), (_, again) = latest(run), latest(resumed)
+@pytest.mark.parametrize("place", ["after an epoch", "in the first", "in the second"])
+def test_a_run_that_died_goes_on_exactly(place, run, dataset, cache, tmp_path):
+    steps = len(dataset.split("train"))
+    assert steps > 2
+    stop_after = {
+        "after an epoch": ("epoch", 1, steps),
+        "in the first": ("step", 1, 2),
+        "in the second": ("step", 2, 1),
+    }
+    resumed = train(tmp_path / "run", dataset, cache, stop_after=stop_after[place])
+    assert resumed.state["within"] is None
+    names = {folder.name for folder in (resumed.path / "checkpoints").iterdir()}
+    assert not [name for name in names if name.startswith("within")]
+    (plain, whole), (other, again) = latest(run), latest(resumed)
+    assert all(torch.equal(plain.weights[n], value) for n, value in other.weights.items())
     expected = whole.decoder.state_dict()
     assert all(torch.equal(expected[n], value) for n, value in again.decoder.state_dict().items())
     assert [e["loss_instances"] for e in run.state["epochs"]] == [
