@@ -13,6 +13,9 @@ from samray.geometry.shapes import Shape
 MAX_JSON_BYTES = 256 * 2**20
 MAX_COORDINATE = 1e6  # pixels; larger than any image, and safe as an int
 
+# LabelMe's own labels: of a region in which not every object was outlined, and of no object at all.
+IGNORE, BACKGROUND = "__ignore__", "_background_"
+
 
 @dataclass
 class Annotation:

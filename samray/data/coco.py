@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from samray.data.annotation import MAX_COORDINATE, Annotation, read_json_object
+from samray.data.annotation import IGNORE, MAX_COORDINATE, Annotation, read_json_object
 from samray.errors import AnnotationError
 from samray.geometry.masks import decompress_runs
 from samray.geometry.polygons import MAX_OUTLINE
@@ -117,14 +117,16 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
     """Check one image's annotations; each instance becomes a shape of kind `rle`.
 
     Polygons are filled by pycocotools, RLE is taken as it is; a crowd is not a single object and
-    is counted in `not_instances`, unless `crowd_as_instances`.
+    is counted in `not_instances`, unless `crowd_as_instances` or its category is `__ignore__`.
     """
     annotation = Annotation(image.file_name, image.size, len(image.entries))
     seen: dict[tuple[str, bytes], int] = {}
     for place, entry in image.entries:
         where = f"annotations[{place}]"
         crowd = entry.get("iscrowd") is True or _whole(entry.get("iscrowd")) == 1
-        if crowd and not crowd_as_instances:
+        category = _id(entry.get("category_id"))
+        region = category is not None and image.labels.get(category) == IGNORE
+        if crowd and not crowd_as_instances and not region:
             annotation.not_instances.append((f"{where}.iscrowd", "crowd"))
             continue
         try:

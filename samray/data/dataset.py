@@ -47,6 +47,9 @@ SCHEMA = pa.schema(
                 )
             ),
         ),
+        # Compressed COCO counts of the region in which not every object is annotated, without the
+        # pixels of the instances; null: there is none. Earlier shards lack the column.
+        ("ignored", pa.binary()),
     ]
 )
 
@@ -81,6 +84,8 @@ class ImageRecord:
         size: (H, W) as shown.
         instances: its objects; masks by `decode`.
         shard, row: where its bytes are.
+        ignored: compressed COCO counts of the region in which not every object is annotated; no
+            pixel of an instance is in it. None: there is no such region.
     """
 
     name: str
@@ -90,6 +95,7 @@ class ImageRecord:
     instances: tuple[Instance, ...]
     shard: int
     row: int
+    ignored: bytes | None = None
 
     def decode(self, instance: Instance) -> np.ndarray:
         """The instance's mask: H x W bool.
@@ -97,8 +103,19 @@ class ImageRecord:
         Raises:
             DatasetError: the mask in the shard is damaged.
         """
+        return self._decode(instance.rle)
+
+    def decode_ignored(self) -> np.ndarray | None:
+        """The region in which not every object is annotated: H x W bool; None without one.
+
+        Raises:
+            DatasetError: the mask in the shard is damaged.
+        """
+        return None if self.ignored is None else self._decode(self.ignored)
+
+    def _decode(self, counts: bytes) -> np.ndarray:
         try:
-            return decode_rle(instance.rle, self.size)
+            return decode_rle(counts, self.size)
         except AnnotationError as exc:
             raise DatasetError(
                 f"{self.name}: a mask in the prepared dataset is damaged ({exc}); prepare it again"
@@ -140,12 +157,14 @@ class PreparedDataset:
     @cached_property
     def images(self) -> dict[str, ImageRecord]:
         """Every image by name, sorted by name. The image bytes stay on disk."""
-        columns = ["name", "source", "annotation", "image_digest", "height", "width", "instances"]
+        wanted = {*SCHEMA.names} - {"image", "tile"}
         dropped = set(self.manifest["dropped_annotations"])
         records = {}
         for shard, file in enumerate(self.manifest["shards"]):
             try:
-                table = pq.read_table(local_copy(self.folder / file), columns=columns)
+                path = local_copy(self.folder / file)
+                there = pq.read_schema(path).names
+                table = pq.read_table(path, columns=[name for name in there if name in wanted])
             except StorageError:
                 raise
             except (OSError, pa.ArrowException) as exc:
@@ -168,6 +187,7 @@ class PreparedDataset:
                     ),
                     shard=shard,
                     row=row,
+                    ignored=entry.get("ignored"),
                 )
         return dict(sorted(records.items()))
 

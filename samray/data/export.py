@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from samray import __version__
 from samray.config import Config, required
-from samray.data.dataset import SPLITS, ImageRecord, Instance, PreparedDataset
+from samray.data.annotation import IGNORE
+from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.data.labelme import labelme_document, mask_shape, mask_to_shapes, read_shapes
 from samray.errors import ConfigError, DatasetError
 from samray.geometry.images import FORMATS
@@ -101,6 +103,8 @@ def _write_labelme(folder: Path, image: PurePosixPath, record: ImageRecord) -> N
             if shape["group_id"] is not None:
                 shape["group_id"] = number  # unique in the file, as parts of one instance
             shapes.append(shape)
+    if (region := record.decode_ignored()) is not None:
+        shapes += _exact_shapes(region, IGNORE)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     document = labelme_document(os.path.relpath(image, path.parent), record.size, shapes)
     write_json(folder / path, document)
@@ -121,21 +125,22 @@ def _coco_document(
     dataset: PreparedDataset, records: list[ImageRecord], paths: dict[str, PurePosixPath]
 ) -> dict[str, Any]:
     """One split in COCO's format: ids from 1, boxes as x, y, width, height, masks as RLE."""
-    categories = {label: number for number, label in enumerate(dataset.manifest["labels"], start=1)}
+    labels = [*dataset.manifest["labels"]]
+    labels += [IGNORE] if any(record.ignored for record in records) else []
+    categories = {label: number for number, label in enumerate(labels, start=1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, record in enumerate(records, start=1):
         file_name = str(paths[record.name].relative_to("images"))
         height, width = record.size
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
-        for instance in record.instances:
-            annotation = _coco_annotation(instance, record.size)
-            annotation |= {
-                "id": len(annotations) + 1,
-                "image_id": image_id,
-                "category_id": categories[instance.label],
-            }
-            annotations.append(annotation)
+        masks = [(instance.label, instance.rle, 0) for instance in record.instances]
+        if record.ignored is not None:  # to other tools a crowd, which they do not train on
+            masks.append((IGNORE, record.ignored, 1))
+        for label, rle, crowd in masks:
+            annotation = {"id": len(annotations) + 1, "image_id": image_id}
+            annotation |= {"category_id": categories[label], **coco_segmentation(rle, record.size)}
+            annotations.append({**annotation, "iscrowd": crowd})
     return {
         "info": {"description": f"exported by samray {__version__}"},
         "images": images,
@@ -144,11 +149,11 @@ def _coco_document(
     }
 
 
-def _coco_annotation(instance: Instance, size: tuple[int, int]) -> dict[str, Any]:
-    x1, y1, x2, y2 = instance.box
+def coco_segmentation(rle: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    """Return COCO's description of a mask: segmentation, bbox (x, y, width, height) and area."""
+    mask = {"counts": rle, "size": list(size)}
     return {
-        "segmentation": {"size": list(size), "counts": instance.rle.decode("ascii")},
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": instance.area,
-        "iscrowd": 0,
+        "segmentation": {"size": list(size), "counts": rle.decode("ascii")},
+        "bbox": coco_mask.toBbox(mask).tolist(),
+        "area": int(coco_mask.area(mask)),
     }

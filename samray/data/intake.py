@@ -2,6 +2,9 @@
 
 `read_entry` reads top-down: find the image, read and check both, rasterise the shapes, cut a
 large image into tiles. Bad input is part of the outcome, never an exception.
+
+The ignored region of an image is where not every object is annotated: H x W bool, or None. It never
+has a pixel of an instance, so that what lies in it needs no second look.
 """
 
 import hashlib
@@ -14,19 +17,25 @@ from typing import Any, Literal
 import numpy as np
 
 from samray.config import PrepareConfig
-from samray.data.annotation import MAX_JSON_BYTES, Annotation
+from samray.data.annotation import BACKGROUND, IGNORE, MAX_JSON_BYTES, Annotation
 from samray.data.coco import CocoImage, coco_annotation, is_coco
 from samray.data.discovery import RawFiles
-from samray.data.labelme import IGNORED_LABELS, embedded_image, read_annotation
+from samray.data.labelme import embedded_image, read_annotation
 from samray.data.outcome import FileWarning, Outcome, PreparedImage, Rejection
 from samray.data.pairing import find_by_stem, find_image, find_listed_image
 from samray.errors import AnnotationError, StorageError
 from samray.geometry.drawing import draw_masks, encode_picture, shrink
 from samray.geometry.duplicates import fingerprint_of, pack
 from samray.geometry.images import decode_and_stretch, read_image_file
-from samray.geometry.masks import CroppedMask, encode_rle, rasterize_instance, require_inside
+from samray.geometry.masks import (
+    CroppedMask,
+    crop_mask,
+    encode_rle,
+    rasterize_instance,
+    require_inside,
+)
 from samray.geometry.shapes import Shape
-from samray.geometry.tiles import Window, place_in_tiles, tile_windows
+from samray.geometry.tiles import Window, part_in, place_in_tiles, tile_windows
 from samray.storage import Place, make_folder, read_bytes, write_bytes
 
 
@@ -117,17 +126,18 @@ def read_entry(
     outcome.warnings += [FileWarning(entry.name, *warning) for warning in annotation.warnings]
     outcome.not_instances = dict(Counter(kind for _, kind in annotation.not_instances))
     instances = _instances(annotation, size, rules, outcome)
+    ignored = _ignored_region(annotation, size, [mask for _, mask in instances], rules, outcome)
     if entry.name in rules.overlays:
         _write_overlay(overlays, name, pixels, [mask for _, mask in instances])
     outcome.image = PreparedImage(
         name=name,
         image_digest=hashlib.sha256(raw).hexdigest(),
         num_instances=len(instances),
-        instances_digest=_instances_digest(instances, size),
+        instances_digest=_instances_digest(instances, ignored, size),
         stretch=stretch,
         fingerprint="" if entry.kind == "image" else pack(fingerprint_of(pixels)),
     )
-    rows = _rows(outcome.image, raw, pixels, instances, rules.settings)
+    rows = _rows(outcome.image, raw, pixels, instances, ignored, rules.settings)
     return outcome, [row | {"annotation": outcome.annotation, "source": name} for row in rows]
 
 
@@ -286,7 +296,9 @@ def _groups(shapes: list[Shape], size: tuple[int, int], rules: Rules, outcome: O
     wanted = rules.settings.labels
     for shape in shapes:
         label = rules.label_map.get(shape.label, shape.label)
-        if label is None or label in IGNORED_LABELS or (wanted is not None and label not in wanted):
+        if label == IGNORE:
+            continue
+        if label is None or label == BACKGROUND or (wanted is not None and label not in wanted):
             filtered[shape.label] += 1
             continue
         try:
@@ -298,6 +310,38 @@ def _groups(shapes: list[Shape], size: tuple[int, int], rules: Rules, outcome: O
         groups[(label, shape.index) if alone else (label, "group", shape.group_id)].append(shape)
     outcome.filtered = dict(filtered)
     return groups
+
+
+def _ignored_region(
+    annotation: Annotation,
+    size: tuple[int, int],
+    instances: list[CroppedMask],
+    rules: Rules,
+    outcome: Outcome,
+) -> np.ndarray | None:
+    """The union of the shapes labelled `__ignore__`, without the instances."""
+    shapes = [s for s in annotation.shapes if rules.label_map.get(s.label, s.label) == IGNORE]
+    if not shapes:
+        return None
+    region, used = np.zeros(size, bool), 0
+    for shape in shapes:
+        try:
+            require_inside(shape, size)
+            _paint(region, rasterize_instance([shape], size), True)
+        except AnnotationError as problem:
+            outcome.rejected.append(Rejection.of(outcome.entry, problem, 1))
+            continue
+        used += 1
+    if used:
+        outcome.not_instances[IGNORE] = used
+    for mask in instances:
+        _paint(region, mask, False)
+    return region if region.any() else None
+
+
+def _paint(region: np.ndarray, mask: CroppedMask, value: bool) -> None:
+    (x, y), (h, w) = mask.origin, mask.pixels.shape
+    region[y : y + h, x : x + w][mask.pixels] = value
 
 
 def _warn_of_a_group_of_nearly_all(groups: Groups, outcome: Outcome) -> None:
@@ -312,8 +356,12 @@ def _warn_of_a_group_of_nearly_all(groups: Groups, outcome: Outcome) -> None:
             outcome.warnings.append(FileWarning(outcome.entry, "group_id", reason))
 
 
-def _instances_digest(instances: list[tuple[str, CroppedMask]], size: tuple[int, int]) -> str:
+def _instances_digest(
+    instances: list[tuple[str, CroppedMask]], ignored: np.ndarray | None, size: tuple[int, int]
+) -> str:
     content = [(label, encode_rle(mask, size).hex()) for label, mask in instances]
+    if ignored is not None:
+        content.append((IGNORE, encode_rle(crop_mask(ignored), size).hex()))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -322,28 +370,63 @@ def _rows(
     raw: bytes,
     pixels: np.ndarray,
     instances: list[tuple[str, CroppedMask]],
+    ignored: np.ndarray | None,
     settings: PrepareConfig,
 ) -> list[dict[str, Any]]:
     """Return the image's row, or those of its tiles, which `image` then names."""
     size = (pixels.shape[0], pixels.shape[1])
     if settings.tile is None or max(size) <= settings.tile or not instances:
         row = {"name": image.name, "image": raw, "image_digest": image.image_digest, "tile": None}
-        row |= {"height": size[0], "width": size[1]}
+        row |= {"height": size[0], "width": size[1], "ignored": _region_rle(ignored)}
         return [row | {"instances": [_instance(label, mask, size, 0) for label, mask in instances]}]
     windows = tile_windows(size, settings.tile, settings.overlap_pixels)
     members: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    owners = []  # the tile of each instance
     for label, mask in instances:
         number, part, outside = place_in_tiles(mask, windows)
         window = windows[number]
         members[number].append(_instance(label, part, (window.height, window.width), outside))
+        owners.append(number)
         image.num_cut += outside > 0
-    rows = [_tile_row(image.name, pixels, windows[n], members[n]) for n in sorted(members)]
+    rows = []
+    for number in sorted(members):
+        own = [mask for (_, mask), n in zip(instances, owners, strict=True) if n == number]
+        others = [mask for (_, mask), n in zip(instances, owners, strict=True) if n != number]
+        region = _ignored_in_tile(windows[number], ignored, own, others)
+        rows.append(_tile_row(image.name, pixels, windows[number], members[number], region))
     image.tiles = [row["name"] for row in rows]
     return rows
 
 
+def _ignored_in_tile(
+    window: Window, ignored: np.ndarray | None, own: list[CroppedMask], others: list[CroppedMask]
+) -> np.ndarray:
+    """The image's ignored region in a tile, and what is seen there of other tiles' objects.
+
+    These are no instances of the tile, and no background either.
+    """
+    shape = (window.height, window.width)
+    region = np.zeros(shape, bool) if ignored is None else ignored[window.slices].copy()
+    for masks, value in ((others, True), (own, False)):
+        for mask in masks:
+            part = part_in(mask, window)
+            if part.pixels.size:
+                _paint(region, part, value)
+    return region
+
+
+def _region_rle(region: np.ndarray | None) -> bytes | None:
+    if region is None or not region.any():
+        return None
+    return encode_rle(crop_mask(region), (region.shape[0], region.shape[1]))
+
+
 def _tile_row(
-    name: str, pixels: np.ndarray, window: Window, instances: list[dict[str, Any]]
+    name: str,
+    pixels: np.ndarray,
+    window: Window,
+    instances: list[dict[str, Any]],
+    ignored: np.ndarray,
 ) -> dict[str, Any]:
     """The row of a tile: an image of its own, encoded without loss."""
     content = encode_picture(np.ascontiguousarray(pixels[window.slices]), ".png")
@@ -355,6 +438,7 @@ def _tile_row(
         "width": window.width,
         "tile": [window.x, window.y, window.width, window.height],
         "instances": instances,
+        "ignored": _region_rle(ignored),
     }
 
 

@@ -28,7 +28,6 @@ AREAL_SHAPES = {
 }
 OTHER_NAMES = {"rotation": "oriented_rectangle"}  # X-AnyLabeling's name for the same
 OTHER_SHAPES = ("line", "linestrip", "point", "points")
-IGNORED_LABELS = ("__ignore__", "_background_")  # LabelMe's labels for what is no object
 
 
 def read_annotation(raw: bytes) -> Annotation:

@@ -52,7 +52,7 @@ class PreparedImage:
         name: its path from the dataset's root, or the JSON's if the JSON embeds the image.
         image_digest: sha256 of its bytes.
         num_instances: instances in it.
-        instances_digest: sha256 of their labels and masks.
+        instances_digest: sha256 of their labels and masks, and of the ignored region, if any.
         tiles: names of the tiles it was cut into; None if it is one row of the shard.
         num_cut: instances of which a part lies outside their tile.
         stretch: the values that became 0 and 255, if it has 16 or 32 bits a pixel.
@@ -86,7 +86,8 @@ class Outcome:
         labels: instances of each label.
         filtered: shapes left out by label.
         joined: shapes that were joined to an instance of an earlier shape.
-        not_instances: shapes that are no single object, by kind: lines, points, crowds.
+        not_instances: shapes that are no single object, by kind: lines, points, crowds, and those
+            labelled `__ignore__`.
         rejected: what is not used.
         warnings: what is doubtful.
     """

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.config import Config, PrepareConfig, required, save_config
-from samray.data.annotation import MAX_JSON_BYTES
+from samray.data.annotation import IGNORE, MAX_JSON_BYTES
 from samray.data.coco import CocoImage, is_coco, may_be_coco, read_coco
 from samray.data.dataset import FORMAT, SCHEMA, dataset_digest
 from samray.data.discovery import RawFiles, find_files, fold
@@ -554,7 +554,10 @@ def _claim_output(job: PrepareJob) -> dict[str, Any] | None:
     for name in ("manifest.json", IN_PROGRESS):
         if (job.output / name).exists():
             content = read_json(job.output / name)
-            if not isinstance(content, dict) or content.get("settings") != job.settings_digest:
+            same = isinstance(content, dict) and content.get("settings") == job.settings_digest
+            # An earlier samray left the regions out, and would have no reason to read them again.
+            dropped = same and IGNORE in content.get("filtered", {})
+            if not same or (dropped and job.rules.label_map.get(IGNORE, IGNORE) == IGNORE):
                 raise ConfigError(
                     f"--output-dir: {job.output} holds a dataset prepared with other settings or "
                     "by another samray; choose another folder or delete this one"

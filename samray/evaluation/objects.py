@@ -8,7 +8,7 @@ import torch
 
 from samray.data.dataset import ImageRecord
 from samray.geometry.masks import decode_rle, encode_rle
-from samray.instances.metrics import THRESHOLDS, ImageObjects, match
+from samray.instances.metrics import THRESHOLDS, ImageObjects, match, outside_region
 from samray.instances.saved import InstanceModel
 from samray.instances.segment import find_objects, maps_of
 
@@ -25,15 +25,21 @@ def compare_objects(
 ) -> ImageObjects:
     """Find all objects of an image, and return them beside the true ones.
 
+    What is found in the record's ignored region, with more than half of its area, is left out: it
+    counts neither as true nor as false.
+
     Args:
         sam, model: on one device.
         embedding: C x h x w float32, by `sam`, on that device.
         image: H x W x 3 uint8 RGB.
     """
     found = find_objects(sam, maps_of(model.decoder, image, embedding), embedding, model.way)
+    rles = [encode_rle(one.mask, record.size) for one in found]
+    judged = outside_region(rles, record.ignored, record.size)
+    found, rles = [found[place] for place in judged], [rles[place] for place in judged]
     return ImageObjects(
         size=record.size,
-        found=tuple(encode_rle(one.mask, record.size) for one in found),
+        found=tuple(rles),
         found_labels=tuple(model.labels[one.class_index] for one in found),
         scores=tuple(one.score for one in found),
         true=tuple(instance.rle for instance in record.instances),

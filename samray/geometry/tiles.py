@@ -66,17 +66,17 @@ def place_in_tiles(mask: CroppedMask, windows: list[Window]) -> tuple[int, Cropp
         part: in that window's frame.
         outside: pixels of the mask that are not in the window.
     """
-    parts = [_part_in(mask, window) for window in windows]
-    areas = [int(np.count_nonzero(pixels)) for pixels, _ in parts]
+    parts = [part_in(mask, window) for window in windows]
+    areas = [int(np.count_nonzero(part.pixels)) for part in parts]
     number = int(np.argmax(areas))
-    pixels, origin = parts[number]
     outside = int(np.count_nonzero(mask.pixels)) - areas[number]
-    return number, CroppedMask(pixels, origin), outside
+    return number, parts[number], outside
 
 
-def _part_in(mask: CroppedMask, window: Window) -> tuple[np.ndarray, tuple[int, int]]:
+def part_in(mask: CroppedMask, window: Window) -> CroppedMask:
+    """Return what a window shows of a mask, in the window's frame; without pixels if none."""
     x, y = mask.origin[0] - window.x, mask.origin[1] - window.y
     h, w = mask.pixels.shape
     rows = slice(max(0, -y), max(0, min(h, window.height - y)))
     columns = slice(max(0, -x), max(0, min(w, window.width - x)))
-    return mask.pixels[rows, columns], (max(0, x), max(0, y))
+    return CroppedMask(mask.pixels[rows, columns], (max(0, x), max(0, y)))

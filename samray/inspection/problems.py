@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from samray.data.annotation import IGNORE
 from samray.data.dataset import ImageRecord
 
 OUTLINED_TWICE = 0.8  # IoU above which two instances are probably one object
@@ -70,6 +71,9 @@ NOTES = (
      "Nothing, if they show no object: they are not trained on. Else annotate them."),
     ("unlabelled", "Images without annotation",
      "Annotate them, or leave them: they are in no split."),
+    ("ignored", "Regions marked __ignore__",
+     "Nothing, if not every object in them is outlined: they teach and count nothing about all "
+     "objects of an image."),
     ("filtered", "Shapes left out by label",
      "Nothing, if --labels and --label-map are as intended."),
     ("not_instances", "Shapes that cover no area",
@@ -115,13 +119,15 @@ def find_notes(
         labels: as in `report.json`.
     """
     absent = [label for label in labels if not label["splits"]["train"]]
-    not_instances = manifest.get("not_instances", {})
+    not_instances = {**manifest.get("not_instances", {})}
+    regions = not_instances.pop(IGNORE, 0)
     items = {
         "outlined_twice": _outlined_twice(records, instances),
         "spelling": _spelt_alike(sorted(label["label"] for label in labels)),
         "absent": [_about_label(i["label"], f"has {i['instances']} instances") for i in absent],
         "empty": [_about_image(i, "its annotation has no usable shape") for i in manifest["empty"]],
         "unlabelled": [_about_image(i, "no JSON refers to it") for i in manifest["unlabelled"]],
+        "ignored": [_about_label(IGNORE, f"marks {regions} regions")] if regions else [],
         "filtered": [
             _about_label(label, f"{number} shapes left out")
             for label, number in manifest["filtered"].items()

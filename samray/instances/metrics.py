@@ -104,6 +104,25 @@ def segmentation_accuracy(ious: np.ndarray) -> list[float]:
     return [hit / (num_found + num_true - hit) for hit in hits]
 
 
+def outside_region(rles: Sequence[bytes], region: bytes | None, size: tuple[int, int]) -> list[int]:
+    """Return the places of the masks of which at most half lies in an ignored region.
+
+    The others are no found objects: whether they are true or false, nobody knows (as COCO's
+    evaluation does with crowds).
+
+    Args:
+        rles: compressed COCO counts of N masks.
+        region: of the region, in which no true object lies; None: there is none.
+        size: (H, W).
+    """
+    if region is None or not rles:
+        return list(range(len(rles)))
+    masks = [{"counts": counts, "size": list(size)} for counts in rles]
+    # To a crowd, the IoU of pycocotools is the share of the mask's own area.
+    shares = coco_mask.iou(masks, [{"counts": region, "size": list(size)}], [1])
+    return [place for place, share in enumerate(shares[:, 0].tolist()) if share <= 0.5]
+
+
 def score_instances(images: Sequence[ImageObjects]) -> dict[str, Any]:
     """Return all measures over the images of a split.
 

@@ -40,6 +40,7 @@ def map_targets(
     classes: Sequence[int],
     original_size: tuple[int, int],
     side: int,
+    ignored: np.ndarray | None = None,
 ) -> MapTargets:
     """Return the targets of an image.
 
@@ -48,10 +49,14 @@ def map_targets(
         classes: N, the class of each object.
         original_size: (H, W) of the image.
         side: g, of the decoder's grid; the longer side of the image spans it.
+        ignored: H x W bool, where not every object is annotated; None: nowhere.
     """
+    whole = number_objects(masks, original_size)
+    if ignored is not None:
+        whole[ignored & (whole == BACKGROUND)] = UNKNOWN
     numbers = np.full((side, side), UNKNOWN, np.int32)
     height, width = input_size_of(original_size, side)
-    numbers[:height, :width] = _on_grid(number_objects(masks, original_size), (height, width))
+    numbers[:height, :width] = _on_grid(whole, (height, width))
     return map_targets_of(numbers, classes)
 
 

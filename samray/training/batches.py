@@ -157,7 +157,10 @@ class BatchLoader:
         for record, view in zip(records, views, strict=True):
             masks = (view.turn(record.decode(instance)) for instance in record.instances)
             classes = [self.labels.index(instance.label) for instance in record.instances]
-            maps.append(map_targets(masks, classes, view.size(record.size), frame // CELL))
+            region = record.decode_ignored()
+            region = None if region is None else view.turn(region)
+            size = view.size(record.size)
+            maps.append(map_targets(masks, classes, size, frame // CELL, region))
         return SceneTargets(self._inputs(shown, frame), TargetMaps.of(maps), weight)
 
     def num_prompts(self, step: list[int], epoch: int) -> int:

@@ -175,7 +175,8 @@ def _example(
     """An annotated image with the decoder's maps."""
     image = decode_image(dataset.image_bytes(record))
     truth = tuple(instance.rle for instance in record.instances)
-    return Example(maps_of(decoder, image, embedding), embedding, truth, record.size)
+    maps = maps_of(decoder, image, embedding)
+    return Example(maps, embedding, truth, record.size, record.ignored)
 
 
 @torch.inference_mode()

@@ -124,18 +124,28 @@ def test_holes_and_parts_round_trip_to_the_pixel(ray_cluster, tmp_path):
         for points in (square, other)
     ]
     shapes.append({"label": "ring", "points": cut, "group_id": None, "shape_type": "polygon"})
+    corners = [[0, 0], [20, 20]]  # around the ring, so that the region has a hole
+    shapes.append({"label": "__ignore__", "points": corners, "shape_type": "rectangle"})
     document = {"shapes": shapes, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 60}
     (data / "a.json").write_text(json.dumps(document))
     fractions = ["prepare.val_fraction=0", "prepare.test_fraction=0"]
-    for source, target in (("data", "one"), ("out", "two")):
+    for source, target in (("data", "one"), ("out", "two"), ("coco", "three")):
         words = [f"prepare.data_dir={tmp_path / source}", f"prepare.output_dir={tmp_path / target}"]
         prepare(load_config(None, [*words, *fractions]))
         if target == "one":
             exported(tmp_path / "one", tmp_path / "out", "labelme")
-    one, two = (PreparedDataset(tmp_path / name) for name in ("one", "two"))
-    assert [i.rle for i in one.images["a.png"].instances] == [
-        i.rle for i in two.images["images/a.png"].instances
-    ]
+            exported(tmp_path / "one", tmp_path / "coco", "coco")
+    one, *others = (PreparedDataset(tmp_path / name) for name in ("one", "two", "three"))
+    record = one.images["a.png"]
+    assert record.decode_ignored().sum() == 21 * 21 - 11 * 11
+    for other in others:
+        again = other.images["images/a.png"]
+        assert [i.rle for i in record.instances] == [i.rle for i in again.instances]
+        assert again.ignored == record.ignored
+        assert other.manifest["not_instances"] == {"__ignore__": 1}
+    read = COCO(str(tmp_path / "coco" / "annotations" / "instances_train.json"))
+    (region,) = read.loadAnns(read.getAnnIds(iscrowd=1))
+    assert read.cats[region["category_id"]]["name"] == "__ignore__"
 
 
 def test_a_used_folder_is_refused(prepared, tmp_path, run_cli):

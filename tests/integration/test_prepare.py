@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
@@ -827,6 +828,7 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
         noise = np.random.default_rng(len(name)).integers(0, 256, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(noise).save(data / name)
     square = [[5, 5], [20, 5], [20, 20], [5, 20]]
+    far = [[60, 40], [75, 40], [75, 55], [60, 55]]
     others = [
         shape("cat", square),
         shape("cat", square),  # a duplicate
@@ -834,7 +836,7 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
         {**shape("eye", square[:1]), "shape_type": "point"},
         {**shape("cat", [[30, 10], [40, 20], [30, 30], [20, 20]]), "shape_type": "rotation"},
         {**shape("cat", [[42, 12], [50, 12], [50, 30], [42, 30]]), "shape_type": "rectangle"},
-        shape("__ignore__", square),
+        shape("__ignore__", far),
         shape("_background_", square),
     ]
     annotate(data / "a.json", "a.json", others, (60, 80))  # imagePath names the JSON itself
@@ -851,8 +853,8 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
     annotate(data / "grouped.json", "grouped.png", row, (60, 80))
     manifest = run(data, tmp_path / "prepared", *ALL_TRAIN)
     assert accounted(manifest) == manifest["num_shapes"]
-    assert manifest["not_instances"] == {"line": 1, "point": 1}
-    assert manifest["filtered"] == {"__ignore__": 1, "_background_": 1}
+    assert manifest["not_instances"] == {"line": 1, "point": 1, "__ignore__": 1}
+    assert manifest["filtered"] == {"_background_": 1}
     assert manifest["labels"] == {"bar": 1, "cat": 4, "dog": 1}
     (rejected,) = manifest["rejected"]
     assert (rejected["file"], rejected["field"]) == ("a.json", "shapes[1]")
@@ -860,6 +862,21 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
     assert "joins 8 of 8 shapes" in warning["reason"]
     dataset = PreparedDataset(tmp_path / "prepared")
     assert set(dataset.images) == {"a.png", "B.PNG", "inside.json", "grouped.png"}
+    region = filled([shape("__ignore__", far)], (60, 80))
+    np.testing.assert_array_equal(dataset.images["a.png"].decode_ignored(), region)
+    assert dataset.images["B.PNG"].decode_ignored() is None
+    # A dataset of an earlier samray has no such column, and counts the shape as filtered.
+    shard = tmp_path / "prepared" / manifest["shards"][0]
+    pq.write_table(pq.read_table(shard).drop_columns("ignored"), shard)
+    again = PreparedDataset(tmp_path / "prepared").images
+    assert {name: record.instances for name, record in again.items()} == {
+        name: record.instances for name, record in dataset.images.items()
+    }
+    assert not any(record.ignored for record in again.values())
+    earlier = manifest | {"filtered": {"__ignore__": 1}}
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(earlier))
+    with pytest.raises(ConfigError, match="by another samray; choose another folder"):
+        run(data, tmp_path / "prepared", *ALL_TRAIN)
     record = dataset.images["inside.json"]
     assert dataset.image_bytes(record).startswith(b"\x89PNG")
     alone = run(data, tmp_path / "alone", *ALL_TRAIN, "prepare.join_groups=false")

@@ -72,6 +72,15 @@ def test_labels_are_the_categories_names_and_crowds_are_counted() -> None:
     assert annotation.num_shapes == 2
 
 
+@pytest.mark.parametrize("iscrowd", [0, 1])
+def test_a_category_of_ignored_regions_is_read_crowd_or_not(iscrowd: int) -> None:
+    entry = {"segmentation": [SQUARE], "category_id": 5, "iscrowd": iscrowd}
+    raw = document(entry, categories=[{"id": 5, "name": "__ignore__"}])
+    annotation = coco_annotation(only_image(raw))
+    assert [shape.label for shape in annotation.shapes] == ["__ignore__"]
+    assert annotation.not_instances == []
+
+
 @pytest.mark.parametrize(
     ("entry", "field", "said"),
     [

@@ -1,11 +1,13 @@
 """Found against true objects: whose they are, and how they are drawn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sam_parts import blob_record
 
 from samray.evaluation.objects import FALSE, HIT, MISSED, compare_objects, draw_objects, num_errors
-from samray.geometry.masks import CroppedMask, encode_rle
+from samray.geometry.masks import CroppedMask, crop_mask, encode_rle
 from samray.instances.metrics import ImageObjects, score_instances
 from samray.instances.saved import InstanceModel, new_decoder
 from samray.instances.segment import Way
@@ -48,3 +50,22 @@ def test_what_a_decoder_finds_is_measured_against_the_record(kind):
     assert set(objects.found_labels) <= {"blob", "stone"}
     scores = score_instances([objects])
     assert (scores["true"], scores["found"]) == (3, len(objects.found))
+
+
+def test_what_is_found_where_nobody_looked_is_neither_true_nor_false():
+    """An object without annotation: false, unless its place is ignored."""
+    sam, record = load_shipped().model(), blob_record("photo", (60, 80), 1, seed=4)
+    model = InstanceModel(new_decoder(sam, 1, 0), ("blob",), Way())
+    image = np.full((60, 80, 3), 30, np.uint8)
+    rows, columns = np.mgrid[:60, :80]
+    unknown = np.hypot(rows - 30, columns - 20) < 12
+    image[unknown] = image[record.decode(record.instances[0])] = (200, 120, 90)
+    marked = replace(record, ignored=encode_rle(crop_mask(unknown), (60, 80)))
+    embedding = encode_image(sam, image)
+    all_found, judged = (
+        compare_objects(sam, model, embedding, image, one) for one in (record, marked)
+    )
+    assert len(all_found.found) == 2
+    assert len(judged.found) == 1
+    assert score_instances([judged])["sa50"] == 1
+    assert score_instances([all_found])["sa50"] == 0.5

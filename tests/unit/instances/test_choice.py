@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from sam_parts import small_sam
 from scipy import ndimage
@@ -65,3 +66,13 @@ def test_a_decoder_that_has_not_learned_is_not_asked_thousands_of_times(monkeypa
 def test_images_are_chosen_evenly():
     assert evenly(3, 5) == [0, 1, 2]
     assert evenly(100, 4) == [0, 25, 50, 75]
+
+
+def test_what_is_found_in_an_ignored_region_is_no_error():
+    """One of three objects is not annotated: false if nobody says so, nothing if it is ignored."""
+    complete = example()
+    seen = replace(complete, truth=complete.truth[:2])
+    marked = replace(seen, ignored=complete.truth[2])
+    accuracies = [mean_accuracy(None, [one], Way()) for one in (complete, seen, marked)]
+    assert accuracies[1] == pytest.approx(2 / 3 * accuracies[2], abs=0.02)
+    assert accuracies[2] > 0.9

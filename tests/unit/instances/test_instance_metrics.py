@@ -11,6 +11,7 @@ from samray.instances.metrics import (
     ImageObjects,
     label_map_ious,
     match,
+    outside_region,
     score_instances,
     segmentation_accuracy,
 )
@@ -132,3 +133,10 @@ def test_labels_without_true_or_found_objects():
     assert score_instances([objects([], [bar(0, 10)])])["ap"] == 0
     assert score_instances([objects([bar(0, 10)], [])])["ap"] is None
     assert len(THRESHOLDS) == 10
+
+
+def test_masks_of_which_more_than_half_is_ignored_are_left_out():
+    masks = [bar(0, 10), bar(6, 8), bar(5, 10), bar(20, 5)]  # 10, 4, 5 and 0 columns in the region
+    assert outside_region(masks, bar(0, 10), SIZE) == [1, 2, 3]
+    assert outside_region(masks, None, SIZE) == [0, 1, 2, 3]
+    assert outside_region([], bar(0, 10), SIZE) == []

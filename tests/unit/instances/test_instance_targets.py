@@ -64,3 +64,12 @@ def test_an_image_without_objects_is_background():
     targets = map_targets([], [], (10, 10), 4)
     assert not targets.numbers.any()
     assert not targets.boundary.any()
+
+
+def test_an_ignored_region_is_unknown_but_for_the_objects_in_it():
+    ignored = square((20, 20), 0, 0, 10)
+    targets = map_targets([square((20, 20), 4, 4, 4)], [0], (20, 20), 10, ignored)
+    assert (targets.numbers[2:4, 2:4] == 1).all()
+    assert np.count_nonzero(targets.numbers == UNKNOWN) == 25 - 4
+    assert (targets.numbers[5:] == 0).all()
+    assert not targets.boundary[targets.numbers == UNKNOWN].any()

@@ -2,19 +2,23 @@
 
 import functools
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_dataset import write_dataset
 
-from samray.config import load_config, resolve_model
+from samray.config import PromptConfig, load_config, resolve_model
 from samray.errors import CheckpointError
 from samray.geometry.images import decode_image
+from samray.geometry.masks import crop_mask, encode_rle
 from samray.instances.saved import load_instances, new_decoder
 from samray.instances.segment import Way
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.shipped import load_shipped
+from samray.training.batches import BatchLoader
 from samray.training.finetuning import FineTuning, choose_instances, instance_labels
 from samray.training.loop import Worker, train_loop
 
@@ -124,6 +128,35 @@ def test_the_way_is_chosen_on_val_and_kept_in_the_best_checkpoint(run, dataset, 
     best = max(description["val_msa"].values())
     assert description["val_msa"][description["way"]["kind"]] == best
     assert latest(run)[1].way == Way(**description["way"])
+
+
+def test_an_ignored_region_counts_in_no_loss_however_the_image_is_turned(dataset):
+    """Left out in the targets of the instance decoder, turned with the image; prompts are as ever.
+
+    A corner of 48 x 64 pixels is ignored: 24 x 32 of them in one quarter of the frame.
+    """
+    region = np.zeros((48, 64), bool)
+    region[:24, 32:] = True
+    (record,) = dataset.split("val")
+    for instance in record.instances:
+        region &= ~record.decode(instance)
+    marked = replace(record, ignored=encode_rle(crop_mask(region), (48, 64)))
+    arguments = PromptConfig(), 0, None, 64, 16, True, None, None, ("disc", "square")
+    plain, ignoring = (BatchLoader(dataset, [one], *arguments) for one in (record, marked))
+    shown = set()
+    for epoch in range(6):
+        (with_all,), (without) = plain.load([0], 0, 1, epoch), ignoring.load([0], 0, 1, epoch)
+        before, after = with_all.scene.maps, without[0].scene.maps
+        unknown = (before.known - after.known)[0]
+        cells = (128 // 2 / 64) ** 2  # of the grid, a pixel of the image
+        assert unknown.sum() == pytest.approx(region.sum() * cells, rel=0.05)
+        assert not (unknown * after.foreground[0]).any()
+        assert torch.equal(before.foreground, after.foreground)
+        rows, columns = torch.nonzero(unknown, as_tuple=True)
+        shown.add((round(float(rows.float().mean())), round(float(columns.float().mean()))))
+        for one, other in zip(with_all.targets, without[0].targets, strict=True):
+            assert torch.equal(one, other)
+    assert len(shown) > 2
 
 
 def test_a_base_that_is_the_best_has_no_decoder_and_needs_no_choice(run, dataset, cache):

@@ -1,0 +1,109 @@
+"""Regions labelled `__ignore__`: kept as a mask, as no instance, in images and in tiles."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samray.config import PrepareConfig
+from samray.data.discovery import find_files
+from samray.data.intake import Entry, Rules, read_entry
+from samray.geometry.masks import decode_rle
+
+SIZE = (40, 150)
+
+
+def rectangle(label, x1, y1, x2, y2):
+    points = [[x1, y1], [x2, y2]]
+    return {"label": label, "points": points, "shape_type": "rectangle", "group_id": None}
+
+
+def read(folder, shapes, label_map=None, **settings):
+    """Outcome and rows of one image of SIZE with these shapes."""
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    document = {"shapes": shapes, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 150}
+    (folder / "a.json").write_text(json.dumps(document))
+    files = find_files(folder)
+    rules = Rules(PrepareConfig(**settings), label_map or {}, frozenset())
+    return read_entry(Entry("a.json", "labelme", files.stamps["a.json"]), files, rules, folder)
+
+
+def region_of(row):
+    return decode_rle(row["ignored"], (row["height"], row["width"]))
+
+
+def test_regions_are_joined_and_have_no_pixel_of_an_instance(tmp_path):
+    shapes = [
+        rectangle("nut", 10, 10, 19, 19),
+        rectangle("__ignore__", 0, 0, 29, 29),
+        rectangle("__ignore__", 50, 0, 54, 4),
+        rectangle("__ignore__", 500, 0, 504, 4),  # outside
+    ]
+    outcome, (row,) = read(tmp_path / "a", shapes)
+    expected = np.zeros(SIZE, bool)
+    expected[:30, :30] = expected[:5, 50:55] = True
+    expected[10:20, 10:20] = False
+    np.testing.assert_array_equal(region_of(row), expected)
+    assert [instance["label"] for instance in row["instances"]] == ["nut"]
+    assert outcome.labels == {"nut": 1}
+    assert outcome.not_instances == {"__ignore__": 2}
+    assert [(problem.field, problem.num_shapes) for problem in outcome.rejected] == [
+        ("shapes[3].points", 1)
+    ]
+    assert not outcome.filtered
+
+
+def test_only_a_region_changes_the_digest_and_a_label_map_makes_or_drops_one(tmp_path):
+    nut = rectangle("nut", 10, 10, 19, 19)
+    unsure = [nut, rectangle("unsure", 50, 0, 54, 4)]
+    marked = [nut, rectangle("__ignore__", 50, 0, 54, 4)]
+    (alone, without), (one, with_region), (other, mapped), (none, dropped) = (
+        read(tmp_path / "a", [nut]),
+        read(tmp_path / "a", marked),
+        read(tmp_path / "a", unsure, {"unsure": "__ignore__"}),
+        read(tmp_path / "a", marked, {"__ignore__": None}),
+    )
+    assert without[0]["ignored"] is dropped[0]["ignored"] is None
+    assert with_region[0]["ignored"] == mapped[0]["ignored"] is not None
+    digests = [found.image.instances_digest for found in (alone, one, other, none)]
+    assert digests[0] == digests[3] != digests[1] == digests[2]
+    assert none.filtered == {"__ignore__": 1}
+    content = [["nut", without[0]["instances"][0]["rle"].hex()]]  # as it always was
+    assert digests[0] == hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def test_labels_that_are_chosen_leave_the_regions_alone(tmp_path):
+    shapes = [rectangle("nut", 10, 10, 19, 19), rectangle("__ignore__", 50, 0, 54, 4)]
+    outcome, (row,) = read(tmp_path / "a", shapes, labels=["nut"])
+    assert region_of(row).sum() == 25
+    assert outcome.not_instances == {"__ignore__": 1}
+
+
+def test_a_tile_ignores_its_part_of_a_region_and_what_it_sees_of_other_tiles_objects(tmp_path):
+    """Tiles from columns 0, 48 and 86 on; the first two both show columns 50 to 61 whole."""
+    shapes = [
+        rectangle("nut", 2, 2, 9, 9),
+        rectangle("nut", 50, 20, 61, 29),  # the first tile's
+        rectangle("nut", 70, 20, 79, 29),
+        rectangle("__ignore__", 0, 35, 149, 39),
+    ]
+    _, rows = read(tmp_path / "a", shapes, tile=64, overlap=16)
+    tiles = {row["tile"][0]: row for row in rows}
+    assert sorted(tiles) == [0, 48]  # the last one holds no object
+    expected = np.zeros((40, 64), bool)
+    expected[35:] = True
+    np.testing.assert_array_equal(region_of(tiles[0]), expected)
+    expected[20:30, 2:14] = True
+    np.testing.assert_array_equal(region_of(tiles[48]), expected)
+    assert [len(tiles[x]["instances"]) for x in (0, 48)] == [2, 1]
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_an_image_without_a_region_has_none(tile, tmp_path):
+    _, (row, *others) = read(tmp_path / "a", [rectangle("nut", 2, 2, 9, 9)], tile=tile)
+    assert row["ignored"] is None
+    assert not others
