@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import cv2
 import numpy as np
@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from samray.config import load_config
-from samray.data.dataset import FORMAT, SCHEMA, SPLITS
+from samray.data.dataset import FORMAT, SCHEMA, SPLITS, ImageRecord, Instance
 from samray.data.outcome import PreparedImage
 from samray.data.splits import SplitRule
 from samray.errors import ConfigError, DatasetError
 from samray.geometry.masks import CroppedMask, encode_rle
-from samray.inspection.report import report
+from samray.inspection.problems import find_notes
+from samray.inspection.report import INSTANCE, report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -416,3 +417,55 @@ def test_a_damaged_shard_is_named(tmp_path):
     with pytest.raises(DatasetError, match=r"1\.png cannot be decoded.*prepare the dataset again"):
         reported(dataset, tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def photos_of_dots(*numbers, labels=("dot",), size=(60, 60)):
+    """A record per number, with so many dots of alternating labels."""
+    records = []
+    for place, number in enumerate(numbers):
+        dots = [
+            CroppedMask(np.ones((2, 2), bool), (3 * n % 57, 3 * (n // 19))) for n in range(number)
+        ]
+        instances = tuple(
+            Instance(labels[n % len(labels)], dot.box, 4, encode_rle(dot, size))
+            for n, dot in enumerate(dots)
+        )
+        records.append(ImageRecord(f"{place}.png", f"{place}.png", "0", size, instances, 0, 0))
+    return records
+
+
+def partial_notes(records):
+    manifest = {"not_instances": {}, "empty": [], "unlabelled": [], "filtered": {}}
+    notes = find_notes(manifest, records, np.zeros(0, INSTANCE), [])
+    found = [note for note in notes if note["title"].startswith("Photos where not every")]
+    return [(i["file"] or i["field"], i["reason"]) for note in found for i in note["items"]]
+
+
+def test_a_photo_with_far_fewer_objects_than_usual_is_named():
+    records = photos_of_dots(20, 24, 30, 18, 4, 5, 22)
+    assert partial_notes(records) == [
+        ("4.png", "has 4 objects; of its size 20 are usual in this data")
+    ]
+    # With the rest of that photo ignored there is nothing to say; nor of few photos or objects.
+    region = np.ones((60, 60), bool)
+    region[:20, :40] = False
+    marked = replace(records[4], ignored=encode_rle(CroppedMask(region, (0, 0)), (60, 60)))
+    assert partial_notes([*records[:4], marked, *records[5:]]) == []
+    assert partial_notes(records[1:5]) == []
+    assert partial_notes(photos_of_dots(7, 7, 7, 7, 7, 1)) == []
+
+
+def test_the_tiles_of_a_photo_are_one_photo():
+    records = photos_of_dots(20, 20, 20, 20, 2, 38)
+    tiles = [replace(record, source="large.png") for record in records[4:]]
+    assert partial_notes(records[:4] + tiles) == []
+    assert len(partial_notes(records)) == 1
+
+
+def test_a_label_that_most_photos_lack_is_named():
+    both = photos_of_dots(10, 12, labels=("dot", "ring"))
+    others = photos_of_dots(*[10] * 5)
+    others = [replace(record, source=f"other/{record.name}") for record in others]
+    assert partial_notes(both + others) == [
+        ("label ring", "is on 2 of 7 photos only, 6 times there")
+    ]
