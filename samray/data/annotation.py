@@ -15,6 +15,7 @@ MAX_COORDINATE = 1e6  # pixels; larger than any image, and safe as an int
 
 # LabelMe's own labels: of a region in which not every object was outlined, and of no object at all.
 IGNORE, BACKGROUND = "__ignore__", "_background_"
+UNNAMED = "object"  # label of what a model found and cannot name
 
 
 @dataclass

@@ -27,7 +27,7 @@ from samray.evaluation.summary import changes, summary
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
 from samray.instances.metrics import ImageObjects, score_instances
-from samray.instances.saved import InstanceModel, load_instances
+from samray.instances.saved import InstanceModel, instances_of
 from samray.sam.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -437,8 +437,8 @@ def _load(path: Place | None) -> Checkpoint:
 
 
 def _finder(path: Place | None, sam: Any) -> InstanceModel | None:
-    """The instance decoder of a checkpoint, on the device of its model; None if it has none."""
-    model = None if path is None else load_instances(load_checkpoint(path), sam)
+    """The instance decoder of a model, on its device; None if it has none."""
+    model = instances_of(_load(path), sam)
     if model is not None:
         model.decoder.to(sam.device)
     return model

@@ -53,5 +53,6 @@ def report_page(
         worst=[p for p in pictures if p["kind"] == "worst"],
         best=[p for p in pictures if p["kind"] == "best"],
         everything=evaluation[models[-1]].get("instances"),
+        everything_before=evaluation["base"].get("instances") if len(models) > 1 else None,
         objects=[p for p in pictures if p["kind"] == "objects"],
     )

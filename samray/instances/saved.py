@@ -2,8 +2,11 @@
 
 instances.pth     the decoder's state dict
 instances.json    labels, way and thresholds, the image encoder that it belongs to
+
+The decoder that ships with samray reads the embeddings of `tiny` as it ships.
 """
 
+import functools
 import io
 import json
 from dataclasses import asdict, dataclass
@@ -13,11 +16,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from samray.data.annotation import UNNAMED
 from samray.errors import CheckpointError
 from samray.instances.decoder import InstanceDecoder
 from samray.instances.segment import Way
 from samray.sam.checkpoint import Checkpoint
 from samray.sam.model import encoder_digest
+from samray.sam.shipped import load_shipped
+from samray.sam.weights import digest_of
 from samray.storage import Place, local_copy, read_json, write_json
 
 FORMAT = 1
@@ -85,8 +91,33 @@ def set_way(folder: Place, way: Way, accuracies: dict[str, float]) -> None:
     write_json(folder / DESCRIPTION, description)
 
 
+def instances_of(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
+    """Return the instance decoder of a model, to find objects with; None if there is none.
+
+    A checkpoint without one whose image encoder is still that of `tiny` as it ships, such as the
+    base of a run, has the shipped one, which knows no labels.
+
+    Args:
+        sam: the checkpoint's model.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to another image encoder.
+    """
+    model = load_instances(checkpoint, sam)
+    if model is not None or checkpoint.model_type != "tiny":
+        return model
+    if encoder_digest(sam) != _shipped_encoder():
+        return None
+    return InstanceModel(new_decoder(sam, 1, seed=0), (UNNAMED,), Way())
+
+
+@functools.cache
+def _shipped_encoder() -> str:
+    return digest_of(load_shipped().weights, prefix="image_encoder.")
+
+
 def load_instances(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
-    """Return the instance decoder of a checkpoint; None if it has none.
+    """Return the instance decoder that a checkpoint holds; None if it holds none.
 
     Args:
         sam: the checkpoint's model.

@@ -14,8 +14,6 @@ from samray.geometry.masks import CroppedMask, crop_mask, encode_rle
 from samray.geometry.prompts import Prompt
 from samray.prediction.requests import PromptRequest
 
-UNNAMED = "object"  # label of shapes that have none of their own
-
 
 def prompt_of(request: PromptRequest) -> Prompt:
     """Return the prompt of a request; without labels every point is a foreground point.

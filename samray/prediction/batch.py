@@ -32,7 +32,7 @@ from samray.data.labelme import labelme_document
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.geometry.drawing import encode_picture
 from samray.geometry.images import decode_image, read_image_file
-from samray.instances.saved import load_instances
+from samray.instances.saved import instances_of
 from samray.prediction.requests import ApiError, PromptRequest, mistakes_error, read_prompts
 from samray.prediction.segmentation import (
     answer_prompts,
@@ -66,6 +66,7 @@ SUFFIXES = {"labelme": ".json", "labels": "_labels.png", "table": ".csv"}
 ANSWERS = ".predictions.json"
 MAX_BLOCKS = 2000  # of Ray Data; with fewer images each is a block of its own, for the progress bar
 MAX_PROMPTS_BYTES = 2**30
+PLAIN = PredictConfig()
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class BatchJob:
         root: folder that the images' names are relative to.
         checkpoint: folder or file; None is `tiny` as it ships.
         model: name, version and checkpoint_digest.
-        generator: arguments of SAM's mask generator; of a model with an instance decoder, which
-            one it is and how its maps become objects.
+        generator: arguments of SAM's mask generator; of a model that has an instance decoder,
+            which one it is and how its maps become objects.
         label: of all shapes; None: those that the model has learnt.
         tile: side of the windows to look at larger images through; None: at the whole image.
     """
@@ -196,7 +197,7 @@ class ImageSegmenter:
         self.job = job
         checkpoint, device = _load(job.checkpoint), cluster.actor_device()
         sam = checkpoint.model()
-        self.instances = load_instances(checkpoint, sam)
+        self.instances = instances_of(checkpoint, sam)
         self.sam = sam.eval().to(device)
         if self.instances is not None:
             self.instances.decoder.to(device)
@@ -452,7 +453,7 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
     given = settings.checkpoint
     checkpoint = _load(None if given is None else resolve(given, "--checkpoint"))
     # An unusable checkpoint ends the call here, with one line.
-    instances = load_instances(checkpoint, checkpoint.model())
+    instances = instances_of(checkpoint, checkpoint.model())
     digest = digest_of(checkpoint.weights)
     if given is None:
         name, version = "tiny", f"shipped-{__version__}"
@@ -463,6 +464,9 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
     if instances is not None:  # another decoder or another way gives other objects
         decoder = digest_of(instances.decoder.state_dict())
         way = asdict(instances.way)
+        unused = [key for key in generator if getattr(settings, key) != getattr(PLAIN, key)]
+        if unused:
+            print(f"note: {', '.join(unused)}: of the grid of points, which {name} does not need")
         generator = {"instance_decoder": decoder, "way": way, "tile": settings.tile}
     elif settings.tile is not None:
         raise ConfigError(

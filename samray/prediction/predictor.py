@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from samray.config import Config, required
+from samray.data.annotation import UNNAMED
 from samray.data.labelme import labelme_document, mask_to_shapes
 from samray.errors import AnnotationError, ConfigError
 from samray.geometry.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, encode_picture
 from samray.geometry.images import decode_image, read_image_file
 from samray.geometry.prompts import Prompt
 from samray.geometry.tiles import Window, tile_windows
-from samray.prediction.answers import UNNAMED
 from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image

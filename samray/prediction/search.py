@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from samray.config import PredictConfig
+from samray.data.annotation import UNNAMED
 from samray.data.labelme import labelme_document
 from samray.errors import AnnotationError
 from samray.geometry.drawing import shrink
 from samray.geometry.images import decode_image
 from samray.geometry.masks import CroppedMask, enlarge_mask
-from samray.instances.saved import InstanceModel, load_instances, new_decoder
+from samray.instances.saved import InstanceModel
 from samray.instances.segment import (
     FoundObject,
     ImageMaps,
@@ -30,7 +31,7 @@ from samray.instances.segment import (
     maps_of,
     suppress,
 )
-from samray.prediction.answers import UNNAMED, describe_object
+from samray.prediction.answers import describe_object
 from samray.prediction.requests import ApiError, SegmentRequest
 from samray.prediction.segmentation import (
     MAX_SEARCH_SIDE,
@@ -40,8 +41,6 @@ from samray.prediction.segmentation import (
     objects_of_records,
     segmented_object,
 )
-from samray.sam.checkpoint import Checkpoint
-from samray.sam.shipped import SHIPPED
 
 PIECE_SECONDS = 0.05  # of describing masks, between which others get a turn
 
@@ -79,18 +78,6 @@ class Found:
     objects: list[SegmentedObject]
     by: str
     left_out: int = 0
-
-
-def instances_of(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
-    """Return a checkpoint's instance decoder; that of `tiny` as it ships is the drawn scenes'.
-
-    Raises:
-        CheckpointError: it is damaged, or belongs to another image encoder.
-    """
-    model = load_instances(checkpoint, sam)
-    if model is None and checkpoint.path.parent == SHIPPED:
-        return InstanceModel(new_decoder(sam, 1, seed=0), (UNNAMED,), Way())
-    return model
 
 
 def search(

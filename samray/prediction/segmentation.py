@@ -17,6 +17,7 @@ from segment_anything.utils.amg import (
 from torchvision.ops.boxes import nms
 
 from samray.config import PredictConfig
+from samray.data.annotation import UNNAMED
 from samray.data.labelme import mask_to_shapes
 from samray.errors import AnnotationError
 from samray.geometry.drawing import shrink
@@ -32,7 +33,7 @@ from samray.geometry.tiles import Window
 from samray.instances.saved import InstanceModel
 from samray.instances.segment import FoundObject, find_objects, maps_of
 from samray.instances.windows import find_in_windows
-from samray.prediction.answers import UNNAMED, describe_mask, prompt_of
+from samray.prediction.answers import describe_mask, prompt_of
 from samray.prediction.requests import PromptRequest
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image

@@ -76,7 +76,7 @@ class LoadedModels:
         return sam, encoder_digest(sam)
 
     def _load_instances(self, ref: ModelRef, sam: Any) -> Any:
-        from samray.prediction.search import instances_of  # 25 MB of libraries for it alone
+        from samray.instances.saved import instances_of  # 25 MB of libraries for it alone
 
         model = instances_of(ref.load(), sam)
         if model is not None:

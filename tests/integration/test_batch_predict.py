@@ -20,8 +20,6 @@ from samray.sam.checkpoint import save_checkpoint
 from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
 
-FEW_POINTS = ("predict.points_per_side=6", "predict.pred_iou_thresh=0.3")
-
 
 @pytest.fixture
 def folder(photos, tmp_path):
@@ -40,7 +38,7 @@ def predict(run_cli, ray_cluster):
     """`predict(*words) -> stdout` of a call that succeeds."""
 
     def run(*words):
-        status, out, err = run_cli("predict", *words, *FEW_POINTS)
+        status, out, err = run_cli("predict", *words)
         assert status == 0, err
         return out
 
@@ -181,7 +179,7 @@ def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
         (["--image-path", tmp_path / "nothing", *out], "no image"),
         (["--image-path", folder, "--output-dir", folder], "choose another folder"),
         (["--image-path", folder, *out, "--prompts", prompts, "--point", 3, 3], "leave those out"),
-        (["--image-path", folder, *out, "predict.tile=200"], "--tile"),
+        (["--image-path", folder, *out, "--prompts", prompts, "predict.tile=200"], "--tile"),
     ):
         status, _, err = run_cli("predict", *words)
         assert status == 2, err
@@ -208,7 +206,7 @@ def segment(folder, checkpoint, **settings):
     (folder / "in").mkdir(exist_ok=True)
     cv2.imwrite(str(folder / "in/a.png"), image)
     out = folder / "out"
-    predict = PredictConfig(checkpoint=str(checkpoint), **settings)
+    predict = PredictConfig(checkpoint=checkpoint and str(checkpoint), **settings)
     job = batch._job(Path(folder / "in"), Path(out), predict)
     rows = pa.Table.from_pylist([{"name": "a.png", "stamp": "1", "prompts": None}])
     (outcome,) = batch.ImageSegmenter(job)(rows).to_pylist()
@@ -231,8 +229,33 @@ def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missin
     assert {shape["label"] for shape in document["shapes"]} == {"thing"}
 
 
-def test_tiles_need_an_instance_decoder_and_no_prompts(tmp_path):
-    with pytest.raises(ConfigError, match=r"^--tile: tiny has no instance decoder.*leave it out"):
-        batch._job(tmp_path, tmp_path, PredictConfig(tile=128))
+@pytest.fixture(scope="module")
+def other_encoder(tmp_path_factory):
+    """The shipped model with another image encoder: no instance decoder fits it."""
+    shipped, folder = load_shipped(), tmp_path_factory.mktemp("run") / "grid"
+    weights = {name: value.clone() for name, value in shipped.weights.items()}
+    weights["image_encoder.neck.0.weight"] *= 1.001
+    save_checkpoint(folder, weights, Config(), {})
+    return folder
+
+
+@pytest.mark.parametrize("given", [None, "finder", "other_encoder"])
+def test_the_grid_is_for_models_without_an_instance_decoder(given, request, tmp_path, capsys):
+    """`tiny` as it ships has one; its objects have no label of their own."""
+    checkpoint = given and request.getfixturevalue(given)
+    few = {"points_per_side": 6, "pred_iou_thresh": 0.3}
+    document, table, _ = segment(tmp_path, checkpoint, **few)
+    assert table
+    grid = given == "other_encoder"
+    assert all((row["stability_score"] != "") == grid for row in table)
+    note = "note: points_per_side, pred_iou_thresh: of the grid"
+    assert (note in capsys.readouterr().out) == (not grid)
+    if given is None:
+        assert {shape["label"] for shape in document["shapes"]} == {"object"}
+
+
+def test_tiles_need_an_instance_decoder_and_no_prompts(tmp_path, other_encoder):
+    with pytest.raises(ConfigError, match=r"^--tile: .*grid has no instance decoder.*leave it out"):
+        batch._job(tmp_path, tmp_path, PredictConfig(checkpoint=str(other_encoder), tile=128))
     with pytest.raises(ConfigError, match=r"^--tile does not go with --prompts"):
         batch._require_batch(PredictConfig(tile=128, prompts="prompts.json"))

@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sam_parts import small_sam
 from small_dataset import write_dataset
 
 from samray.config import PromptConfig, load_config, resolve_model
 from samray.errors import CheckpointError
 from samray.geometry.images import decode_image
 from samray.geometry.masks import crop_mask, encode_rle
-from samray.instances.saved import load_instances, new_decoder
+from samray.instances.saved import instances_of, load_instances, new_decoder
 from samray.instances.segment import Way
-from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import Checkpoint, RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.shipped import load_shipped
 from samray.training.batches import BatchLoader
@@ -164,6 +165,9 @@ def test_a_base_that_is_the_best_has_no_decoder_and_needs_no_choice(run, dataset
     choose_instances(run, dataset, cache, CPU)
     checkpoint = load_checkpoint(run.path)
     assert load_instances(checkpoint, checkpoint.model()) is None
+    assert instances_of(checkpoint, checkpoint.model()).labels == ("object",)  # the shipped one
+    other = small_sam()
+    assert instances_of(Checkpoint(run.base, "tiny", other.state_dict(), {}), other) is None
     run.update(best=run.state["latest"])
 
 
