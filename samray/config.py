@@ -386,7 +386,8 @@ class TuneConfig(Section):
     reduction_factor: float = Field(3.0, gt=1)
     """Reduction factor of asha: the best 1 / reduction_factor continue at each rung."""
     metric: str = "val_iou"
-    """Metric to compare trials by; val_iou is the mean over the prompt matrix."""
+    """Metric to compare trials by: val_iou, the mean over the prompt matrix; val_dice; a row such
+    as val_iou_clicks; val_msa, how well all objects are found (needs `train.instances`)."""
     max_failures: int = Field(1, ge=0)
     """Retries of a trial that crashed."""
     max_concurrent_trials: int | None = Field(None, ge=1)
@@ -410,7 +411,8 @@ class PromoteConfig(Section):
     data_dir: str | None = None
     """Prepared dataset whose test split the guard scores; unset: the dataset trained on."""
     max_forgetting: float = Field(0.02, ge=0, le=1)
-    """Largest loss of mIoU against the base for a kind of prompt that was not trained with."""
+    """Largest loss of mIoU against the base for a kind of prompt that was not trained with; with
+    fewer than five test photos, the largest loss of any score."""
     force: bool = False
     """Promote even if the guard refuses; the version's record notes it."""
     rollback: bool = False

@@ -157,13 +157,13 @@ def _score_other(
     config: Config, other: Other, checkpoints: dict[str, Place | None]
 ) -> dict[str, Any]:
     """Return `other` of evaluation.json."""
-    scores = score_models(config, other.dataset, other.records, checkpoints)
+    outcomes = score_models(config, other.dataset, other.records, checkpoints)
     return {
         "data_dir": str(other.dataset.folder),
         "dataset_digest": other.dataset.digest,
         "split": other.split,
         **_numbers(other.records),
-        **_figures({model: Outcome(found, []) for model, found in scores.items()}),
+        **_figures(outcomes),
     }
 
 
@@ -259,7 +259,7 @@ def _score_all(
     checkpoints: dict[str, Place | None],
 ) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
     """Score every image with each model, then draw the last model's worst and best instances."""
-    pool = _start_evaluators(config, dataset, records, checkpoints)
+    pool = _start_evaluators(config, dataset, records, checkpoints, find_objects=True)
     clicked = choose_objects(records, config.evaluate.noc_objects, config.evaluate.seed)
     outcomes = _outcomes(pool, records, checkpoints, clicked)
     *_, last = checkpoints
@@ -306,17 +306,19 @@ def score_models(
     dataset: PreparedDataset,
     records: list[ImageRecord],
     checkpoints: Mapping[str, Place | None],
-) -> dict[str, list[Score]]:
+    find_objects: bool = False,
+) -> dict[str, Outcome]:
     """Return the scores of models on images over the prompt matrix, in the same order for each.
 
     Args:
         config: its `evaluate.seed`, `scaling.device` and `embeddings`.
         checkpoints: name -> checkpoint folder; None is `tiny` as it ships.
+        find_objects: also find all objects, with the models that have an instance decoder.
     """
-    pool = _start_evaluators(config, dataset, records, checkpoints)
+    pool = _start_evaluators(config, dataset, records, checkpoints, find_objects)
     outcomes = _outcomes(pool, records, checkpoints, {})
     pool.stop()
-    return {model: outcome.scores for model, outcome in outcomes.items()}
+    return outcomes
 
 
 def _start_evaluators(
@@ -324,6 +326,7 @@ def _start_evaluators(
     dataset: PreparedDataset,
     records: list[ImageRecord],
     checkpoints: Mapping[str, Place | None],
+    find_objects: bool,
 ) -> cluster.Pool:
     return cluster.start_pool(
         Evaluator,
@@ -334,6 +337,7 @@ def _start_evaluators(
         embeddings_folder(config, dataset),
         config.embeddings.reserve_gb,
         config.evaluate.seed,
+        find_objects,
     )
 
 
@@ -378,6 +382,7 @@ class Evaluator:
         cache_dir: Place,
         reserve_gb: float,
         seed: int,
+        find_objects: bool,
     ) -> None:
         self.dataset, self.seed = PreparedDataset(dataset), seed
         device = cluster.actor_device()
@@ -385,7 +390,8 @@ class Evaluator:
         base, *_ = self.sams
         cache = EmbeddingCache(cache_dir, self.sams[base], reserve_gb=reserve_gb)
         self.finders = {
-            model: _finder(path, self.sams[model]) for model, path in checkpoints.items()
+            model: _finder(path, self.sams[model]) if find_objects else None
+            for model, path in checkpoints.items()
         }
         # Embeddings of a tuned image encoder would be read by nobody else and only fill the disk.
         self.caches = {

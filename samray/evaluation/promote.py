@@ -1,6 +1,7 @@
 """Add a tuned model to the store, unless it is worse than its base or the current version."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,10 +9,11 @@ from samray import __version__, cluster
 from samray.config import Config, load_config, required
 from samray.data.dataset import PreparedDataset
 from samray.errors import ConfigError, GuardError
-from samray.evaluation.evaluate import score_models
+from samray.evaluation.evaluate import Outcome, score_models
 from samray.evaluation.metrics import MIN_IMAGES, Score, bootstrap_interval
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import summary
+from samray.instances.metrics import image_accuracy, score_instances
 from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
@@ -36,8 +38,8 @@ def promote(config: Config) -> Version:
         The new version, which is now current.
 
     Raises:
-        GuardError: the model is worse than the base or the current version, or lost too much on
-            prompts that it was not trained with.
+        GuardError: the model is worse than the base or the current version, with prompts or at
+            finding all objects, or lost too much on prompts that it was not trained with.
         SamrayError: a path, the run, the data or the store cannot be used.
     """
     settings = config.promote
@@ -56,9 +58,17 @@ def promote(config: Config) -> Version:
     records = dataset.split("test")
     store = require_store(resolve(folder, "--store"))
     current = store.current(name)
-    scores = _scores(config, dataset, run, tuned, current)
+    outcomes = _outcomes(config, dataset, run, tuned, current)
+    scores = {model: outcome.scores for model, outcome in outcomes.items()}
     off_target = [row for row in MATRIX if row not in ON_TARGET[trained.prompts.point_selection]]
     reasons = guard(scores, off_target, settings.max_forgetting)
+    accuracies = {
+        model: [image_accuracy(objects) for objects in outcome.objects]
+        for model, outcome in outcomes.items()
+        if outcome.objects
+    }
+    sources = [record.source for record in records]
+    reasons += guard_objects(accuracies, sources, settings.max_forgetting)
     if reasons and not settings.force:
         raise GuardError(
             f"{run.path}: not promoted as {name}: {'; '.join(reasons)}; tune again, or add "
@@ -72,7 +82,7 @@ def promote(config: Config) -> Version:
         "same_dataset_as_trained_on": dataset.digest == run.state["dataset_digest"],
         "starts": run.state.get("starts", []),  # what it was trained with
         "split": "test",
-        "metrics": {model: summary(scores[model]) for model in scores},
+        "metrics": {model: _figures(outcome) for model, outcome in outcomes.items()},
         "guard": {
             "refused": reasons,
             "forced": bool(reasons),
@@ -83,13 +93,19 @@ def promote(config: Config) -> Version:
     return store.add(name, tuned, record)
 
 
-def _scores(
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    """What the version's record says of a model."""
+    found = {"instances": score_instances(outcome.objects)} if outcome.objects else {}
+    return {**summary(outcome.scores), **found}
+
+
+def _outcomes(
     config: Config,
     dataset: PreparedDataset,
     run: RunFolder,
     tuned: Checkpoint,
     current: Version | None,
-) -> dict[str, list[Score]]:
+) -> dict[str, Outcome]:
     """Score `base`, `tuned` and, where there is one, `current` on the test split."""
     cluster.start()
     cluster.require_visible(run.path / "run.json", "RUN_OR_SWEEP")
@@ -98,7 +114,7 @@ def _scores(
     if current is not None:
         cluster.require_visible(current.folder / "weights.pth", "--store")
         checkpoints["current"] = current.folder
-    return score_models(config, dataset, dataset.split("test"), checkpoints)
+    return score_models(config, dataset, dataset.split("test"), checkpoints, find_objects=True)
 
 
 def guard(
@@ -122,20 +138,9 @@ def guard(
     for other in ("base", "current"):
         if other not in scores:
             continue
-        difference = ious["tuned"] - ious[other]
-        low, high = bootstrap_interval(sources, difference.tolist())
-        num_images = len(set(sources))
-        evidence = f"95 % interval {low:+.3f} to {high:+.3f}"
-        worse = high < 0
-        if num_images < MIN_IMAGES:
-            evidence = f"with {num_images} test photos, too few for an interval"
-            worse = difference.mean() < -max_forgetting
-        if worse:
-            reasons.append(
-                f"it is worse than {_TITLES[other]}: mIoU over the prompt matrix "
-                f"{ious['tuned'].mean():.3f} against {ious[other].mean():.3f}, difference "
-                f"{difference.mean():+.3f} ({evidence})"
-            )
+        loss = _loss(ious["tuned"], ious[other], sources, max_forgetting)
+        if loss is not None:
+            reasons.append(f"it is worse than {_TITLES[other]}: mIoU over the prompt matrix {loss}")
     for row in off_target:
         in_row = np.array([score.strategy == row for score in scores["tuned"]])
         before, after = ious["base"][in_row].mean(), ious["tuned"][in_row].mean()
@@ -146,6 +151,54 @@ def guard(
                 "(promote.max_forgetting)"
             )
     return reasons
+
+
+def guard_objects(
+    accuracies: dict[str, list[float]], sources: Sequence[str], max_forgetting: float
+) -> list[str]:
+    """Return the reasons against a tuned model that finds all objects worse; empty without one.
+
+    As in `guard`, by the mean segmentation accuracy of each image. A model without an instance
+    decoder is not compared.
+
+    Args:
+        accuracies: of `base`, `tuned` and `current`, of the same images, as far as there are any.
+        sources: photo of each image.
+        max_forgetting: in mean segmentation accuracy.
+    """
+    if "tuned" not in accuracies:
+        return []
+    values = {model: np.array(found) for model, found in accuracies.items()}
+    reasons = []
+    for other in ("base", "current"):
+        if other in values:
+            loss = _loss(values["tuned"], values[other], sources, max_forgetting)
+            if loss is not None:
+                reasons.append(
+                    f"it finds all objects worse than {_TITLES[other]}: mean segmentation accuracy "
+                    f"{loss}"
+                )
+    return reasons
+
+
+def _loss(
+    tuned: np.ndarray, other: np.ndarray, sources: Sequence[str], max_forgetting: float
+) -> str | None:
+    """How much worse the tuned model's values are, in words; None if they are not."""
+    difference = tuned - other
+    low, high = bootstrap_interval(sources, difference.tolist())
+    num_images = len(set(sources))
+    evidence = f"95 % interval {low:+.3f} to {high:+.3f}"
+    worse = high < 0
+    if num_images < MIN_IMAGES:
+        evidence = f"with {num_images} test photos, too few for an interval"
+        worse = difference.mean() < -max_forgetting
+    if not worse:
+        return None
+    return (
+        f"{tuned.mean():.3f} against {other.mean():.3f}, difference {difference.mean():+.3f} "
+        f"({evidence})"
+    )
 
 
 _TITLES = {"base": "its base", "current": "the current version"}

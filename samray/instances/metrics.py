@@ -123,6 +123,11 @@ def outside_region(rles: Sequence[bytes], region: bytes | None, size: tuple[int,
     return [place for place, share in enumerate(shares[:, 0].tolist()) if share <= 0.5]
 
 
+def image_accuracy(image: ImageObjects) -> float:
+    """Return the mean segmentation accuracy of an image."""
+    return float(np.mean(segmentation_accuracy(image.ious())))
+
+
 def score_instances(images: Sequence[ImageObjects]) -> dict[str, Any]:
     """Return all measures over the images of a split.
 

@@ -69,7 +69,7 @@ from samray.training.sweep_report import importance, write_report
 from samray.training.train import Trial, base_checkpoint, fit
 
 SWEEP_FORMAT = 1
-METRICS = ("val_iou", "val_dice", *(f"val_iou_{row}" for row in MATRIX))
+METRICS = ("val_iou", "val_dice", *(f"val_iou_{row}" for row in MATRIX), "val_msa")
 
 
 def sweep(config: Config) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _sweep(
 ) -> dict[str, Any]:
     space = search_space(config)
     num_trials = count_trials(config, space)
-    _require_metric(config.tune.metric)
+    require_metric(config)
     base, resolved = base_checkpoint(config)
     state = {
         "format": SWEEP_FORMAT,
@@ -174,10 +174,22 @@ class SweepPlan:
     num_trials: int
 
 
-def _require_metric(metric: str) -> None:
+def require_metric(config: Config) -> None:
+    """Refuse a `tune.metric` that some trial would not report.
+
+    Raises:
+        ConfigError: it is unknown, or that of the instance decoder where one may be left out.
+    """
+    metric = config.tune.metric
     if metric not in METRICS:
         raise ConfigError(
             f"tune.metric: {metric!r} is reported by no trial; choose from {', '.join(METRICS)}"
+        )
+    switch = "train.instances"
+    if metric == "val_msa" and (not config.train.instances or switch in config.tune.search_space):
+        raise ConfigError(
+            "tune.metric: val_msa is that of the instance decoder, and not every trial has one; "
+            f"set {switch}=true and leave it out of tune.search_space, or choose another metric"
         )
 
 
@@ -333,7 +345,8 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
             report_epoch(event, startup_seconds=first_step[0])
 
     def report_epoch(epoch: dict[str, Any], **more: float) -> None:
-        tune.report({**{key: epoch[key] for key in ("epoch", "loss", "seconds", *METRICS)}, **more})
+        wanted = [key for key in ("epoch", "loss", "seconds", *METRICS) if key in epoch]
+        tune.report({**{key: epoch[key] for key in wanted}, **more})
 
     if resume and (epochs := RunFolder(run_path).state["epochs"]):
         report_epoch(epochs[-1])  # the kill may have come before Tune received it
@@ -530,5 +543,5 @@ def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:
 def _test_scores(plan: SweepPlan, dataset: PreparedDataset, best: str) -> dict[str, Any]:
     """The prompt matrix of base and best trial on the test split, which no trial used."""
     checkpoints = {"base": plan.output / "base", "best": find_checkpoint(plan.output / best)}
-    scores = score_models(plan.config, dataset, dataset.split("test"), checkpoints)
-    return {name: summary(scores[name]) for name in checkpoints}
+    outcomes = score_models(plan.config, dataset, dataset.split("test"), checkpoints)
+    return {name: summary(outcome.scores) for name, outcome in outcomes.items()}

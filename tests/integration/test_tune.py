@@ -160,6 +160,8 @@ def test_promote_list_and_roll_back(swept, tmp_path, run_cli):
     assert record["previous"] == versions[0]
     assert record["base"]["digest"] == best.progress["base"]["digest"]
     assert set(record["metrics"]) == {"base", "tuned", "current"}
+    for figures in record["metrics"].values():  # all have the encoder of the shipped decoder
+        assert 0 <= figures["instances"]["msa"] <= 1
 
 
 def test_a_bad_checkpoint_is_refused_unless_forced(swept, tmp_path, run_cli):

@@ -7,7 +7,7 @@ import pytest
 
 from samray.config import PointSelection
 from samray.evaluation.metrics import Score
-from samray.evaluation.promote import ON_TARGET, guard
+from samray.evaluation.promote import ON_TARGET, guard, guard_objects
 from samray.evaluation.scoring import MATRIX
 
 
@@ -85,3 +85,32 @@ def test_forgetting_is_checked_in_every_row(row):
 def test_every_prompt_strategy_has_rows_that_it_trains_for():
     """Or `promote` would fail after training with a strategy that was added later."""
     assert set(ON_TARGET) == set(get_args(PointSelection))
+
+
+SOURCES = [f"{image}.jpg" for image in range(12)]
+
+
+def accuracies(shift=0.0, seed=0):
+    noise = np.random.default_rng(seed).normal(0, 0.05, 12)
+    return (0.5 + shift + noise).tolist()
+
+
+def test_a_model_that_finds_all_objects_worse_is_refused():
+    given = {"base": accuracies(), "tuned": accuracies(-0.1, 1), "current": accuracies(0.05, 2)}
+    reasons = guard_objects(given, SOURCES, 0.02)
+    assert len(reasons) == 2
+    assert "it finds all objects worse than its base: mean segmentation accuracy 0.4" in reasons[0]
+    assert "than the current version" in reasons[1]
+    assert "95 % interval -0.1" in reasons[0]
+
+
+def test_all_objects_are_compared_by_photo_and_only_where_both_models_find_them():
+    tuned = accuracies()
+    tuned[0] = 0.0  # one photo is no evidence
+    given = {"base": accuracies(), "tuned": tuned}
+    assert guard_objects(given, SOURCES, 1.0) == []
+    assert guard_objects({"tuned": [0.0] * 12}, SOURCES, 0.02) == []
+    assert guard_objects({"current": [0.9] * 12}, SOURCES, 0.02) == []
+    few = {"current": [0.5, 0.5], "tuned": [0.45, 0.45]}
+    assert guard_objects(few, SOURCES[:2], 0.1) == []
+    assert "too few for an interval" in guard_objects(few, SOURCES[:2], 0.02)[0]
