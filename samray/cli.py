@@ -385,6 +385,7 @@ STAGES: dict[str, Stage] = {
             "--box X1 Y1 X2 Y2": "predict.box",
             "--tile SIZE": "predict.tile",
             "--label TEXT": "predict.label",
+            "--coco": "predict.coco",
             "--output-dir OUT": "predict.output_dir",
         },
         example="  samray predict --checkpoint run --image-path photo.jpg --point 120 80 \\\n"

@@ -554,6 +554,8 @@ class PredictConfig(Section):
     output_dir: str | None = None
     """Folder to write results to. For one prompt: mask, overlay and LabelMe JSON. For many images:
     label maps, CSV and LabelMe JSON, in the same subfolders as the images."""
+    coco: bool = False
+    """Of many images: also write all objects into one COCO file, coco.json, masks as RLE."""
     points_per_side: int = Field(32, ge=1, le=256)
     """Without prompts: points per side of the grid of point prompts."""
     pred_iou_thresh: float | None = Field(None, ge=0, le=1)

@@ -8,6 +8,7 @@ actors that load the model once (`ImageSegmenter`), and sum up the outcomes.
                                   <stem>.csv               one row per object
                                   <stem>.predictions.json  with prompts: the endpoint's results
     OUT/predictions.json                                   summary and rejected images
+    OUT/coco.json                                          all objects, if predict.coco
 """
 
 import hashlib
@@ -33,6 +34,7 @@ from samray.errors import AnnotationError, ConfigError, DatasetError, StorageErr
 from samray.geometry.drawing import encode_picture
 from samray.geometry.images import decode_image, read_image_file
 from samray.instances.saved import instances_of
+from samray.prediction.collection import mask_entries, write_coco
 from samray.prediction.requests import ApiError, PromptRequest, mistakes_error, read_prompts
 from samray.prediction.segmentation import (
     answer_prompts,
@@ -60,8 +62,8 @@ from samray.storage import (
     write_json,
 )
 
-FORMAT = 2  # of the outputs; raise it when the same settings write different files
-SUMMARY = "predictions.json"
+FORMAT = 3  # of the outputs; raise it when the same settings write different files
+SUMMARY, COCO = "predictions.json", "coco.json"
 SUFFIXES = {"labelme": ".json", "labels": "_labels.png", "table": ".csv"}
 ANSWERS = ".predictions.json"
 MAX_BLOCKS = 2000  # of Ray Data; with fewer images each is a block of its own, for the progress bar
@@ -130,7 +132,7 @@ def predict_images(config: Config) -> dict[str, Any]:
     plan = _plan(files, _read_prompts(settings))
     # The files of an image belong together; of two calls at once, each could write some of them.
     with lock_folder(output, "--output-dir"):
-        _require_own(output)
+        _require_own(output, settings.coco)
         summary = _predict(plan, _job(files.root, output, settings), config)
     if not summary["images"]:
         raise DatasetError(f"{image_path}: {_nothing_done(summary)}")
@@ -162,8 +164,16 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config) -> dict[str, Any]:
         "model": job.model,
         "settings": {"label": job.label, "prompts": config.predict.prompts, **job.generator},
     }
+    if config.predict.coco:
+        named = [(outcome["file"], _labelme_file(job.output, outcome["file"])) for outcome in done]
+        write_coco(job.output / COCO, sorted(named))
     write_json(job.output / SUMMARY, summary)
     return summary
+
+
+def _labelme_file(output: Place, name: str) -> Place:
+    """Where the LabelMe file of an image is written."""
+    return _beside(output / PurePosixPath(name).with_suffix("").as_posix(), SUFFIXES["labelme"])
 
 
 def _run(work: list[dict[str, Any]], job: BatchJob, device: str) -> list[dict[str, Any]]:
@@ -233,7 +243,7 @@ class ImageSegmenter:
         outputs = {kind: _beside(target, suffix) for kind, suffix in SUFFIXES.items()}
         record = _record(outputs["labelme"])
         if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
-            return {"objects": record["objects"], "found": True}
+            return {"file": name, "objects": record["objects"], "found": True}
         path = job.root / name
         image = decode_image(_read(path))
         size = (image.shape[0], image.shape[1])
@@ -252,14 +262,15 @@ class ImageSegmenter:
         document = labelme_document(
             relative_path(path, target.parent), size, labelme_shapes(objects, job.label)
         )
-        document["samray"] = {"digest": digest, "objects": len(objects)}
+        masks = mask_entries(objects, size, job.label)
+        document["samray"] = {"digest": digest, "objects": len(objects), "masks": masks}
         try:
             if record:  # it must not vouch for the files that replace the old ones
                 outputs["labelme"].unlink()
                 _beside(target, ANSWERS).unlink(missing_ok=True)
             make_folder(target.parent, "--output-dir")
             write_bytes(outputs["labels"], encode_picture(label_map(objects, size), ".png"))
-            write_bytes(outputs["table"], object_table(objects))
+            write_bytes(outputs["table"], object_table(objects, job.label))
             if answer is not None:
                 write_json(_beside(target, ANSWERS), answer)
             write_json(outputs["labelme"], document)  # last: it marks the other files as complete
@@ -267,7 +278,7 @@ class ImageSegmenter:
             raise
         except OSError as exc:
             raise ConfigError(f"--output-dir: {target.parent} cannot be written ({exc})") from exc
-        return {"objects": len(objects), "found": False}
+        return {"file": name, "objects": len(objects), "found": False}
 
 
 _OUTCOMES = pa.schema([("outcome", pa.string()), ("error", pa.binary())])
@@ -355,7 +366,7 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
             except AnnotationError as problem:
                 rejected.append(_rejection(key, problem))
     work: list[dict[str, Any]] = []
-    owners = {SUMMARY: "the list of all results"}
+    owners = {SUMMARY: "the list of all results", COCO: "the list of all objects"}
     for name in sorted(asked):
         stem = PurePosixPath(name).with_suffix("").as_posix()
         outputs = [stem + suffix for suffix in (*SUFFIXES.values(), ANSWERS)]
@@ -433,8 +444,12 @@ def _as_problem(exc: ApiError) -> AnnotationError:
     return AnnotationError(field, exc.message.removeprefix(f"{field}: "))
 
 
-def _require_own(output: Place) -> None:
-    """Refuse an output folder whose predictions.json another program wrote."""
+def _require_own(output: Place, coco: bool) -> None:
+    """Refuse an output folder whose predictions.json, or coco.json, another program wrote."""
+    if coco and (output / COCO).exists() and not (output / SUMMARY).exists():
+        raise ConfigError(
+            f"--output-dir: {output} holds a {COCO} that samray did not write; choose another"
+        )
     if (output / SUMMARY).exists():
         content = read_json(output / SUMMARY)
         if not isinstance(content, dict) or not {"model", "rejected", "found"} <= content.keys():

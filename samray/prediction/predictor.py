@@ -199,6 +199,8 @@ def predict(config: Config) -> dict[str, Place]:
     except AnnotationError as exc:
         raise ConfigError(f"--image-path: {path} {exc.reason}") from exc
     _require_inside(prompt, image)
+    if settings.coco:
+        raise ConfigError("--coco is for all objects of images; leave it out, or the prompt")
     same_folder = type(path) is type(output) and relative_path(path, output) == path.name
     if same_folder and (output / f"{path.stem}.json").exists():
         raise ConfigError(

@@ -306,13 +306,13 @@ def labelme_shapes(objects: list[SegmentedObject], label: str | None) -> list[di
     """Return the shapes of all objects, numbered in `description` and the parts' `group_id`.
 
     Args:
-        label: of all shapes; None: each object's own, else `object`.
+        label: see `label_of`.
     """
     shapes: list[dict[str, Any]] = []
     for number, found in enumerate(objects, start=1):
         if not found.area:
             continue
-        own = label or found.label or UNNAMED
+        own = label_of(found, label)
         parts: list[dict[str, Any]] = mask_to_shapes(found.pixels, own)
         for part in parts:
             part["points"] = [[x + found.box[0], y + found.box[1]] for x, y in part["points"]]
@@ -322,12 +322,26 @@ def labelme_shapes(objects: list[SegmentedObject], label: str | None) -> list[di
     return shapes
 
 
-def object_table(objects: list[SegmentedObject]) -> bytes:
-    """Return a CSV file with one row per object; `id` is its number in the label map."""
+def label_of(found: SegmentedObject, label: str | None) -> str:
+    """Return an object's label in all outputs: the one given for all, its own, or `object`."""
+    return label or found.label or UNNAMED
+
+
+def full_rle(found: SegmentedObject, size: tuple[int, int]) -> bytes:
+    """Return the compressed COCO counts of an object's mask in its image of (H, W) pixels."""
+    return encode_rle(CroppedMask(found.pixels, found.box[:2]), size)
+
+
+def object_table(objects: list[SegmentedObject], label: str | None) -> bytes:
+    """Return a CSV file with one row per object; `id` is its number in the label map.
+
+    Args:
+        label: see `label_of`.
+    """
     rows: list[tuple[Any, ...]] = [COLUMNS]
     for number, found in enumerate(objects, start=1):
         stability = "" if found.stability_score is None else f"{found.stability_score:.6f}"
-        named = found.prompt_id or "", found.label or ""
+        named = found.prompt_id or "", label_of(found, label)
         rows.append((number, *found.box, found.area, f"{found.score:.6f}", stability, *named))
     return csv_bytes(rows)
 

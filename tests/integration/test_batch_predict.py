@@ -52,8 +52,9 @@ def read_table(path):
 
 def test_every_image_of_a_folder(folder, predict, run_cli, tmp_path):
     out = tmp_path / "out"
-    text = predict("--image-path", folder, "--output-dir", out)
+    text = predict("--image-path", folder, "--output-dir", out, "--coco")
     summary = json.loads((out / "predictions.json").read_text())
+    coco = json.loads((out / "coco.json").read_text())
     assert "6 images" in text
     assert summary["images"] == 6
     assert not summary["rejected"]
@@ -69,13 +70,22 @@ def test_every_image_of_a_folder(folder, predict, run_cli, tmp_path):
         assert ids == set(range(1, len(rows) + 1))
         assert set(np.unique(numbers)) <= ids | {0}
         assert {int(shape["description"]) for shape in document["shapes"]} == ids
+        name = image.relative_to(folder).as_posix()
+        (listed,) = [entry["id"] for entry in coco["images"] if entry["file_name"] == name]
+        masks = [mask for mask in coco["annotations"] if mask["image_id"] == listed]
+        assert [(mask["area"], f"{mask['score']:.6f}") for mask in masks] == [
+            (int(row["area"]), row["score"]) for row in rows
+        ]
+        assert {row["label"] for row in rows} <= {"object"}
         assert (target.parent / document["imagePath"]).resolve() == image.resolve()
         count += len(rows)
-    assert count == summary["objects"] > 3
+    assert count == summary["objects"] == len(coco["annotations"]) > 3
+    assert [category["name"] for category in coco["categories"]] == ["object"]
     # What was found is a dataset: the images copied beside it, as a user would.
     shutil.copytree(folder, tmp_path / "round" / "images")
     shutil.copytree(out, tmp_path / "round" / "out")
     (tmp_path / "round/out/predictions.json").unlink()
+    (tmp_path / "round/out/coco.json").unlink()
     images = sorted(f"images/{image.relative_to(folder)}" for image in folder.rglob("*.jpg"))
     splits = {"train": images[:4], "val": images[4:5], "test": images[5:]}
     (tmp_path / "splits.json").write_text(json.dumps(splits))
@@ -171,15 +181,20 @@ def test_a_file_of_prompts_that_is_none(content, named, folder, tmp_path, run_cl
 
 def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/coco.json").write_text("{}")
     out = ["--output-dir", tmp_path / "out"]
     prompts = tmp_path / "prompts.json"
     prompts.write_text("{}")
+    photo = folder / "one/photo 0.jpg"
     for words, named in (
         (["--image-path", tmp_path / "nowhere", *out], "does not exist"),
         (["--image-path", tmp_path / "nothing", *out], "no image"),
         (["--image-path", folder, "--output-dir", folder], "choose another folder"),
         (["--image-path", folder, *out, "--prompts", prompts, "--point", 3, 3], "leave those out"),
         (["--image-path", folder, *out, "--prompts", prompts, "predict.tile=200"], "--tile"),
+        (["--image-path", photo, *out, "--point", 3, 3, "--coco"], "--coco is for all objects"),
+        (["--image-path", folder, "--output-dir", tmp_path / "theirs", "--coco"], "did not write"),
     ):
         status, _, err = run_cli("predict", *words)
         assert status == 2, err
@@ -218,7 +233,9 @@ def segment(folder, checkpoint, **settings):
 
 def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missing(tmp_path, finder):
     document, table, outcome = segment(tmp_path, finder)
-    assert outcome == {"reason": None, "objects": len(table), "found": False}
+    assert outcome == {
+        "file": "a.png", "reason": None, "objects": len(table), "found": False,
+    }  # fmt: skip
     assert table
     assert {row["label"] for row in table} <= {"leaf", "stone"}
     for shape in document["shapes"]:

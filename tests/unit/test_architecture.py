@@ -21,7 +21,7 @@ sam         model tiny attention adapt weights shipped checkpoint store losses e
 instances   decoder targets losses segment windows metrics choice saved
 inspection  preview report problems
 evaluation  metrics scoring objects clicks summary report evaluate* promote*
-prediction  requests answers predictor segmentation search batch*
+prediction  requests answers predictor segmentation collection search batch*
 training    batches step optimizer loop finetuning dry_run* train* tune* search_space* \
             sweep_report pretraining scenes
 serving     gate openapi listener ingress* app* replicas* vault* catalogue labelstudio \

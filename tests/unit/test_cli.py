@@ -136,9 +136,9 @@ LINES = [
     ("predict --checkpoint r --image-path a.jpg --point 120 80 --point 1.5 2 --negative-point 3 4",
      {"predict.checkpoint": "r", "predict.image_path": "a.jpg",
       "predict.points": ((120, 80), (1.5, 2)), "predict.negative_points": ((3, 4),)}),
-    ("predict --box 10 20 200 180 --tile 512 --label nut --output-dir out --prompts p.json",
+    ("predict --box 10 20 200 180 --tile 512 --label nut --output-dir out --prompts p.json --coco",
      {"predict.box": (10, 20, 200, 180), "predict.tile": 512, "predict.label": "nut",
-      "predict.output_dir": "out", "predict.prompts": "p.json"}),
+      "predict.output_dir": "out", "predict.prompts": "p.json", "predict.coco": True}),
 ]
 # fmt: on
 

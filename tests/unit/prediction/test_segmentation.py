@@ -92,7 +92,7 @@ def test_the_instance_decoder_gives_objects_with_labels_and_scores(sam, image):
     objects = find_instances(sam, model, image)
     assert objects
     assert [found.score for found in objects] == sorted((o.score for o in objects), reverse=True)
-    rows = list(csv.DictReader(io.StringIO(object_table(objects).decode())))
+    rows = list(csv.DictReader(io.StringIO(object_table(objects, None).decode())))
     numbers = label_map(objects, (150, 200))
     shapes = labelme_shapes(objects, None)
     for number, (found, row) in enumerate(zip(objects, rows, strict=True), start=1):
@@ -102,6 +102,8 @@ def test_the_instance_decoder_gives_objects_with_labels_and_scores(sam, image):
         assert found.area == found.pixels.sum() == (numbers == number).sum()
         assert found.label in {s["label"] for s in shapes if s["description"] == str(number)}
     assert {shape["label"] for shape in labelme_shapes(objects, "thing")} == {"thing"}
+    named = csv.DictReader(io.StringIO(object_table(objects, "thing").decode()))
+    assert {row["label"] for row in named} == {"thing"}
 
 
 def test_a_large_image_is_searched_window_by_window(sam, image):
@@ -149,7 +151,7 @@ def test_smaller_objects_lie_on_top_of_larger_ones():
 
 def test_label_map_table_and_shapes_tell_the_same(sam, image):
     objects = find_everything(sam, image, SETTINGS)
-    rows = list(csv.DictReader(io.StringIO(object_table(objects).decode())))
+    rows = list(csv.DictReader(io.StringIO(object_table(objects, None).decode())))
     shapes = labelme_shapes(objects, "thing")
     document = labelme_document("image.png", (150, 200), shapes)
     parsed = read_annotation(json.dumps(document).encode())
@@ -198,7 +200,7 @@ def test_an_empty_mask_is_a_row_and_no_shape():
     assert (nothing.area, nothing.box) == (0, (0, 0, 0, 0))
     assert labelme_shapes([nothing], "thing") == []
     assert not label_map([nothing], (10, 10)).any()
-    assert object_table([nothing]).decode().splitlines()[1].startswith("1,0,0,0,0,0,")
+    assert object_table([nothing], None).decode().splitlines()[1].startswith("1,0,0,0,0,0,")
 
 
 def test_more_objects_than_a_label_map_can_number():
