@@ -5,8 +5,10 @@ PREPARED/data/part-00000.parquet    one row per image or tile, see SCHEMA
 PREPARED/data/part-00000.json       the outcome of each file of that shard (samray.data.outcome)
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from samray.data.outcome import PreparedImage
 from samray.errors import AnnotationError, DatasetError, StorageError
-from samray.geometry.masks import decode_rle
+from samray.geometry.masks import CroppedMask, decode_crop, decode_rle
 from samray.storage import Place, local_copy, read_json
 
 FORMAT = 3
@@ -105,6 +107,15 @@ class ImageRecord:
         """
         return self._decode(instance.rle)
 
+    def decode_crop(self, instance: Instance) -> CroppedMask:
+        """The part of the instance's mask in its box; cheap for a small one in a large image.
+
+        Raises:
+            DatasetError: the mask in the shard is damaged.
+        """
+        with self._damage_explained():
+            return decode_crop(instance.rle, self.size, instance.box)
+
     def decode_ignored(self) -> np.ndarray | None:
         """The region in which not every object is annotated: H x W bool; None without one.
 
@@ -114,8 +125,13 @@ class ImageRecord:
         return None if self.ignored is None else self._decode(self.ignored)
 
     def _decode(self, counts: bytes) -> np.ndarray:
-        try:
+        with self._damage_explained():
             return decode_rle(counts, self.size)
+
+    @contextlib.contextmanager
+    def _damage_explained(self) -> Iterator[None]:
+        try:
+            yield
         except AnnotationError as exc:
             raise DatasetError(
                 f"{self.name}: a mask in the prepared dataset is damaged ({exc}); prepare it again"

@@ -24,7 +24,7 @@ class View:
     brightness: float = 0.0
 
     def turn(self, array: np.ndarray) -> np.ndarray:
-        """Flip and turn an image or a mask, H x W [x 3]."""
+        """Flip and turn an image, a mask or a label map, H x W [x 3]."""
         array = array[:, ::-1] if self.flipped else array
         return np.ascontiguousarray(np.rot90(array, self.quarter_turns))
 

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from samray.geometry.frames import input_size_of
+from samray.geometry.masks import CroppedMask
 
 BACKGROUND, UNKNOWN = 0, -1  # of `MapTargets.numbers`; an UNKNOWN cell counts in no loss
 
@@ -35,27 +36,16 @@ class MapTargets:
     classes: np.ndarray
 
 
-def map_targets(
-    masks: Iterable[np.ndarray],
-    classes: Sequence[int],
-    original_size: tuple[int, int],
-    side: int,
-    ignored: np.ndarray | None = None,
-) -> MapTargets:
+def map_targets(whole: np.ndarray, classes: Sequence[int], side: int) -> MapTargets:
     """Return the targets of an image.
 
     Args:
-        masks: N times H x W bool.
-        classes: N, the class of each object.
-        original_size: (H, W) of the image.
+        whole: H x W int32 of `number_objects`, flipped and turned as the image is.
+        classes: the class of each object.
         side: g, of the decoder's grid; the longer side of the image spans it.
-        ignored: H x W bool, where not every object is annotated; None: nowhere.
     """
-    whole = number_objects(masks, original_size)
-    if ignored is not None:
-        whole[ignored & (whole == BACKGROUND)] = UNKNOWN
     numbers = np.full((side, side), UNKNOWN, np.int32)
-    height, width = input_size_of(original_size, side)
+    height, width = input_size_of((whole.shape[0], whole.shape[1]), side)
     numbers[:height, :width] = _on_grid(whole, (height, width))
     return map_targets_of(numbers, classes)
 
@@ -78,18 +68,26 @@ def map_targets_of(numbers: np.ndarray, classes: Sequence[int]) -> MapTargets:
     return MapTargets(numbers, center, boundary, labels)
 
 
-def number_objects(masks: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def number_objects(
+    masks: Iterable[CroppedMask], size: tuple[int, int], ignored: np.ndarray | None = None
+) -> np.ndarray:
     """Return H x W int32: 0 background, i the i-th object; smaller objects on top of larger ones.
 
     Args:
-        masks: H x W bool each.
+        masks: of the objects; work and memory of each grow with its crop, not with the image.
+        size: (H, W) of the image.
+        ignored: H x W bool, where not every object is annotated: UNKNOWN instead of background.
     """
     numbers = np.zeros(size, np.int32)
     areas = np.full(size, np.iinfo(np.int64).max)  # of the object on top
     for number, mask in enumerate(masks, start=1):
-        area = np.count_nonzero(mask)
-        on_top = mask & (area < areas)
-        numbers[on_top], areas[on_top] = number, area
+        area = np.count_nonzero(mask.pixels)
+        (x, y), (h, w) = mask.origin, mask.pixels.shape
+        place = slice(y, y + h), slice(x, x + w)
+        on_top = mask.pixels & (area < areas[place])
+        numbers[place][on_top], areas[place][on_top] = number, area
+    if ignored is not None:
+        numbers[ignored & (numbers == BACKGROUND)] = UNKNOWN
     return numbers
 
 

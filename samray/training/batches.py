@@ -20,7 +20,7 @@ from samray.geometry.prompts import Prompt, draw_prompt
 from samray.geometry.views import AS_IT_IS, View, cached_view, draw_view
 from samray.instances.decoder import CELL, frame_of
 from samray.instances.losses import TargetMaps
-from samray.instances.targets import map_targets
+from samray.instances.targets import map_targets, number_objects
 from samray.sam.decode import group_prompts
 from samray.sam.embeddings import EmbeddingCache
 from samray.training.step import Batch, SceneTargets, draw_correction_plan
@@ -155,12 +155,10 @@ class BatchLoader:
         frame = frame_of(self.img_size)
         maps = []
         for record, view in zip(records, views, strict=True):
-            masks = (view.turn(record.decode(instance)) for instance in record.instances)
+            masks = (record.decode_crop(instance) for instance in record.instances)
+            whole = number_objects(masks, record.size, record.decode_ignored())
             classes = [self.labels.index(instance.label) for instance in record.instances]
-            region = record.decode_ignored()
-            region = None if region is None else view.turn(region)
-            size = view.size(record.size)
-            maps.append(map_targets(masks, classes, size, frame // CELL, region))
+            maps.append(map_targets(view.turn(whole), classes, frame // CELL))
         return SceneTargets(self._inputs(shown, frame), TargetMaps.of(maps), weight)
 
     def num_prompts(self, step: list[int], epoch: int) -> int:

@@ -19,6 +19,7 @@ from samray.data.labelme import labelme_document, mask_to_shapes, read_annotatio
 from samray.errors import AnnotationError
 from samray.geometry.masks import (
     CroppedMask,
+    decode_crop,
     decode_rle,
     encode_rle,
     rasterize_instance,
@@ -396,6 +397,20 @@ def test_rle_decodes_to_the_same_mask() -> None:
         back = decode_rle(encode_rle(CroppedMask(frame, (0, 0)), frame.shape), frame.shape)
         assert back.dtype == bool
         assert np.array_equal(back, frame)
+
+
+def test_a_crop_is_decoded_as_the_whole_frame_is() -> None:
+    for frame in frames():
+        if not frame.any():
+            continue
+        box = CroppedMask(frame, (0, 0)).box
+        x1, y1, x2, y2 = map(int, box)
+        found = decode_crop(encode_rle(CroppedMask(frame, (0, 0)), frame.shape), frame.shape, box)
+        assert found.origin == (x1, y1)
+        assert found.pixels.dtype == bool
+        assert np.array_equal(found.pixels, frame[y1:y2, x1:x2])
+    with pytest.raises(AnnotationError, match="add up"):
+        decode_crop(b"53", (4, 5), (0, 0, 1, 1))
 
 
 @pytest.mark.parametrize(

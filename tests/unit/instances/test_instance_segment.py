@@ -5,7 +5,7 @@ import pytest
 import torch
 from sam_parts import small_sam
 
-from samray.geometry.masks import CroppedMask, encode_rle, mask_ious
+from samray.geometry.masks import CroppedMask, crop_mask, encode_rle, mask_ious
 from samray.instances.decoder import InstanceDecoder, Maps, frame_of
 from samray.instances.segment import (
     Way,
@@ -15,7 +15,7 @@ from samray.instances.segment import (
     maps_of,
     suppress,
 )
-from samray.instances.targets import map_targets
+from samray.instances.targets import map_targets, number_objects
 from samray.sam.embeddings import encode_image
 
 
@@ -26,7 +26,7 @@ def discs(size, places):
 
 def perfect_maps(masks, classes, size, side, num_classes=1):
     """What a decoder without any error would say."""
-    targets = map_targets(masks, classes, size, side)
+    targets = map_targets(number_objects(map(crop_mask, masks), size), classes, side)
     inside = torch.from_numpy(targets.numbers > 0)
     kinds = torch.nn.functional.one_hot(torch.from_numpy(targets.classes), num_classes)
     return Maps(
