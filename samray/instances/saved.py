@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from samray.data.annotation import UNNAMED
-from samray.errors import CheckpointError
+from samray.errors import CheckpointError, DatasetError
 from samray.instances.decoder import InstanceDecoder
 from samray.instances.segment import Way
 from samray.sam.checkpoint import Checkpoint
@@ -128,8 +128,11 @@ def load_instances(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
     folder = checkpoint.path
     if folder.is_file() or not (folder / DESCRIPTION).exists():
         return None
-    description = read_json(folder / DESCRIPTION)
     advice = "copy the whole checkpoint folder again, or train again"
+    try:
+        description = read_json(folder / DESCRIPTION)
+    except DatasetError as exc:
+        raise CheckpointError(f"{exc}; {advice}") from exc
     try:
         if description["format"] != FORMAT:
             raise CheckpointError(
@@ -137,7 +140,9 @@ def load_instances(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
                 f"{FORMAT}; train again"
             )
         labels, way = tuple(description["labels"]), Way(**description["way"])
-        digest = description["encoder_digest"]
+        digest = str(description["encoder_digest"])
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels {labels!r:.60} must be texts, one or more")
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(f"{folder / DESCRIPTION}: {exc!r} is wrong; {advice}") from exc
     own = encoder_digest(sam)
@@ -147,7 +152,7 @@ def load_instances(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:
             f"weights.pth is {own[:12]}; {advice}, or delete {DESCRIPTION} to use the grid"
         )
     width = sam.prompt_encoder.embed_dim
-    decoder = InstanceDecoder(width, sam.image_encoder.img_size, max(1, len(labels)))
+    decoder = InstanceDecoder(width, sam.image_encoder.img_size, len(labels))
     path = folder / WEIGHTS
     try:
         decoder.load_state_dict(torch.load(local_copy(path), "cpu", weights_only=True))

@@ -6,7 +6,8 @@ keeps the best of answers that mean the same object. Which way and which thresho
 found on the val split (`samray.instances.choice`).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import cv2
@@ -51,6 +52,9 @@ class Way:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is none of {KINDS}")
+        for name, value in asdict(self).items():
+            if name != "kind" and not (type(value) in (int, float) and math.isfinite(value)):
+                raise ValueError(f"{name} must be a number, not {value!r:.60}")
 
 
 @dataclass(frozen=True)

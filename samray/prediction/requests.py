@@ -45,6 +45,7 @@ CODES = {
     "internal": (500, True),
     "bad_gateway": (502, True),
     "not_ready": (503, True),
+    "unusable_model": (503, False),
     "timed_out": (503, True),
 }
 

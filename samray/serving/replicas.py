@@ -29,7 +29,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from samray.config import ServeConfig
 from samray.data.labelme import labelme_document
-from samray.errors import AnnotationError
+from samray.errors import AnnotationError, CheckpointError
 from samray.geometry.images import decode_image
 from samray.prediction.answers import describe_mask, drop_small_parts, prompt_of
 from samray.prediction.requests import (
@@ -41,7 +41,7 @@ from samray.prediction.requests import (
 from samray.sam.decode import PromptMasks, predict_masks
 from samray.sam.embeddings import encode_images
 from samray.sam.model import encoder_digest
-from samray.serving.catalogue import Call, ModelRef
+from samray.serving.catalogue import LOG, Call, ModelRef
 from samray.serving.vault import ByteCache
 
 PROMPTS_AT_ONCE = 4  # decoded in one piece: half a second of a ViT on one core
@@ -78,7 +78,16 @@ class LoadedModels:
     def _load_instances(self, ref: ModelRef, sam: Any) -> Any:
         from samray.instances.saved import instances_of  # 25 MB of libraries for it alone
 
-        model = instances_of(ref.load(), sam)
+        try:
+            model = instances_of(ref.load(), sam)
+        except CheckpointError as exc:  # its message names folders of the server
+            LOG.warning("all objects by %s %s: %s", ref.name, ref.version, exc)
+            raise ApiError(
+                "unusable_model",
+                f"the instance decoder of {ref.name!r} is damaged or another model's; points and "
+                "boxes work; promote the model again",
+                "model",
+            ) from exc
         if model is not None:
             model.decoder.to(self.device)
         return model

@@ -179,7 +179,7 @@ def test_a_file_of_prompts_that_is_none(content, named, folder, tmp_path, run_cl
     assert not (tmp_path / "out").exists()
 
 
-def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
+def test_calls_that_cannot_work(folder, photos, finder, tmp_path, run_cli):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/coco.json").write_text("{}")
@@ -187,6 +187,12 @@ def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
     prompts = tmp_path / "prompts.json"
     prompts.write_text("{}")
     photo = folder / "one/photo 0.jpg"
+    damaged, foreign = tmp_path / "damaged", tmp_path / "foreign"
+    for copy in (damaged, foreign):
+        shutil.copytree(finder, copy)
+    (damaged / "instances.pth").write_bytes(b"damaged")
+    description = json.loads((foreign / "instances.json").read_text())
+    (foreign / "instances.json").write_text(json.dumps(description | {"encoder_digest": "0" * 64}))
     for words, named in (
         (["--image-path", tmp_path / "nowhere", *out], "does not exist"),
         (["--image-path", tmp_path / "nothing", *out], "no image"),
@@ -194,6 +200,8 @@ def test_calls_that_cannot_work(folder, photos, tmp_path, run_cli):
         (["--image-path", folder, *out, "--prompts", prompts, "--point", 3, 3], "leave those out"),
         (["--image-path", folder, *out, "--prompts", prompts, "predict.tile=200"], "--tile"),
         (["--image-path", photo, *out, "--point", 3, 3, "--coco"], "--coco is for all objects"),
+        (["--checkpoint", damaged, "--image-path", folder, *out], "instances.pth: cannot be read"),
+        (["--checkpoint", foreign, "--image-path", folder, *out], "delete instances.json to use"),
         (["--image-path", folder, "--output-dir", tmp_path / "theirs", "--coco"], "did not write"),
     ):
         status, _, err = run_cli("predict", *words)
@@ -213,11 +221,12 @@ def finder(tmp_path_factory, ray_cluster):
     return folder
 
 
-def segment(folder, checkpoint, **settings):
+def segment(folder, checkpoint, one_colour=False, **settings):
     """Segment a drawn image as an actor does; return its LabelMe document and its table."""
     image = np.full((150, 200, 3), 40, np.uint8)
-    cv2.circle(image, (50, 60), 30, (220, 60, 60), -1)
-    cv2.rectangle(image, (110, 30), (180, 70), (60, 200, 80), -1)
+    if not one_colour:
+        cv2.circle(image, (50, 60), 30, (220, 60, 60), -1)
+        cv2.rectangle(image, (110, 30), (180, 70), (60, 200, 80), -1)
     (folder / "in").mkdir(exist_ok=True)
     cv2.imwrite(str(folder / "in/a.png"), image)
     out = folder / "out"
@@ -269,6 +278,27 @@ def test_the_grid_is_for_models_without_an_instance_decoder(given, request, tmp_
     assert (note in capsys.readouterr().out) == (not grid)
     if given is None:
         assert {shape["label"] for shape in document["shapes"]} == {"object"}
+
+
+@pytest.mark.parametrize("given", [None, "other_encoder"])
+def test_an_image_of_one_colour_gives_whole_outputs(given, request, tmp_path):
+    checkpoint = given and request.getfixturevalue(given)
+    document, table, outcome = segment(tmp_path, checkpoint, one_colour=True, points_per_side=4)
+    assert outcome["reason"] is None
+    assert len(table) == outcome["objects"] == len(document["samray"]["masks"])
+    assert (tmp_path / "out/a_labels.png").is_file()
+
+
+def test_where_nothing_is_found_the_outputs_are_empty_and_done(finder, tmp_path):
+    folder = tmp_path / "best"
+    shutil.copytree(finder, folder)
+    description = json.loads((folder / "instances.json").read_text())
+    description["way"]["min_area"] = 1e9
+    (folder / "instances.json").write_text(json.dumps(description))
+    document, table, outcome = segment(tmp_path, folder)
+    assert (document["shapes"], table, outcome["objects"]) == ([], [], 0)
+    assert not cv2.imread(str(tmp_path / "out/a_labels.png"), cv2.IMREAD_UNCHANGED).any()
+    assert segment(tmp_path, folder)[2]["found"]
 
 
 def test_tiles_need_an_instance_decoder_and_no_prompts(tmp_path, other_encoder):

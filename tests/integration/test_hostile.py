@@ -72,6 +72,14 @@ def changed(body, path, value):
     return body
 
 
+def segment_bodies(image_id):
+    """Bodies of POST /v1/segment."""
+    good = {"image_id": image_id}
+    for name, *rest in (*FIELDS, ("min_score",)):
+        for value in () if rest else VALUES:
+            yield json.dumps({**good, name: value})
+
+
 def bodies(image_id):
     """Bodies of POST /v1/predict."""
     good = valid(image_id)
@@ -229,6 +237,7 @@ def test_hostile_requests(url, image_id):
     parts = [f"ServeReplica:samray:{name}" for name in ("Ingress", "Decoder", "Encoder")]
     before = {part: memory(part) for part in parts}
     sent = [("/v1/predict", "application/json", body) for body in bodies(image_id)]
+    sent += [("/v1/segment", "application/json", body) for body in segment_bodies(image_id)]
     sent += [("/v1/images", "application/octet-stream", file) for file in files()]
     sent += [
         ("/v1/predict", "application/json", json.dumps(

@@ -9,7 +9,7 @@ from sam_parts import blob_record
 from samray.evaluation.objects import FALSE, HIT, MISSED, compare_objects, draw_objects, num_errors
 from samray.geometry.masks import CroppedMask, crop_mask, encode_rle
 from samray.instances.metrics import ImageObjects, score_instances
-from samray.instances.saved import InstanceModel, new_decoder
+from samray.instances.saved import InstanceModel, instances_of, new_decoder
 from samray.instances.segment import Way
 from samray.sam.embeddings import encode_image
 from samray.sam.shipped import load_shipped
@@ -69,3 +69,17 @@ def test_what_is_found_where_nobody_looked_is_neither_true_nor_false():
     assert len(judged.found) == 1
     assert score_instances([judged])["sa50"] == 1
     assert score_instances([all_found])["sa50"] == 0.5
+
+
+def test_labels_that_the_model_does_not_know_cost_only_where_labels_are_looked_at():
+    """The shipped decoder calls everything `object`."""
+    sam, record = load_shipped().model(), blob_record("photo", (60, 80), 1, seed=4)
+    model = instances_of(load_shipped(), sam)
+    image = np.full((60, 80, 3), 30, np.uint8)
+    image[record.decode(record.instances[0])] = (200, 120, 90)
+    objects = compare_objects(sam, model, encode_image(sam, image), image, record)
+    scores = score_instances([objects])
+    assert scores["sa50"] == scores["f1"] == 1
+    assert scores["confusion"] == {"blob": {"object": 1}}
+    assert scores["labels"]["blob"]["ap50"] == scores["ap50"] == 0
+    assert scores["labels"]["object"]["ap"] is None

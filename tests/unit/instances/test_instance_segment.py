@@ -88,6 +88,20 @@ def test_objects_smaller_than_asked_are_left_out():
     assert flood(maps, Way(min_area=100)).max() == 1
 
 
+def test_objects_that_all_touch_stay_apart():
+    """Tiles of a floor: no background between them, and none beside them."""
+    size = (96, 96)
+    masks = []
+    for y in range(0, 96, 16):
+        for x in range(0, 96, 16):
+            masks.append(np.zeros(size, bool))
+            masks[-1][y : y + 16, x : x + 16] = True
+    maps = image_maps(perfect_maps(masks, [0] * 36, size, 96), size)
+    found = find_objects(None, maps, torch.zeros(1), Way())
+    assert len(found) == 36
+    assert true_ious(found, masks, size).max(axis=0).min() > 0.8
+
+
 def test_thousands_of_objects_are_numbered():
     size = (512, 512)
     masks = discs((8, 8), [(4, 4, 3)])

@@ -179,6 +179,12 @@ def test_a_base_that_is_the_best_has_no_decoder_and_needs_no_choice(run, dataset
         (lambda d: {key: d[key] for key in ("format", "labels")}, "'way'"),
         (lambda d: d | {"labels": ["one"]}, "instances.pth: cannot be read"),
         (lambda d: d | {"way": {"kind": "magic"}}, "'magic'"),
+        (lambda d: d | {"way": d["way"] | {"boundary": "high"}}, "boundary must be a number"),
+        (lambda d: d | {"way": d["way"] | {"cells": 3}}, "cells"),
+        (lambda d: d | {"labels": [1, 2]}, "must be texts"),
+        (lambda d: d | {"labels": None}, "TypeError"),
+        (lambda d: d | {"encoder_digest": 7}, "belongs to the image encoder 7"),
+        (lambda d: [d], "TypeError"),
     ],
 )
 def test_a_decoder_that_does_not_fit_is_an_error_that_says_what_to_do(
