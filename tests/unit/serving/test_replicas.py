@@ -1,15 +1,22 @@
 """What the endpoint's processes keep in memory, without a cluster."""
 
 import asyncio
+import contextlib
+import time
 
 import numpy as np
+import pytest
 
-from samray.config import ServeConfig
-from samray.prediction.requests import PredictRequest, PromptRequest
+from samray.config import Config, ServeConfig
+from samray.instances.saved import InstanceModel, instance_files, new_decoder
+from samray.instances.segment import Way
+from samray.prediction.requests import ApiError, PredictRequest, PromptRequest
+from samray.sam.checkpoint import save_checkpoint
 from samray.sam.embeddings import encode_image
-from samray.sam.model import build_model
+from samray.sam.model import build_model, encoder_digest
+from samray.sam.shipped import load_shipped
 from samray.serving.catalogue import Call, ModelRef
-from samray.serving.replicas import Decoder
+from samray.serving.replicas import Decoder, LoadedModels
 from samray.serving.vault import ByteCache
 
 
@@ -43,3 +50,46 @@ def test_a_kept_answer_holds_no_memory_but_its_own():
     assert len(decoder.logits.entries) == 24
     for logits, size in decoder.logits.entries.values():
         assert logits.untyped_storage().nbytes() == logits.nbytes == size
+
+
+def test_a_damaged_instance_decoder_is_told_without_the_servers_folders_and_tried_again(tmp_path):
+    shipped = load_shipped()
+    sam = shipped.model()
+    model = InstanceModel(new_decoder(sam, 1, seed=0), ("thing",), Way())
+    more = instance_files(model, encoder_digest(sam))
+    save_checkpoint(tmp_path / "best", shipped.weights, Config(), {}, more=more)
+    whole = (tmp_path / "best/instances.pth").read_bytes()
+    (tmp_path / "best/instances.pth").write_bytes(whole[:1000])
+    ref = ModelRef("cells", "1", tmp_path / "best", "digest", "tiny")
+    models = LoadedModels()
+    with pytest.raises(ApiError, match="instance decoder of 'cells' is damaged") as refused:
+        asyncio.run(models.instances(ref, sam))
+    assert (refused.value.code, refused.value.field) == ("unusable_model", "model")
+    assert str(tmp_path) not in refused.value.message
+    (tmp_path / "best/instances.pth").write_bytes(whole)
+    assert asyncio.run(models.instances(ref, sam)).labels == ("thing",)
+
+
+def test_a_request_whose_client_hangs_up_ends_after_the_piece_in_progress():
+    decoder = Decoder.func_or_class(ServeConfig(), None, None)
+    done = []
+
+    def pieces():
+        for number in range(100):
+            time.sleep(0.02)
+            done.append(number)
+            yield None
+
+    async def ask_and_leave():
+        task = asyncio.ensure_future(decoder._worked(pieces()))
+        while not done:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        seen = len(done)
+        await asyncio.sleep(0.3)
+        return seen
+
+    assert len(done) <= asyncio.run(ask_and_leave()) + 1
+    assert len(done) < 20
