@@ -103,6 +103,11 @@ def test_every_object_has_a_section_of_its_own(run):
     assert "7.jpg: 1 missed or false" in section
     assert section.count("data:image/jpeg;base64,") == 2
     assert "<td>none</td>" in section  # no true object has the label <date>, so it has no AP
+    assert "Before tuning" not in section
+    content["base"]["instances"] = score_instances([found.only([0, 2], [0, 1])])
+    before = report_page(content, run, []).partition("Before tuning")[2].partition("</p>")[0]
+    assert "the decoder that ships with samray" in before
+    assert "at IoU 0.5 0.333, 2 found" in before  # one right, one false, one missed
 
 
 def test_the_scores_of_one_model_speak_of_no_change():
