@@ -8,12 +8,13 @@ import torch
 
 from samray.data.dataset import ImageRecord
 from samray.geometry.masks import decode_rle, encode_rle
-from samray.instances.metrics import THRESHOLDS, ImageObjects, match, outside_region
+from samray.instances.metrics import THRESHOLDS, ImageObjects, match, merging, outside_region
 from samray.instances.saved import InstanceModel
 from samray.instances.segment import find_objects, maps_of
 
-# Okabe and Ito's palette: true objects that were found, those that were missed, false ones.
-HIT, MISSED, FALSE = (0, 158, 115), (86, 180, 233), (213, 94, 0)
+# Okabe and Ito's palette: true objects that were found, those that were missed; false ones, and
+# among them those that are several true objects in one.
+HIT, MISSED, FALSE, MERGED = (0, 158, 115), (86, 180, 233), (213, 94, 0), (240, 228, 66)
 
 
 def compare_objects(
@@ -49,22 +50,23 @@ def compare_objects(
 
 def draw_objects(image: np.ndarray, objects: ImageObjects) -> list[np.ndarray]:
     """Return two pictures: the true objects, found ones in HIT and the others in MISSED; and what
-    was found, true ones in HIT and the others in FALSE.
+    was found, true ones in HIT, several in one in MERGED and the others in FALSE.
 
     Args:
         image: H x W x 3 uint8 RGB.
     """
     pairs = match(objects.ious(), THRESHOLDS[0])
+    merged = dict.fromkeys(merging(objects), MERGED)
     panels = []
-    for masks, matched, other in (
-        (objects.true, {true for _, true in pairs}, MISSED),
-        (objects.found, {found for found, _ in pairs}, FALSE),
+    for masks, colors, other in (
+        (objects.true, {true: HIT for _, true in pairs}, MISSED),
+        (objects.found, {**merged, **{found: HIT for found, _ in pairs}}, FALSE),
     ):
         picture = image.copy()
         line = max(1, round(max(image.shape[:2]) / 400))
         for place, counts in enumerate(masks):
             mask = decode_rle(counts, objects.size)
-            color = HIT if place in matched else other
+            color = colors.get(place, other)
             tint = 0.7 * picture[mask] + 0.3 * np.array(color)
             picture[mask] = tint.astype(np.uint8)
             outline = cv2.findContours(

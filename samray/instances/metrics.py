@@ -137,6 +137,19 @@ def outside_region(rles: Sequence[bytes], region: bytes | None, size: tuple[int,
     return [place for place, share in enumerate(shares[:, 0].tolist()) if share <= 0.5]
 
 
+def merging(image: ImageObjects) -> set[int]:
+    """Return the found objects that are several true ones in one: more than half of each's area."""
+    found, true = (
+        [{"counts": counts, "size": list(image.size)} for counts in masks]
+        for masks in (image.found, image.true)
+    )
+    if not found or len(true) < 2:
+        return set()
+    # To a crowd, the IoU of pycocotools is the share of the mask's own area.
+    shares = coco_mask.iou(true, found, [1] * len(found))
+    return set(np.flatnonzero((shares > 0.5).sum(axis=0) > 1).tolist())
+
+
 def image_accuracy(image: ImageObjects) -> float:
     """Return the mean segmentation accuracy of an image."""
     return float(np.mean(segmentation_accuracy(image.ious())))

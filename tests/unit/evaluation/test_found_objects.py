@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from sam_parts import blob_record
 
-from samray.evaluation.objects import FALSE, HIT, MISSED, compare_objects, draw_objects, num_errors
+from samray.evaluation.objects import (
+    FALSE,
+    HIT,
+    MERGED,
+    MISSED,
+    compare_objects,
+    draw_objects,
+    num_errors,
+)
 from samray.geometry.masks import CroppedMask, crop_mask, encode_rle
-from samray.instances.metrics import ImageObjects, score_instances
+from samray.instances.metrics import ImageObjects, merging, score_instances
 from samray.instances.saved import InstanceModel, instances_of, new_decoder
 from samray.instances.segment import Way
 from samray.sam.embeddings import encode_image
@@ -35,6 +43,17 @@ def test_hits_misses_and_false_objects_are_told_apart():
     assert outlines(truth, 0, 20) == [0, 1]
     assert outlines(found, 0, 40) == [0, 2]
     assert num_errors(objects) == 2
+
+
+def test_an_object_that_is_two_true_ones_is_shown_as_merged():
+    both = encode_rle(CroppedMask(np.ones((20, 35), bool), (0, 5)), SIZE)
+    true = (block(0), block(20), block(40))
+    objects = ImageObjects(SIZE, (both, block(40)), ("a", "a"), (0.9, 0.8), true, ("a",) * 3)
+    assert merging(objects) == {0}
+    _, found = draw_objects(np.zeros((*SIZE, 3), np.uint8), objects)
+    colors = np.array([HIT, MISSED, FALSE, MERGED])
+    nearest = [int(abs(colors - found[15, x]).sum(axis=1).argmin()) for x in (0, 40)]
+    assert nearest == [3, 0]
 
 
 @pytest.mark.parametrize("kind", ["watershed", "both"])
