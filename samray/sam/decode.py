@@ -5,6 +5,7 @@ give each prompt's masks, which are enlarged to the image's resolution when they
 Training calls `decode_prompts` on batches of several images itself.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear
 
 from samray.geometry.frames import (
     box_to_input,
@@ -20,11 +22,13 @@ from samray.geometry.frames import (
     points_to_input,
 )
 from samray.geometry.prompts import Prompt
+from samray.sam.attention import image_to_tokens, tokens_to_image
 
 # Prompts decoded at once, which bounds memory: 64 take 1.6 GiB in a ViT's decoder. Fewer on large
 # images, so that the masks of a chunk at the image's resolution stay within MAX_PIXELS.
 MAX_PROMPTS = 64
 MAX_PIXELS = 16_000_000
+CPU_CELLS_BYTES = 8 * 2**20  # of the image's cells, for the prompts decoded at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,13 @@ def predict_masks(
         (place in `prompts`, its masks), each prompt once, layout by layout.
     """
     img_size = sam.image_encoder.img_size
+    size = min(max_prompts, prompts_at_once(sam))
+    image = ImageTokens.of(sam, image_embedding[None])
     for group, places in _groups_of_image(prompts, mask_inputs, original_size, img_size):
         multimask = group.ambiguous if multimask_output is None else multimask_output
-        for rows in prompt_chunks(len(places), original_size, max_prompts):
+        for rows in prompt_chunks(len(places), original_size, size):
             chunk = group.part(rows).to(image_embedding.device)
-            low_res, predicted = decode_prompts(sam, image_embedding[None], chunk, multimask)
+            low_res, predicted = decode_prompts(sam, image, chunk, multimask)
             for answer, row in enumerate(rows):
                 masks = PromptMasks(low_res[answer], predicted[answer], original_size, img_size)
                 yield places[row], masks
@@ -171,14 +177,15 @@ class PromptGroup:
             point_labels = torch.cat([self.point_labels, point_labels], dim=1)
         return replace(self, point_coords=point_coords, point_labels=point_labels)
 
-    def part(self, rows: range) -> "PromptGroup":
+    def part(self, rows: range | Tensor) -> "PromptGroup":
         """Return some of the prompts."""
+        chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
 
         def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows.start : rows.stop]
+            return None if tensor is None else tensor[chosen]
 
         return PromptGroup(
-            self.image_index[rows.start : rows.stop],
+            self.image_index[chosen],
             cut(self.point_coords),
             cut(self.point_labels),
             cut(self.boxes),
@@ -215,16 +222,16 @@ def best_masks(low_res_masks: Tensor, iou_predictions: Tensor) -> Tensor:
 
 
 def decode_prompts(
-    sam: Sam, image_embeddings: Tensor, prompts: PromptGroup, multimask_output: bool
+    sam: Sam, images: "Tensor | ImageTokens", prompts: PromptGroup, multimask_output: bool
 ) -> tuple[Tensor, Tensor]:
     """Return masks for prompts of several images in one call.
 
-    The stock `MaskDecoder.predict_masks` repeats one image's embedding for all prompts. This
-    function gathers each prompt's own embedding and calls the decoder's parts in the same order, so
-    the results equal `SamPredictor.predict_torch`.
+    The results equal `SamPredictor.predict_torch`. The stock `MaskDecoder.predict_masks` repeats
+    one image's embedding for all prompts; here each prompt has its own image, what is equal for all
+    prompts of an image is computed once, and without gradients few prompts are decoded at once.
 
     Args:
-        image_embeddings: B x C x h x w.
+        images: embeddings, B x C x h x w, or what `ImageTokens.of` makes of them.
         prompts: P prompts whose image_index is below B.
         multimask_output: three masks per prompt, else that of the single-mask token.
 
@@ -232,29 +239,184 @@ def decode_prompts(
         low_res_masks: P x 3 or 1 x 4h x 4w logits.
         iou_predictions: P x 3 or 1.
     """
+    if isinstance(images, Tensor):
+        images = ImageTokens.of(sam, images)
+    if torch.is_grad_enabled():
+        return _decode(sam, images, prompts, multimask_output)
+    size = min(len(prompts), prompts_at_once(sam))
+    answers = [
+        _decode(sam, images, chunk, multimask_output) for chunk in prompts.chunks(max(1, size))
+    ]
+    if len(answers) == 1:
+        return answers[0]
+    masks, ious = zip(*answers, strict=True)
+    return torch.cat(masks), torch.cat(ious)
+
+
+def prompts_at_once(sam: Any) -> int:
+    """Return how many prompts to decode together.
+
+    On a CPU those whose cells stay in the processor's cache from one layer to the next: 2 of a ViT,
+    64 of `tiny`. More cost up to twice as much each, in memory traffic and page faults.
+    """
+    if sam.device.type != "cpu":
+        return MAX_PROMPTS
+    _keep_freed_memory()
+    height, width = sam.prompt_encoder.image_embedding_size
+    cells_bytes: int = 4 * height * width * sam.prompt_encoder.embed_dim
+    return min(MAX_PROMPTS, max(1, CPU_CELLS_BYTES // cells_bytes))
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc reuse tensors' memory instead of giving it back to the system after each layer.
+
+    Its limits are 128 kB until a larger block is freed, then as large as this one, up to 32 MiB
+    (M_MMAP_THRESHOLD in `man mallopt`). With its first limits a ViT's decoder waits a third of its
+    time for the system to clear pages.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)
+
+
+@dataclass
+class ImageTokens:
+    """The image's side of the mask decoder, equal for all prompts: N cells of C channels.
+
+    Attributes:
+        embeddings: B x N x C.
+        cells: B x N x C, the embeddings of prompts without a mask input.
+        keys: B x N x C, `cells` with their positions.
+        positions: N x C.
+    """
+
+    embeddings: Tensor
+    cells: Tensor
+    keys: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, sam: Any, image_embeddings: Tensor) -> "ImageTokens":
+        """Compute them from embeddings, B x C x h x w."""
+        encoder = sam.prompt_encoder
+        embeddings = image_embeddings.flatten(2).transpose(1, 2).contiguous()
+        positions = encoder.get_dense_pe()[0].flatten(1).t().contiguous()
+        cells = embeddings + encoder.no_mask_embed.weight
+        return cls(embeddings, cells, cells + positions, positions)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a gradient can come through."""
+        return self.embeddings, self.cells, self.keys
+
+    def detached(self) -> "ImageTokens":
+        """Return leaves of their own, which need a gradient where these do."""
+        embeddings, cells, keys = (
+            tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.tensors()
+        )
+        return ImageTokens(embeddings, cells, keys, self.positions)
+
+    def of_prompts(self, image_index: Tensor, dense: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return cells and keys of each prompt, P x N x C.
+
+        Args:
+            dense: embedded mask inputs, P x C x h x w, or None.
+        """
+        if dense is not None:
+            cells = self._gather(self.embeddings, image_index) + dense.flatten(2).transpose(1, 2)
+            return cells, cells + self.positions
+        return self._gather(self.cells, image_index), self._gather(self.keys, image_index)
+
+    def _gather(self, tokens: Tensor, image_index: Tensor) -> Tensor:
+        if len(tokens) == 1:
+            return tokens.expand(len(image_index), -1, -1)  # no copy
+        return tokens[image_index]
+
+
+def _decode(
+    sam: Any, images: ImageTokens, prompts: PromptGroup, multimask_output: bool
+) -> tuple[Tensor, Tensor]:
+    """Decode all prompts together; arguments and results as in `decode_prompts`."""
+    encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     points = None
     if prompts.point_coords is not None:
         assert prompts.point_labels is not None
         points = (prompts.point_coords, prompts.point_labels)
-    sparse, dense = sam.prompt_encoder(
-        points=points, boxes=prompts.boxes, masks=prompts.mask_inputs
-    )
-    decoder = sam.mask_decoder
+    sparse, dense = encoder(points=points, boxes=prompts.boxes, masks=prompts.mask_inputs)
     output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([output_tokens.expand(len(prompts), -1, -1), sparse], dim=1)
-    src = image_embeddings[prompts.image_index] + dense  # P x C x h x w
-    num_prompts, channels, height, width = src.shape
-    image_pe = sam.prompt_encoder.get_dense_pe().expand(num_prompts, -1, -1, -1)
-    hs, src = decoder.transformer(src, image_pe, tokens)
-    src = src.transpose(1, 2).view(num_prompts, channels, height, width)
-    upscaled = decoder.output_upscaling(src)  # P x C/8 x 4h x 4w
+    cells, keys = images.of_prompts(
+        prompts.image_index, None if prompts.mask_inputs is None else dense
+    )
+    tokens, cells = _transform(decoder.transformer, tokens, cells, keys, images.positions)
     kept = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
     hyper_in = torch.stack(
-        [decoder.output_hypernetworks_mlps[i](hs[:, 1 + i, :]) for i in kept], dim=1
+        [decoder.output_hypernetworks_mlps[i](tokens[:, 1 + i, :]) for i in kept], dim=1
     )
-    low_res_masks = (hyper_in @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
-    iou_predictions = decoder.iou_prediction_head(hs[:, 0, :])
+    low_res_masks = _masks_of(decoder, cells, hyper_in, encoder.image_embedding_size)
+    iou_predictions = decoder.iou_prediction_head(tokens[:, 0, :])
     return low_res_masks, iou_predictions[:, kept.start : kept.stop]
+
+
+def _transform(
+    transformer: Any, tokens: Tensor, cells: Tensor, keys: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return tokens and cells after the stock `TwoWayTransformer`, layer by layer in its order.
+
+    Args:
+        tokens: P x T x C.
+        cells: P x N x C; `keys` with their positions.
+    """
+    token_pe = tokens
+    for layer in transformer.layers:
+        if layer.skip_first_layer_pe:
+            tokens = layer.self_attn(q=tokens, k=tokens, v=tokens)
+        else:
+            query = tokens + token_pe
+            tokens = tokens + layer.self_attn(q=query, k=query, v=tokens)
+        tokens = layer.norm1(tokens)
+        attended = tokens_to_image(layer.cross_attn_token_to_image, tokens + token_pe, keys, cells)
+        tokens = layer.norm2(tokens + attended)
+        tokens = layer.norm3(tokens + layer.mlp(tokens))
+        attention = layer.cross_attn_image_to_token
+        cells = cells + image_to_tokens(attention, keys, tokens + token_pe, tokens)
+        cells = layer.norm4(cells)
+        keys = cells + positions
+    attention = transformer.final_attn_token_to_image
+    tokens = tokens + tokens_to_image(attention, tokens + token_pe, keys, cells)
+    return transformer.norm_final_attn(tokens), cells
+
+
+def _masks_of(decoder: Any, cells: Tensor, hyper_in: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return P x M x 4h x 4w logits of the stock `output_upscaling` and of masks' vectors.
+
+    A transposed convolution of kernel and stride 2 is a matrix product for each cell. Channels
+    stay last, so that only the masks are brought into the order of the image.
+
+    Args:
+        cells: P x hw x C.
+        hyper_in: P x M x C / 8.
+        size: (h, w).
+    """
+    first, norm, _, second, _ = decoder.output_upscaling
+    inplace = not torch.is_grad_enabled()
+    x = linear(cells.flatten(0, 1), *_as_product(first)).unflatten(1, (4, -1))  # P hw x 4 x C / 4
+    x = layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    x = linear(_gelu(x, inplace).flatten(0, 1), *_as_product(second))  # 4 P hw x 4 C / 8
+    x = _gelu(x, inplace).view(len(cells), -1, hyper_in.shape[2])  # P x 16 hw x C / 8
+    masks: Tensor = hyper_in @ x.transpose(1, 2)
+    # Each cell has 2 x 2 parts, and each part has 2 x 2.
+    masks = masks.unflatten(2, (*size, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
+    return masks.reshape(*hyper_in.shape[:2], 4 * size[0], 4 * size[1])
+
+
+def _as_product(layer: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the linear layer that makes the 2 x 2 parts of each cell."""
+    assert layer.bias is not None
+    return layer.weight.permute(2, 3, 1, 0).flatten(0, 2), layer.bias.repeat(4)
+
+
+def _gelu(x: Tensor, inplace: bool) -> Tensor:
+    found: Tensor = torch.ops.aten.gelu_(x) if inplace else gelu(x)
+    return found
 
 
 def group_prompts(

@@ -31,6 +31,7 @@ from samray.sam.adapt import (
     set_trainable,
     suffix,
 )
+from samray.sam.decode import ImageTokens
 from samray.sam.embeddings import EmbeddingCache, entry_bytes, entry_shape
 from samray.sam.model import PARTS, build_model
 from samray.storage import Place, require_folder, resolve
@@ -149,7 +150,7 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         learning = {part: _count(getattr(sam, part)) for part in PARTS}
         if module.instances is not None:
             learning["instance_decoder"] = _count(module.instances)
-        kept = min(max(len(batch) for batch in batches), config.train.max_prompts)
+        kept = min(max(len(batch) for batch in batches), module.at_once)
         trained = sum(own for own, _ in learning.values())
         memory = Memory(
             weights=4 * sum(whole for _, whole in learning.values()),
@@ -224,7 +225,7 @@ def saved_bytes(model: nn.Module, compute: Callable[[], Any]) -> int:
 
 
 def _decoder_bytes(module: PromptedSam, optimizer: Optimizer, batch: Batch) -> int:
-    """Bytes kept per prompt: the first pass and all correction clicks."""
+    """Bytes kept per prompt of a pass: of a correction, if there are any, else of the first."""
     device = optimizer.device
     group, target = batch.groups[0].chunks(SAMPLE)[0].to(device), batch.targets[0][:SAMPLE]
     group = replace(group, image_index=torch.zeros_like(group.image_index))
@@ -232,12 +233,14 @@ def _decoder_bytes(module: PromptedSam, optimizer: Optimizer, batch: Batch) -> i
     shape = (1, encoder.embed_dim, *encoder.image_embedding_size)
     embedding = torch.zeros(shape, device=device, requires_grad=True)
     valid = batch.valid[:1].expand(len(group), -1, -1, -1).to(device)
-    corrections = (True,) * len(batch.corrections)
-    draws = torch.zeros(len(group), len(corrections), device=device)
+    if batch.corrections:
+        group = group.with_answer(torch.zeros(target.shape, device=device))
+    tokens = ImageTokens.of(module.sam, embedding)
+    draws = torch.zeros(len(group), 0, device=device)
     with optimizer.autocast():
         found = saved_bytes(
             module,
-            lambda: module.passes(embedding, group, target.to(device), valid, corrections, draws),
+            lambda: list(module.passes(tokens, group, target.to(device), valid, draws, ())),
         )
     return found // len(group)
 

@@ -295,7 +295,9 @@ def _add_gradient(
 ) -> None:
     """Add a batch's gradient to the parameters', and its losses to `sums`."""
     with optimizer.autocast():
-        losses: dict[str, Tensor] = model(batch.to(worker.device) if batch else None)
+        losses: dict[str, Tensor] = model(
+            batch.to(worker.device) if batch else None, optimizer.scaler.get_scale()
+        )
     optimizer.backward((losses["loss"] + losses["loss_instances"]) * weight)
     for name in sums:
         sums[name] += float(losses[name].detach())

@@ -4,21 +4,31 @@ Plain torch. The batch comes from a prepared dataset (`batches.py`) or from draw
 (`pretraining.py`); the step is the same.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from samray.instances.decoder import InstanceDecoder
 from samray.instances.losses import TargetMaps, instance_loss
 from samray.sam.adapt import num_blocks, suffix
-from samray.sam.decode import PromptGroup, best_masks, decode_prompts
+from samray.sam.decode import (
+    ImageTokens,
+    PromptGroup,
+    best_masks,
+    decode_prompts,
+    prompts_at_once,
+)
 from samray.sam.losses import sam_loss
 
-LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou", "loss_instances")
+DECODER_LOSSES = ("loss", "loss_focal", "loss_dice", "loss_iou")
+LOSSES = (*DECODER_LOSSES, "loss_instances")
+
+# Prompts decoded together, with their targets, valid cells and click draws.
+Piece = tuple[PromptGroup, Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -90,6 +100,18 @@ class Batch:
             scene=None if self.scene is None else self.scene.to(device),
         )
 
+    def pieces(self, images: range, size: int) -> Iterator[Piece]:
+        """Yield the prompts on some images, at most `size` at once; images count from the first."""
+        draws = self.click_draws or [target.new_zeros(len(target), 0) for target in self.targets]
+        for group, target, draw in zip(self.groups, self.targets, draws, strict=True):
+            index = group.image_index
+            chosen = torch.nonzero((index >= images.start) & (index < images.stop))[:, 0]
+            for rows in chosen.split(size) if len(chosen) else ():
+                part = group.part(rows)
+                valid = self.valid[part.image_index]
+                part = replace(part, image_index=part.image_index - images.start)
+                yield part, target[rows], valid, draw[rows]
+
 
 class PromptedSam(nn.Module):
     """One worker's part of a step in a single forward call, as DDP requires.
@@ -97,8 +119,7 @@ class PromptedSam(nn.Module):
     Args:
         sam: the model, with parts already frozen.
         loss_weights: of focal, Dice and IoU loss.
-        max_prompts: prompts whose activations are kept; a larger batch is decoded in chunks that
-            are recomputed in the backward pass.
+        max_prompts: decoded at once, at most; a CPU takes fewer (`prompts_at_once`).
         num_frozen: blocks of the image encoder before the first that learns; None: all blocks.
         recompute_encoder: compute the image encoder's trained blocks again in the backward pass.
         instances: the instance decoder that learns beside the model, if any.
@@ -121,8 +142,12 @@ class PromptedSam(nn.Module):
         self.recompute_encoder = recompute_encoder
         self.balanced_weight = 0.0  # see `samray.sam.losses.sam_loss`; set by the loop
 
-    def forward(self, batch: Batch | None) -> dict[str, Tensor]:
-        """Return the sums of the losses over the batch's instances; zeros for no batch."""
+    def forward(self, batch: Batch | None, loss_scale: float = 1.0) -> dict[str, Tensor]:
+        """Return the sums of the losses over the batch's instances; zeros for no batch.
+
+        Args:
+            loss_scale: by which the caller scales the loss, as float16 requires.
+        """
         # Which parameters a step uses depends on its prompts, and a worker may have no batch. DDP's
         # reduction waits for all parameters, so each takes part with a gradient of zero.
         zero = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
@@ -135,29 +160,41 @@ class PromptedSam(nn.Module):
             maps = self.instances(embeddings.detach(), batch.scene.pixels)
             loss = instance_loss(maps, batch.scene.maps).sum()
             sums["loss_instances"] = zero + batch.scene.weight * loss
-        draws = batch.click_draws or [target.new_zeros(len(target), 0) for target in batch.targets]
-        size = self.max_prompts
-        chunks = [
-            chunk
-            for group, target, draw in zip(batch.groups, batch.targets, draws, strict=True)
-            for chunk in zip(group.chunks(size), target.split(size), draw.split(size), strict=True)
-        ]
-        too_many = len(batch) > size
-        for group, target, draw in chunks:
-            arguments = (
-                embeddings,
-                group,
-                target,
-                batch.valid[group.image_index],
-                batch.corrections,
-                draw,
-            )
-            if too_many:
-                losses = recompute(self.passes, *arguments, use_reentrant=False)
-            else:
-                losses = self.passes(*arguments)
-            sums |= {name: sums[name] + losses[name] for name in losses}
-        return sums
+        parts = (self.sam.prompt_encoder, self.sam.mask_decoder)
+        learning = [p for part in parts for p in part.parameters() if p.requires_grad]
+        losses = _DecoderLosses.apply(self, batch, loss_scale, embeddings, *learning)
+        return sums | {name: zero + loss for name, loss in zip(DECODER_LOSSES, losses, strict=True)}
+
+    @property
+    def at_once(self) -> int:
+        """Number of prompts that are decoded together."""
+        return min(self.max_prompts, prompts_at_once(self.sam))
+
+    def decoder_losses(
+        self, batch: Batch, embeddings: Sequence[Tensor], gradients: "_Gradients | None"
+    ) -> tuple[Tensor, ...]:
+        """Return the sums of the decoder's losses; add their gradients to `gradients`, if given.
+
+        Args:
+            embeddings: of the images, B x C x h x w, in parts that are decoded one after another.
+        """
+        sums = [embeddings[0].new_zeros((), dtype=torch.float32) for _ in DECODER_LOSSES]
+        first = 0
+        for given in embeddings:
+            tokens = ImageTokens.of(self.sam, given)
+            cut = tokens if gradients is None else tokens.detached()
+            for piece in batch.pieces(range(first, first + len(given)), self.at_once):
+                for losses in self.passes(cut, *piece, batch.corrections):
+                    if gradients is not None:
+                        gradients.add_of_loss(losses["loss"], cut)
+                    sums = [
+                        total + losses[name].detach()
+                        for total, name in zip(sums, DECODER_LOSSES, strict=True)
+                    ]
+            if gradients is not None:
+                gradients.add_through(tokens, cut, given)
+            first += len(given)
+        return tuple(sums)
 
     def _embed(self, batch: Batch) -> Tensor:
         given, num_frozen = batch.encoded, self.num_frozen
@@ -166,35 +203,122 @@ class PromptedSam(nn.Module):
             given, num_frozen = batch.images, 0
         return suffix(self.sam.image_encoder, given, num_frozen, self.recompute_encoder)
 
-    def _decode(
-        self, embeddings: Tensor, group: PromptGroup, multimask_output: bool
-    ) -> tuple[Tensor, Tensor]:
-        masks, ious = decode_prompts(self.sam, embeddings, group, multimask_output)
-        return masks.float(), ious.float()  # losses are float32 in any precision
-
     def passes(
         self,
-        embeddings: Tensor,
+        images: ImageTokens,
         group: PromptGroup,
         target: Tensor,
         valid: Tensor,
-        corrections: tuple[bool, ...],
         draws: Tensor,
-    ) -> dict[str, Tensor]:
-        """Decode the prompts, then again after each correction; return the mean loss."""
-        masks, ious = self._decode(embeddings, group, group.ambiguous)
-        sums = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
-        for number, click in enumerate(corrections):
-            answer = best_masks(masks, ious).detach()
+        corrections: tuple[bool, ...],
+    ) -> Iterator[dict[str, Tensor]]:
+        """Decode the prompts, then again after each correction.
+
+        Yields:
+            The losses of each pass; their sum is the mean of the passes. No pass needs the
+            activations of the one before it.
+        """
+        multimask_output = group.ambiguous
+        for click in (*corrections, None):
+            masks, ious = decode_prompts(self.sam, images, group, multimask_output)
+            masks, ious = masks.float(), ious.float()  # losses are float32 in any precision
+            losses = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
+            yield {name: value / (len(corrections) + 1) for name, value in losses.items()}
+            if click is None:
+                return
+            answer, multimask_output = best_masks(masks, ious).detach(), False
             group = group.with_answer(answer)
+            draw, draws = draws[:, 0], draws[:, 1:]
             if click:
                 img_size = self.sam.image_encoder.img_size
-                point, label = error_click(answer, target, valid, draws[:, number], img_size)
+                point, label = error_click(answer, target, valid, draw, img_size)
                 group = group.with_point(point, label)
-            masks, ious = self._decode(embeddings, group, multimask_output=False)
-            losses = sam_loss(masks, ious, target, valid, self.loss_weights, self.balanced_weight)
-            sums = {name: sums[name] + losses[name] for name in sums}
-        return {name: value / (1 + len(corrections)) for name, value in sums.items()}
+
+
+class _DecoderLosses(torch.autograd.Function):
+    """The sums of the decoder's losses, with their gradients computed in the forward pass.
+
+    Each pass over a few prompts is differentiated before the next one, so that what it keeps stays
+    in the processor's cache, and memory does not grow with prompts and clicks. DDP, which reduces
+    the gradients in a backward pass, gets their sums there. Only the first loss has a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: PromptedSam,
+        batch: Batch,
+        loss_scale: float,
+        embeddings: Tensor,
+        *learning: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # A GPU is faster with prompts of several images; on a CPU these would be copied to each.
+        together = 1 if embeddings.device.type == "cpu" else len(embeddings)
+        parts = [part.detach() for part in embeddings.split(together)]
+        if not any(ctx.needs_input_grad):
+            return module.decoder_losses(batch, parts, None)
+        parts = [part.requires_grad_(ctx.needs_input_grad[3]) for part in parts]
+        gradients = _Gradients(learning, loss_scale)
+        with torch.enable_grad():
+            losses = module.decoder_losses(batch, parts, gradients)
+        ctx.loss_scale = loss_scale
+        of_images = None
+        if ctx.needs_input_grad[3]:
+            of_images = torch.cat([gradients.of(part) for part in parts])
+        ctx.save_for_backward(of_images, *(gradients.sums.get(p) for p in learning))
+        ctx.mark_non_differentiable(*losses[1:])
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        factor = given[0] / ctx.loss_scale
+        found = (None if sums is None else sums * factor for sums in ctx.saved_tensors)
+        return None, None, None, *found
+
+
+class _Gradients:
+    """Sums of gradients with respect to what learns, and to tensors on the way to it.
+
+    Args:
+        learning: parameters.
+        loss_scale: of the loss, against underflow in float16.
+    """
+
+    def __init__(self, learning: Sequence[Tensor], loss_scale: float) -> None:
+        self.learning, self.loss_scale = learning, loss_scale
+        self.sums: dict[Tensor, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the sum for a tensor, zeros if no gradient came."""
+        return self.sums[tensor] if tensor in self.sums else torch.zeros_like(tensor)
+
+    def add_of_loss(self, loss: Tensor, cut: ImageTokens) -> None:
+        """Add a loss's gradients with respect to `learning` and the images' tokens."""
+        if loss.requires_grad:
+            self._add([loss], cut.tensors(), [torch.full_like(loss, self.loss_scale)])
+
+    def add_through(self, tokens: ImageTokens, cut: ImageTokens, given: Tensor) -> None:
+        """Pass the gradients of the images' tokens on to the embeddings they were made of."""
+        pairs = zip(tokens.tensors(), cut.tensors(), strict=True)
+        reached = [(whole, self.sums.pop(leaf)) for whole, leaf in pairs if leaf in self.sums]
+        if reached:
+            outputs, seeds = zip(*reached, strict=True)
+            self._add(outputs, [given], seeds)
+
+    def _add(
+        self, outputs: Sequence[Tensor], others: Sequence[Tensor], seeds: Sequence[Tensor]
+    ) -> None:
+        inputs = [tensor for tensor in (*others, *self.learning) if tensor.requires_grad]
+        # Outside of autocast, as a backward pass should be.
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            found = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+        for tensor, gradient in zip(inputs, found, strict=True):
+            if gradient is None:
+                continue
+            if tensor in self.sums:
+                self.sums[tensor] += gradient
+            else:
+                self.sums[tensor] = gradient.clone()  # two may share memory
 
 
 def draw_correction_plan(num_clicks: int, rng: np.random.Generator) -> tuple[bool, ...]:
