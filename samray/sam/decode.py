@@ -328,7 +328,7 @@ class ImageTokens:
     def _gather(self, tokens: Tensor, image_index: Tensor) -> Tensor:
         if len(tokens) == 1:
             return tokens.expand(len(image_index), -1, -1)  # no copy
-        return tokens[image_index]
+        return tokens.index_select(0, image_index)
 
 
 def _decode(

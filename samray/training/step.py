@@ -16,6 +16,7 @@ from samray.instances.decoder import InstanceDecoder
 from samray.instances.losses import TargetMaps, instance_loss
 from samray.sam.adapt import num_blocks, suffix
 from samray.sam.decode import (
+    MAX_PROMPTS,
     ImageTokens,
     PromptGroup,
     best_masks,
@@ -252,8 +253,9 @@ class _DecoderLosses(torch.autograd.Function):
         embeddings: Tensor,
         *learning: Tensor,
     ) -> tuple[Tensor, ...]:
-        # A GPU is faster with prompts of several images; on a CPU these would be copied to each.
-        together = 1 if embeddings.device.type == "cpu" else len(embeddings)
+        # Prompts of several images at once need a copy of their image's cells each: too much for a
+        # CPU's cache, unless the cells are few.
+        together = len(embeddings) if prompts_at_once(module.sam) == MAX_PROMPTS else 1
         parts = [part.detach() for part in embeddings.split(together)]
         if not any(ctx.needs_input_grad):
             return module.decoder_losses(batch, parts, None)
