@@ -116,6 +116,41 @@ def test_each_pass_feeds_back_the_answer_and_adds_the_click():
     assert float(ours["loss"].detach()) == pytest.approx(total / passes, rel=1e-5)
 
 
+def test_gradients_computed_at_once_are_those_of_the_loss():
+    """Beside autograd over the stock decoder, prompt by prompt; the embeddings' gradient, too.
+
+    The caller scales the loss, and the instance weights, as the loop does.
+    """
+    batch, sam = batch_of(()), small_sam()
+    embeddings = batch.encoded.requires_grad_()
+    module = PromptedSam(sam, WEIGHTS, 64)
+    inputs = [embeddings, *sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters()]
+    ours = module(batch, loss_scale=1024.0)["loss"]
+    found = torch.autograd.grad(ours * 512, inputs)
+    total = 0.0
+    for group, targets in zip(batch.groups, batch.targets, strict=True):
+        for row, image in enumerate(group.image_index.tolist()):
+            alone = group.part(range(row, row + 1))
+            points = None if alone.boxes is not None else (alone.point_coords, alone.point_labels)
+            sparse, dense = sam.prompt_encoder(points, alone.boxes, None)
+            pe, given = sam.prompt_encoder.get_dense_pe(), embeddings[image : image + 1]
+            masks, ious = sam.mask_decoder(given, pe, sparse, dense, alone.ambiguous)
+            total += sam_loss(masks, ious, targets[row : row + 1], VALID, WEIGHTS)["loss"]
+    expected = torch.autograd.grad(total * 512, inputs, allow_unused=True)
+    assert float(ours.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    scale = max(float(g.abs().max()) for g in expected if g is not None)
+    for one, two in zip(found, expected, strict=True):
+        assert float((one if two is None else one - two).abs().max()) <= 1e-5 * scale
+
+
+def test_without_gradients_the_losses_are_the_same():
+    module, batch = PromptedSam(small_sam(), WEIGHTS, 64), batch_of((True,))
+    with torch.no_grad():
+        found = module(batch)
+    for name, loss in module(batch).items():
+        assert float(found[name]) == pytest.approx(float(loss.detach()), rel=1e-5), name
+
+
 def test_chunks_change_nothing_in_an_interactive_step():
     results = []
     for max_prompts in (64, 1):
