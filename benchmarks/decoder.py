@@ -68,8 +68,6 @@ def timed(
 ) -> dict[str, tuple[float, float, float]]:
     """Return least, median and most milliseconds of processor time a prompt, ways in turn."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
-    for way in ways:
-        ways[way]()
     for _ in range(repeats):
         for way, run in ways.items():
             started = time.process_time()

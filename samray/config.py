@@ -303,7 +303,8 @@ class TrainConfig(Section):
     flipped, turned and recoloured, which epochs take in turn. Each is encoded once and takes as
     much of the disk as the image."""
     max_prompts: int = Field(64, ge=1)
-    """Instances decoded at once; a step with more is recomputed in chunks, to save memory."""
+    """Instances decoded at once, at most; a step with more is computed in parts, to save memory.
+    A CPU takes as many as its cache holds: 2 with a ViT, 64 with tiny."""
     seed: int = Field(0, ge=0)
     """Random seed of the image order, the prompts and any random weights."""
     instances: Literal["auto"] | bool = "auto"

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.utils.amg import (
     mask_to_rle_pytorch,
     remove_small_regions,
@@ -35,7 +35,7 @@ from samray.instances.segment import FoundObject, find_objects, maps_of
 from samray.instances.windows import find_in_windows
 from samray.prediction.answers import describe_mask, prompt_of
 from samray.prediction.requests import PromptRequest
-from samray.sam.decode import predict_masks
+from samray.sam.decode import PromptGroup, decode_prompts, predict_masks
 from samray.sam.embeddings import encode_image
 from samray.storage import csv_bytes
 
@@ -99,10 +99,35 @@ def generator_settings(settings: PredictConfig, model_type: str) -> dict[str, An
     }
 
 
+class FastPredictor(SamPredictor):  # type: ignore[misc]
+    """SAM's predictor with the same results, through samray's decoder."""
+
+    @torch.no_grad()
+    def predict_torch(
+        self,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        boxes: torch.Tensor | None = None,
+        mask_input: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arguments and results of the stock method."""
+        index = torch.zeros(len(point_coords), dtype=torch.int64, device=point_coords.device)
+        group = PromptGroup(index, point_coords, point_labels, boxes, mask_input)
+        low_res, scores = decode_prompts(self.model, self.features, group, multimask_output)
+        masks = self.model.postprocess_masks(low_res, self.input_size, self.original_size)
+        return masks if return_logits else masks > self.model.mask_threshold, scores, low_res
+
+
 class MaskGenerator(SamAutomaticMaskGenerator):  # type: ignore[misc]
     """SAM's generator with the same results, but one full-size mask in memory instead of all."""
 
     done: list[Any] | None = None  # batches of points, if they are done already
+
+    def __init__(self, sam: Any, **settings: Any) -> None:
+        super().__init__(sam, **settings)
+        self.predictor = FastPredictor(sam)
 
     def generate_in_pieces(
         self, embedding: torch.Tensor, size: tuple[int, int]
