@@ -102,7 +102,7 @@ def predict_masks(
         (place in `prompts`, its masks), each prompt once, layout by layout.
     """
     img_size = sam.image_encoder.img_size
-    size = min(max_prompts, prompts_at_once(sam))
+    size = prompts_at_once(sam, max_prompts)
     image = ImageTokens.of(sam, image_embedding[None])
     for group, places in _groups_of_image(prompts, mask_inputs, original_size, img_size):
         multimask = group.ambiguous if multimask_output is None else multimask_output
@@ -243,28 +243,26 @@ def decode_prompts(
         images = ImageTokens.of(sam, images)
     if torch.is_grad_enabled():
         return _decode(sam, images, prompts, multimask_output)
-    size = min(len(prompts), prompts_at_once(sam))
-    answers = [
-        _decode(sam, images, chunk, multimask_output) for chunk in prompts.chunks(max(1, size))
-    ]
+    size = prompts_at_once(sam, max(1, len(prompts)))
+    answers = [_decode(sam, images, chunk, multimask_output) for chunk in prompts.chunks(size)]
     if len(answers) == 1:
         return answers[0]
     masks, ious = zip(*answers, strict=True)
     return torch.cat(masks), torch.cat(ious)
 
 
-def prompts_at_once(sam: Any) -> int:
-    """Return how many prompts to decode together.
+def prompts_at_once(sam: Any, most: int = MAX_PROMPTS) -> int:
+    """Return how many prompts to decode together, at most `most`.
 
     On a CPU those whose cells stay in the processor's cache from one layer to the next: 2 of a ViT,
     64 of `tiny`. More cost up to twice as much each, in memory traffic and page faults.
     """
     if sam.device.type != "cpu":
-        return MAX_PROMPTS
+        return most
     _keep_freed_memory()
     height, width = sam.prompt_encoder.image_embedding_size
     cells_bytes: int = 4 * height * width * sam.prompt_encoder.embed_dim
-    return min(MAX_PROMPTS, max(1, CPU_CELLS_BYTES // cells_bytes))
+    return min(most, max(1, CPU_CELLS_BYTES // cells_bytes))
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from samray.sam.model import encoder_digest
 from samray.serving.catalogue import LOG, Call, ModelRef
 from samray.serving.vault import ByteCache
 
-PROMPTS_AT_ONCE = 4  # decoded in one piece: half a second of a ViT on one core
+PROMPTS_AT_ONCE = 4  # decoded in one piece: a quarter of a second of a ViT on one core
 MODELS_LOADED = 4  # by one replica; the least recently used is evicted
 LATENCY = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 30000]  # ms
 

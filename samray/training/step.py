@@ -169,7 +169,7 @@ class PromptedSam(nn.Module):
     @property
     def at_once(self) -> int:
         """Number of prompts that are decoded together."""
-        return min(self.max_prompts, prompts_at_once(self.sam))
+        return prompts_at_once(self.sam, self.max_prompts)
 
     def decoder_losses(
         self, batch: Batch, embeddings: Sequence[Tensor], gradients: "_Gradients | None"
