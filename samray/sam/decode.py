@@ -270,8 +270,8 @@ def _keep_freed_memory() -> None:
     """Let glibc reuse tensors' memory instead of giving it back to the system after each layer.
 
     Its limits are 128 kB until a larger block is freed, then as large as this one, up to 32 MiB
-    (M_MMAP_THRESHOLD in `man mallopt`). With its first limits a ViT's decoder waits a third of its
-    time for the system to clear pages.
+    (M_MMAP_THRESHOLD in `man mallopt`). With its first limits a ViT's decoder waits a quarter of
+    its time for the system to clear pages.
     """
     torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
