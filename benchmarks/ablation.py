@@ -1,18 +1,20 @@
 """Which recipe helps every kind of prompt: trainings that differ in a few settings, scored alike.
 
     python benchmarks/ablation.py --data PREPARED [PREPARED ...] --recipe NAME=SETTING,SETTING ...
-        [--seeds 0 1 2] [--output FILE.jsonl]
+        [--seeds 0 1 2] [--output FILE.jsonl] [--runs FOLDER]
 
 For example: --recipe frozen=model.adapt=none all=model.adapt=full,train.augment=true
 
 Each recipe is trained by the plain loop in this process, without Ray, from `tiny` as it ships; the
 best checkpoint by the val split is scored on the test split. One JSON line a training: IoU by row
 of the prompt matrix, of base and tuned, their paired change with its 95 % interval, and minutes.
+With --runs the RUN folders stay there, for `benchmarks/instances.py`.
 """
 
 import argparse
 import functools
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ from samray.geometry.views import cached_view
 from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images
-from samray.training.finetuning import FineTuning, cache_entries, instance_labels
+from samray.training.finetuning import FineTuning, cache_entries, choose_instances, instance_labels
 from samray.training.loop import Worker, train_loop
 from samray.training.train import base_checkpoint
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", default="/dev/stdout")
+    parser.add_argument("--runs", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for data in arguments.data:
@@ -51,17 +54,21 @@ def main() -> None:
         for recipe in arguments.recipe:
             name, _, settings = recipe.partition("=")
             for seed in arguments.seeds:
+                words = [*(word for word in settings.split(",") if word), f"train.seed={seed}"]
+                line = {"data": Path(data).name, "recipe": name, "seed": seed}
                 with tempfile.TemporaryDirectory(prefix="samray-ablation-") as folder:
-                    words = [word for word in settings.split(",") if word]
-                    line = compare(dataset, [*words, f"train.seed={seed}"], Path(folder))
-                line = {"data": Path(data).name, "recipe": name, "seed": seed, **line}
+                    run, minutes = train(dataset, words, Path(folder))
+                    line |= {**compare(dataset, run), "minutes": minutes}
+                    if arguments.runs:
+                        kept = arguments.runs / f"{line['data']}-{name}-{seed}"
+                        shutil.copytree(run.path, kept)
                 with open(arguments.output, "a") as file:
                     print(json.dumps(line), file=file, flush=True)
                 print(name, line["data"], seed, line["change"], file=sys.stderr, flush=True)
 
 
-def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[str, Any]:
-    """Train one recipe; return the IoU of base and tuned on the test split."""
+def train(dataset: PreparedDataset, words: list[str], folder: Path) -> tuple[RunFolder, float]:
+    """Train one recipe; return its run, and how many minutes it took."""
     base, config = base_checkpoint(load_config(overrides=words))
     run = RunFolder.create(folder / "run", config, dataset.digest)
     save_checkpoint(run.base, base.weights, config, base.progress)
@@ -79,8 +86,14 @@ def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[st
     labels = instance_labels(config, dataset)
     source = functools.partial(FineTuning, config, dataset, cache)
     train_loop(config, run, source, worker, labels=labels)
-    minutes = (time.perf_counter() - started) / 60
     run = RunFolder(run.path)
+    if labels is not None:
+        choose_instances(run, dataset, cache, worker.device)
+    return run, round((time.perf_counter() - started) / 60, 2)
+
+
+def compare(dataset: PreparedDataset, run: RunFolder) -> dict[str, Any]:
+    """Return the IoU of base and tuned on the test split."""
     before = score(dataset, load_checkpoint(run.base).model())
     after = score(dataset, load_checkpoint(run.path).model())
     return {
@@ -89,7 +102,6 @@ def compare(dataset: PreparedDataset, words: list[str], folder: Path) -> dict[st
         "change": change(before, after),
         "best": run.state["best"],
         "val": [round(epoch["val_iou"], 4) for epoch in run.state["epochs"]],
-        "minutes": round(minutes, 2),
     }
 
 
