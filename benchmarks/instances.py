@@ -6,10 +6,11 @@
 
 Ways: `chosen`, what the run chose on its val split; `watershed` and `prompts`, with its thresholds;
 `grid-base` and `grid-tuned`, SAM's mask generator with the defaults of `samray predict`; `otsu`,
-Otsu's threshold and a watershed on distances; `unet`, three classes (background, inside, boundary)
-and a watershed, trained on the same images for M minutes. The free choices of the
-last two, which side of the threshold the objects are on and how far apart their centres, are made
-on the val split. One JSON line each: the measures of `score_instances`, seconds an image.
+Otsu's threshold of the smoothed gray image and a watershed on distances; `unet`, three classes
+(background, inside, boundary) and a watershed, trained on the same images for M minutes. The free
+choices of the last two, which side of the threshold the objects are on and how far apart their
+centres, are made on the val split. One JSON line each: the measures of `score_instances`, and
+seconds an image.
 """
 
 import argparse
@@ -49,8 +50,9 @@ Found = list[tuple[CroppedMask, float, str]]  # mask, score, label
 Finder = Callable[[np.ndarray], Found]
 
 WAYS = ("chosen", "watershed", "prompts", "grid-base", "grid-tuned", "otsu", "unet")
+MIN_PIXELS = 16  # of a part that Otsu's threshold leaves
 SIDE = 512  # of the U-Net's frame, in pixels; twice that of `tiny`, as the instance decoder's
-CHOICES = [(dark, gap) for dark in (False, True) for gap in (3, 5, 10, 20, 40)]
+CHOICES = [(dark, gap) for dark in (False, True) for gap in (3, 5, 10, 20, 40, 80)]
 
 
 def main() -> None:
@@ -154,14 +156,17 @@ def chosen_on_val(
 
 def otsu(image: np.ndarray, dark: bool, gap: int) -> np.ndarray:
     """Return H x W int: objects by Otsu's threshold and a watershed on distances."""
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    gray = cv2.GaussianBlur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (0, 0), 1)
     inside = gray <= threshold_otsu(gray) if dark else gray > threshold_otsu(gray)
+    parts = ndimage.label(inside)[0]
+    inside &= (np.bincount(parts.ravel()) >= MIN_PIXELS)[parts]
     return split(ndimage.distance_transform_edt(inside), inside, gap)
 
 
 def split(height: np.ndarray, inside: np.ndarray, gap: int) -> np.ndarray:
     """Return a watershed from the peaks of a height, at least `gap` pixels apart."""
     parts = ndimage.label(inside)[0]
+    height = ndimage.gaussian_filter(height, 1)
     peaks = peak_local_max(height, min_distance=gap, labels=parts, exclude_border=False)
     seeds = np.zeros(inside.shape, int)
     seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
@@ -233,7 +238,7 @@ def unet(dataset: PreparedDataset, minutes: float) -> Callable[[np.ndarray, bool
         height, width = input_size_of(size, SIDE)
         logits = net(image_to_input(image, SIDE)[None])[0, :, :height, :width]
         inside, anywhere = (logits.softmax(0)[1].numpy(), (logits.argmax(0) > 0).numpy())
-        numbers = split(ndimage.gaussian_filter(inside, 1), anywhere, gap).astype(np.int32)
+        numbers = split(inside, anywhere, gap).astype(np.int32)
         resized = cv2.resize(
             numbers.astype(np.float32), size[::-1], interpolation=cv2.INTER_NEAREST
         )
