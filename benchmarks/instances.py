@@ -52,7 +52,7 @@ Finder = Callable[[np.ndarray], Found]
 WAYS = ("chosen", "watershed", "prompts", "grid-base", "grid-tuned", "otsu", "unet")
 MIN_PIXELS = 16  # of a part that Otsu's threshold leaves
 SIDE = 512  # of the U-Net's frame, in pixels; twice that of `tiny`, as the instance decoder's
-CHOICES = [(dark, gap) for dark in (False, True) for gap in (3, 5, 10, 20, 40, 80)]
+CHOICES = [(s, gap) for s in ("bright", "dark", "inner") for gap in (3, 5, 10, 20, 40, 80)]
 
 
 def main() -> None:
@@ -129,12 +129,12 @@ def objects(dataset: PreparedDataset, record: ImageRecord, find: Finder) -> Imag
 
 
 def chosen_on_val(
-    way: Callable[[np.ndarray, bool, int], np.ndarray], dataset: PreparedDataset
+    way: Callable[[np.ndarray, str, int], np.ndarray], dataset: PreparedDataset
 ) -> Finder:
-    """Return a way from (image, objects are dark, least distance of centres) to a label map, with
+    """Return a way from (image, side of the threshold, gap between centres) to a label map, with
     the choice of highest mean segmentation accuracy on the val split."""
 
-    def find(image: np.ndarray, choice: tuple[bool, int]) -> Found:
+    def find(image: np.ndarray, choice: tuple[str, int]) -> Found:
         numbers = way(image, *choice)
         boxes = ndimage.find_objects(numbers)
         return [
@@ -146,7 +146,7 @@ def chosen_on_val(
     records = dataset.split("val")
     records = [records[place] for place in evenly(len(records), 8)]
 
-    def accuracy(choice: tuple[bool, int]) -> float:
+    def accuracy(choice: tuple[str, int]) -> float:
         found = [objects(dataset, record, lambda image: find(image, choice)) for record in records]
         return float(np.mean([segmentation_accuracy(image.ious()) for image in found]))
 
@@ -154,10 +154,17 @@ def chosen_on_val(
     return lambda image: find(image, best)
 
 
-def otsu(image: np.ndarray, dark: bool, gap: int) -> np.ndarray:
-    """Return H x W int: objects by Otsu's threshold and a watershed on distances."""
+def otsu(image: np.ndarray, side: str, gap: int) -> np.ndarray:
+    """Return H x W int: objects by Otsu's threshold and a watershed on distances.
+
+    Args:
+        side: of the threshold: `bright`, `dark`, or `inner`, the one less seen at the border.
+    """
     gray = cv2.GaussianBlur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (0, 0), 1)
-    inside = gray <= threshold_otsu(gray) if dark else gray > threshold_otsu(gray)
+    inside = gray > threshold_otsu(gray)
+    border = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
+    if side == "dark" or (side == "inner" and border.mean() > 0.5):
+        inside = ~inside
     parts = ndimage.label(inside)[0]
     inside &= (np.bincount(parts.ravel()) >= MIN_PIXELS)[parts]
     return split(ndimage.distance_transform_edt(inside), inside, gap)
@@ -213,7 +220,7 @@ def double(channels_in: int, channels: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def unet(dataset: PreparedDataset, minutes: float) -> Callable[[np.ndarray, bool, int], np.ndarray]:
+def unet(dataset: PreparedDataset, minutes: float) -> Callable[[np.ndarray, str, int], np.ndarray]:
     """Train a U-Net on the train split; return it as a way, see `chosen_on_val`."""
     torch.manual_seed(0)
     net, rng = UNet(), np.random.default_rng(0)
@@ -233,7 +240,7 @@ def unet(dataset: PreparedDataset, minutes: float) -> Callable[[np.ndarray, bool
     net.eval()
 
     @torch.inference_mode()
-    def find(image: np.ndarray, _: bool, gap: int) -> np.ndarray:
+    def find(image: np.ndarray, _: str, gap: int) -> np.ndarray:
         size = (image.shape[0], image.shape[1])
         height, width = input_size_of(size, SIDE)
         logits = net(image_to_input(image, SIDE)[None])[0, :, :height, :width]
