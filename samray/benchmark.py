@@ -34,9 +34,9 @@ from samray.sam.embeddings import encode_images, entry_bytes, entry_shape
 from samray.sam.model import build_model, low_res_size
 from samray.storage import (
     Place,
-    make_folder,
     read_bytes,
     remove_folder,
+    require_folder,
     resolve,
     write_bytes,
     write_json,
@@ -47,7 +47,7 @@ from samray.training.optimizer import Optimizer
 from samray.training.pretraining import local_device
 from samray.training.step import Batch
 
-SECONDS = 5.0  # of work for one figure
+SECONDS, MAX_SECONDS = 5.0, 60.0  # of work for one figure, and where a few times take longer
 NUM_PHOTOS, OBJECTS = 8, 10  # drawn photos, and objects of each that are trained on
 NUM_FILES, FILE_BYTES = 8, 2**23  # written and read to measure storage
 
@@ -76,7 +76,7 @@ def benchmark(config: Config) -> dict[str, Any]:
         bytes of a run on `benchmark.num_images` images.
 
     Raises:
-        ConfigError: --device gpu without a GPU, or the storage cannot be written.
+        ConfigError: --device gpu without a GPU, or the storage is missing.
     """
     output = resolve(config.benchmark.output, "--output")
     config = with_learning_rate(resolve_model(config, weights_given=True))
@@ -93,6 +93,7 @@ def benchmark(config: Config) -> dict[str, Any]:
 
 def _measure(config: Config, device: torch.device) -> dict[str, Any]:
     """Measure one part after the other, and forecast a run from them."""
+    stored = storage_figures(config.benchmark.storage)  # first, as it may be refused
     sam: Any = build_model(config.model.type).to(device)
     num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
     photos = _DrawnPhotos()
@@ -118,7 +119,7 @@ def _measure(config: Config, device: torch.device) -> dict[str, Any]:
     step, per_prompt = _step_seconds(config, sam, loader, num_frozen, device)
     note = f"{1e3 * per_prompt:.3g} ms an object"
     figures.append(Figure("training step", step, "s an image", note))
-    figures += storage_figures(config.benchmark.storage)
+    figures += stored
     number = config.benchmark.num_images
     epoch = number * max(step, feed)
     forecast = {
@@ -136,13 +137,15 @@ def _measure(config: Config, device: torch.device) -> dict[str, Any]:
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     """Return the median seconds of some work, repeated for a while; the first time warms up."""
     times: list[float] = []
-    until = time.perf_counter() + SECONDS
-    while not times or (time.perf_counter() < until and len(times) < 200):
+    began, passed = time.perf_counter(), 0.0
+    # The first time says little, so there are three at least, unless they would take minutes.
+    while (passed < SECONDS or len(times) < 3) and passed < MAX_SECONDS and len(times) < 200:
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
+        passed = time.perf_counter() - began
     return statistics.median(times[1:] or times)
 
 
@@ -171,7 +174,9 @@ def storage_figures(storage: str | None) -> list[Figure]:
     if storage is None:
         with tempfile.TemporaryDirectory(prefix="samray-benchmark-") as folder:
             return _storage_figures(Path(folder), "temporary folder")
-    place = make_folder(resolve(storage, "--storage"), "--storage")
+    place = resolve(storage, "--storage")
+    if isinstance(place, Path):
+        require_folder(place, "--storage")
     own = place / f"samray-benchmark-{uuid.uuid4().hex[:8]}"
     try:
         return _storage_figures(own, storage)
@@ -305,6 +310,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "memory_gib": round(memory / 2**30, 1),
         "system": platform.platform(),
         "torch": torch.__version__,

@@ -339,7 +339,7 @@ class ScalingConfig(Section):
 
 
 class EmbeddingsConfig(Section):
-    """The cache of image embeddings, used while the image encoder is frozen."""
+    """The cache of what the frozen blocks of the image encoder make of each image."""
 
     cache_dir: str | None = None
     """Folder of the cache, shared by all nodes; unset: `embeddings` inside the prepared dataset."""
@@ -576,8 +576,8 @@ class BenchmarkConfig(Section):
     output: str = "benchmark.json"
     """JSON file to write."""
     storage: str | None = None
-    """Folder or s3://bucket/prefix to measure, where the data would be; unset: a temporary
-    folder."""
+    """Folder, which must exist, or s3://bucket/prefix to measure, where the data would be; unset: a
+    temporary folder."""
     num_images: int = Field(1000, ge=1)
     """Images of the run that is forecast."""
 

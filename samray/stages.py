@@ -214,6 +214,8 @@ def run_benchmark(config: Config) -> None:
     found = benchmark(config)
     machine, forecast = found["machine"], found["forecast"]
     print(f"{machine['device']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB of memory")
+    if machine["load"] > machine["cpus"] / 2:
+        print(f"note: other work runs here (load {machine['load']}); an idle machine is faster")
     for row in found["figures"]:
         note = f"  ({row['note']})" if row["note"] else ""
         print(f"{row['what']:<26} {row['value']:>10.4g} {row['unit']}{note}")
@@ -288,7 +290,7 @@ def _print_scores(figures: dict[str, Any], images: str, checkpoint: str) -> None
     everything = figures["tuned" if "tuned" in figures else "base"].get("instances")
     if everything is not None:
         print(
-            f"every object: {everything['found']} found, {everything['true']} there, mean "
+            f"every object: {everything['found']} found, {everything['true']} annotated, mean "
             f"segmentation accuracy {everything['msa']:.3f}, at IoU 0.5 {everything['sa50']:.3f}"
         )
     base = figures["base"]["iou"]["strategy"]

@@ -7,6 +7,7 @@ import torch
 
 from samray import benchmark
 from samray.config import load_config
+from samray.errors import ConfigError
 from samray.sam.embeddings import encode_images
 from samray.storage import list_objects, resolve
 
@@ -14,6 +15,7 @@ from samray.storage import list_objects, resolve
 def test_a_benchmark_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "SECONDS", 0.05)
     storage = tmp_path / "storage"
+    storage.mkdir()
     words = ["benchmark.num_images=50", f"benchmark.storage={storage}", "model.adapt_blocks=1"]
     config = load_config(overrides=[*words, f"benchmark.output={tmp_path / 'found.json'}"])
     found = benchmark.benchmark(config)
@@ -40,6 +42,12 @@ def test_the_operations_of_an_encoder_are_counted():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         encode_images(sam, [torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()])
     assert counted == counter.get_total_flops()
+
+
+def test_storage_that_is_missing_is_refused_and_not_created(tmp_path):
+    with pytest.raises(ConfigError, match=r"--storage: .*nowhere does not exist"):
+        benchmark.storage_figures(str(tmp_path / "nowhere"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_storage_in_s3_is_measured_and_left_empty(bucket):

@@ -97,7 +97,7 @@ def test_every_object_has_a_section_of_its_own(run):
     picture = {"kind": "objects", "image": "7.jpg", "errors": 1, "panels": [b"one", b"two"]}
     page = report_page(content, run, [picture])
     section = page.partition("<h2>Every object</h2>")[2].partition("<h2>")[0]
-    assert "3 found, 2 there" in section
+    assert "3 found, 2 annotated" in section
     assert "<b>0.667</b>" in section  # 2 of 2 with one false: TP / (TP + FP + FN)
     assert "&lt;date&gt; 1" in section
     assert "7.jpg: 1 missed or false" in section
