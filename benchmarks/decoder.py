@@ -74,8 +74,8 @@ def timed(
             run()
             taken[way].append((time.process_time() - started) / count * 1000)
     return {
-        way: tuple(round(f(values), 1) for f in (min, statistics.median, max))  # type: ignore[misc]
-        for way, values in taken.items()
+        way: (round(min(times), 1), round(statistics.median(times), 1), round(max(times), 1))
+        for way, times in taken.items()
     }
 
 

@@ -255,7 +255,7 @@ def prompts_at_once(sam: Any, most: int = MAX_PROMPTS) -> int:
     """Return how many prompts to decode together, at most `most`.
 
     On a CPU those whose cells stay in the processor's cache from one layer to the next: 2 of a ViT,
-    64 of `tiny`. More cost up to twice as much each, in memory traffic and page faults.
+    64 of `tiny`. More take more memory, and were not faster.
     """
     if sam.device.type != "cpu":
         return most
