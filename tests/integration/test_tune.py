@@ -213,70 +213,45 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_says_so_and_is_resumed(own_prepared, tmp_path, run_cli):
-    """Without a search space; Ctrl-C in the first trial, then the same command."""
-    output, log = tmp_path / "sweep", tmp_path / "log"
+def test_a_sweep_interrupted_and_then_killed_is_resumed(own_prepared, tmp_path, run_cli):
+    """Ctrl-C in the first trial, kill -9 of the driver after it; the same command each time."""
+    output, log, num_trials = tmp_path / "sweep", tmp_path / "log", 3
     words = ["--data-dir", str(own_prepared), "--output-dir", str(output)]
-    words += ["--num-trials", "2", "tune.scheduler=none", "--num-epochs", "2"]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.tune", *words], stdout=file, stderr=file,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not list(output.glob("trials/*/run.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    words += ["--num-trials", str(num_trials), "tune.scheduler=none", "--num-epochs", "3"]
+    words += ["model.adapt=none"]
+    process = start_sweep(words, log)
+    wait_for(lambda: list(output.glob("trials/*/run.json")), process, log)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(120) == 130
     assert "samray tune: interrupted" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert json.loads((output / "sweep.json").read_text())["status"] == "interrupted"
-    status, _, err = run_cli("tune", *words)
-    assert status == 0, err
-    state = json.loads((output / "sweep.json").read_text())
-    assert state["status"] == "finished"
-    assert len(state["trials"]) == 2
-    for trial in state["trials"]:
-        assert set(trial["settings"]) == {"train.learning_rate", "prompts.point_selection"}
 
-
-@pytest.mark.slow
-def test_a_killed_sweep_is_resumed(own_prepared, tmp_path, run_cli):
-    """kill -9 of the driver after the first trial has ended; then the same command."""
-    path = config_file(tmp_path, scheduler="none")
-    output = tmp_path / "sweep"
-    words = ["--data-dir", str(own_prepared), "--output-dir", str(output)]
-    words += ["--config", str(path), "train.num_epochs=6"]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.tune", *words], stdout=subprocess.PIPE, text=True,
-        env=environment, start_new_session=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("trial 1/"):
-            break
-    time.sleep(2)
+    process = start_sweep(words, log)
+    wait_for(lambda: "\ntrial 1/" in log.read_text(), process, log)
     started = processes_below(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     assert json.loads((output / "sweep.json").read_text())["status"] == "running"
     assert started
     wait_until_ended(started)
     runs = {p.parent.name: json.loads(p.read_text()) for p in output.glob("trials/*/run.json")}
-    done = {name: run for name, run in runs.items() if len(run["epochs"]) == 6}
+    done = {name: run for name, run in runs.items() if len(run["epochs"]) == 3}
     assert done
-    assert len(done) < 4
+    assert len(done) < num_trials
     embeddings = {p: p.stat().st_mtime_ns for p in (own_prepared / "embeddings").rglob("*.npy")}
+    assert embeddings
+
     status, _, err = run_cli("tune", *words)
     assert status == 0, err
     state = json.loads((output / "sweep.json").read_text())
     assert state["status"] == "finished"
     assert state["interrupted"] is True
     assert {trial["status"] for trial in state["trials"]} == {"finished"}
+    for trial in state["trials"]:  # those of a sweep without a search space of its own
+        assert set(trial["settings"]) == {"train.learning_rate", "prompts.point_selection"}
     names = {trial["trial_id"] for trial in state["trials"]}
-    assert len(names) == 4
+    assert len(names) == num_trials
     assert set(runs) <= names
     for name, before in done.items():  # not repeated: the same epochs, even their seconds
         after = json.loads((output / "trials" / name / "run.json").read_text())
@@ -284,3 +259,22 @@ def test_a_killed_sweep_is_resumed(own_prepared, tmp_path, run_cli):
     assert embeddings == {
         p: p.stat().st_mtime_ns for p in (own_prepared / "embeddings").rglob("*.npy")
     }
+
+
+def start_sweep(words, log):
+    """`jobs.tune` in a process with a Ray of its own, both outputs in a file."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.tune", *words], stdout=file, stderr=file,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(condition, process, log):
+    """Wait until it holds, at most four minutes, while the process runs."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
