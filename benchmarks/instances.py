@@ -7,10 +7,10 @@
 Ways: `chosen`, what the run chose on its val split; `watershed` and `prompts`, with its thresholds;
 `grid-base` and `grid-tuned`, SAM's mask generator with the defaults of `samray predict`; `otsu`,
 Otsu's threshold of the smoothed gray image and a watershed on distances; `unet`, three classes
-(background, inside, boundary) and a watershed, trained on the same images for M minutes. The free
-choices of the last two, which side of the threshold the objects are on and how far apart their
-centres, are made on the val split. One JSON line each: the measures of `score_instances`, and
-seconds an image.
+(background, inside, boundary) and a watershed, trained on the same images for M minutes of
+processor time. The free choices of the last two, which side of the threshold the objects are on
+and how far apart their centres, are made on the val split. One JSON line each: the measures of
+`score_instances`, and seconds an image.
 """
 
 import argparse
@@ -225,10 +225,9 @@ def unet(dataset: PreparedDataset, minutes: float) -> Callable[[np.ndarray, str,
     torch.manual_seed(0)
     net, rng = UNet(), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    records, until = dataset.split("train"), time.monotonic() + 60 * minutes
-    shares, began = torch.tensor([1.0, 1.0, 2.0]), time.monotonic()
-    while time.monotonic() < until:
-        left = (until - time.monotonic()) / (until - began)
+    records, shares = dataset.split("train"), torch.tensor([1.0, 1.0, 2.0])
+    began = time.process_time()
+    while (left := 1 - (time.process_time() - began) / (60 * minutes)) > 0:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * max(0.05, left)
         drawn = [example(dataset, records[rng.integers(len(records))], rng) for _ in range(2)]

@@ -141,7 +141,9 @@ def _best_epoch(state: dict[str, Any]) -> str:
     number = int(state["best"].rpartition("_")[2])
     iou = next(epoch["val_iou"] for epoch in epochs if epoch["epoch"] == number)
     before = f" ({base['val_iou']:.3f} before)" if base else ""
-    return f"epoch {number} of {len(epochs)}, val_iou {iou:.3f}{before}"
+    higher = sum(epoch["val_iou"] > iou for epoch in epochs)
+    reason = f"; {higher} with a higher mean lost on a kind of prompt" if higher else ""
+    return f"epoch {number} of {len(epochs)}, val_iou {iou:.3f}{before}{reason}"
 
 
 def run_pretrain(config: Config) -> None:
@@ -274,6 +276,11 @@ def run_evaluate(config: Config) -> None:
 
     evaluation = evaluate(config)
     _print_scores(evaluation, evaluation["split"], str(config.evaluate.checkpoint))
+    if evaluation.get("checkpoint") == "base":
+        print(
+            "note: no epoch of this run was better than its base, so both are the same; give "
+            "--checkpoint RUN/checkpoints/EPOCH to compare another one"
+        )
     if "other" in evaluation:
         _print_scores(evaluation["other"], "other", str(config.evaluate.checkpoint))
     if evaluation["same_dataset_as_trained_on"] is False:

@@ -435,8 +435,14 @@ def _manifest(
 
 
 def _notes(kept: list[Outcome], files: RawFiles) -> list[str]:
-    """Sentences for the user about what is left out as a whole."""
+    """Sentences for the user about what is left out as a whole, or may be meant otherwise."""
     notes = []
+    for label in _total(outcome.labels for outcome in kept):
+        if label != IGNORE and label.lower().strip("_ ") in ("ignore", "ignored"):
+            notes.append(
+                f"label {label} is a class of objects; if it marks regions to leave out, give a "
+                f"prepare.label_map that renames it to {IGNORE}"
+            )
     if crowds := _total(outcome.not_instances for outcome in kept)["crowd"]:
         notes.append(_of_crowds(crowds))
     if files.unread:

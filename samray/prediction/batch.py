@@ -488,6 +488,8 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
             f"--tile: {given or 'tiny'} has no instance decoder, and the grid of points looks at "
             "whole images; leave it out, or give a RUN that has one (train.instances)"
         )
+    else:
+        print(f"note: {name} has no instance decoder (train.instances): a grid of points is used")
     # The folder found, not the path given: a promotion may change what that path means.
     place = None if given is None else checkpoint.path
     return BatchJob(root, output, place, model, generator, settings.label, settings.tile)

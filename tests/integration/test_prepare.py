@@ -841,7 +841,7 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
     ]
     annotate(data / "a.json", "a.json", others, (60, 80))  # imagePath names the JSON itself
     annotate(data / "case.json", "b.png", [shape("cat", square)], (60, 80))
-    annotate(data / "inside.json", "gone.png", [shape("dog", square)], (60, 80))
+    annotate(data / "inside.json", "gone.png", [shape("__Ignore__", square)], (60, 80))
     document = json.loads((data / "inside.json").read_text())
     document["imageData"] = as_base64(data / "gone.png")
     document["imagePath"] = "elsewhere\\gone.png"
@@ -855,7 +855,8 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
     assert accounted(manifest) == manifest["num_shapes"]
     assert manifest["not_instances"] == {"line": 1, "point": 1, "__ignore__": 1}
     assert manifest["filtered"] == {"_background_": 1}
-    assert manifest["labels"] == {"bar": 1, "cat": 4, "dog": 1}
+    assert manifest["labels"] == {"bar": 1, "cat": 4, "__Ignore__": 1}
+    assert "label __Ignore__ is a class" in manifest["notes"][-1]
     (rejected,) = manifest["rejected"]
     assert (rejected["file"], rejected["field"]) == ("a.json", "shapes[1]")
     (warning,) = manifest["warnings"]
