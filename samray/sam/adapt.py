@@ -73,19 +73,22 @@ def num_frozen_blocks(there: int, config: ModelConfig) -> int:
     return there - wanted
 
 
-def set_trainable(sam: Any, config: ModelConfig) -> None:
+def set_trainable(sam: Any, config: ModelConfig, seed: int = 0) -> None:
     """Enable the gradients of what learns and disable all others, in place; add LoRA adapters.
 
     Args:
         config: resolved.
+        seed: of the adapters' first values.
     """
     encoder = sam.image_encoder
     frozen = num_frozen_blocks(num_blocks(encoder), config)
     encoder.requires_grad_(False)
     if config.adapt == "lora" and frozen < num_blocks(encoder):
-        for block in encoder.blocks[frozen:]:
-            qkv = block.attn.qkv
-            adapter = LoraQV(qkv.weight, config.lora_rank)
+        layers = [block.attn.qkv for block in encoder.blocks[frozen:]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapters = [LoraQV(qkv.weight, config.lora_rank) for qkv in layers]
+        for qkv, adapter in zip(layers, adapters, strict=True):
             parametrize.register_parametrization(qkv, "weight", adapter)
             qkv.parametrizations.weight.original.requires_grad_(False)
     elif frozen == 0:

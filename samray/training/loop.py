@@ -340,7 +340,7 @@ def prompted_sam(config: Config, sam: Sam, labels: tuple[str, ...] | None = None
     Args:
         labels: see `train_loop`.
     """
-    set_trainable(sam, config.model)
+    set_trainable(sam, config.model, config.train.seed)
     focal_weight = config.loss.focal_weight
     assert focal_weight is not None
     weights = (focal_weight, config.loss.dice_weight, config.loss.iou_weight)

@@ -45,6 +45,20 @@ def images():
     return torch.randn(2, 3, 64, 64)
 
 
+def test_a_seed_gives_the_same_adapters():
+    """Whatever was drawn before; a run would otherwise differ from another of the same seed."""
+
+    def down(seed):
+        sam = small_vit()
+        set_trainable(sam, ModelConfig(adapt="lora", adapt_blocks=2), seed)
+        return torch.cat([v.flatten() for n, v in trained_state(sam).items() if "down" in n])
+
+    first = down(0)
+    torch.rand(1)
+    assert torch.equal(down(0), first)
+    assert not torch.equal(down(1), first)
+
+
 @pytest.mark.parametrize("build", [small_sam, small_vit])
 def test_prefix_and_suffix_are_the_encoder_at_every_depth(build, images):
     encoder = build().image_encoder.eval()
