@@ -105,7 +105,7 @@ def _add_option(parser: argparse.ArgumentParser, option: str, dotted: str) -> No
     name, *metavar = option.split()
     how: dict[str, Any] = {"metavar": metavar[0] if len(metavar) == 1 else tuple(metavar)}
     kind = setting(dotted).annotation
-    optional = get_origin(kind) in (Union, UnionType)
+    optional = get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind)
     if optional:
         (kind,) = (part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
@@ -249,7 +249,7 @@ STAGES: dict[str, Stage] = {
             "--lr RATE": "train.learning_rate",
             "--point-selection": "prompts.point_selection",
             "--num-points N": "prompts.num_points",
-            "--num-workers N": "scaling.num_workers",
+            "--num-workers N|MIN..MAX": "scaling.num_workers",
             "--device": "scaling.device",
             "--dry-run": "train.dry_run",
             "--resume": "train.resume",

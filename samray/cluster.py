@@ -39,7 +39,7 @@ class Resources:
     """The resources of each worker.
 
     Attributes:
-        num_workers: number of processes.
+        num_workers: number of processes; of a range, the lowest.
         use_gpu: whether each gets a GPU, or the configured share of one.
         cpus_per_worker: CPUs of each, and its threads when it runs on CPUs.
         room: number of such workers that fit the cluster at once.
@@ -198,7 +198,7 @@ def plan_resources(scaling: ScalingConfig, num_trials: int = 1) -> Resources:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    workers, share = scaling.num_workers, scaling.gpus_per_worker
+    workers, share = scaling.min_workers, scaling.gpus_per_worker
     gpu_places = [int(node.get("GPU", 0)) * int(1 / share + 1e-9) for node in nodes]
     enough = sum(gpu_places) >= workers
     use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and enough)
@@ -210,7 +210,7 @@ def plan_resources(scaling: ScalingConfig, num_trials: int = 1) -> Resources:
     per_worker = scaling.cpus_per_worker
     if per_worker is None:
         alone = len(nodes) == 1 and not use_gpu
-        per_worker = max(1, cpus // (workers * num_trials)) if alone else 1
+        per_worker = max(1, cpus // (scaling.max_workers * num_trials)) if alone else 1
     room = sum(
         min(int(node.get("CPU", 0)) // per_worker, on_gpus if use_gpu else cpus)
         for node, on_gpus in zip(nodes, gpu_places, strict=True)

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -57,6 +65,20 @@ def _without_password(uri: str) -> str:
 
 
 MlflowUri = Annotated[str, AfterValidator(_without_password)]
+
+
+def _number_or_range(value: Any) -> int | str:
+    """Check a number of at least 1, or a range such as `2..8`."""
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value).replace(" ", ""))
+    low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if isinstance(value, bool) or not 1 <= low <= high:
+        raise PydanticCustomError(
+            "range", "must be a number of at least 1, or MIN..MAX such as 2..8, where MIN <= MAX"
+        )
+    return low if low == high else f"{low}..{high}"
+
+
+NumberOrRange = Annotated[int | str, PlainValidator(_number_or_range)]
 
 
 class SampleDataConfig(Section):
@@ -328,14 +350,31 @@ class TrainConfig(Section):
 class ScalingConfig(Section):
     """What a run uses of the cluster; named after Ray Train's ScalingConfig."""
 
-    num_workers: int = Field(1, ge=1)
-    """Number of DDP processes."""
+    num_workers: NumberOrRange = 1
+    """Number of DDP processes, at least 1; or MIN..MAX, such as 2..8: as many of them as the
+    cluster has room for, looked at each minute; `train` only."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device to compute on; auto uses GPUs if the Ray cluster (not this machine) has enough."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs and threads per worker; unset: an equal share of a single node's CPUs, else 1."""
     gpus_per_worker: float = Field(1.0, gt=0, le=1)
     """Share of a GPU per worker, if GPUs are used; 0.25 lets four trials share one GPU."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts of a run's workers in a row, without a new checkpoint in between, after one of them
+    died or hung; then, or with 0, the run ends, and `train.resume` continues it."""
+    hang_minutes: float = Field(10.0, gt=0)
+    """Minutes that workers wait for one that does nothing, before they are restarted; more than
+    rank 0 takes to write a checkpoint."""
+
+    @property
+    def min_workers(self) -> int:
+        """Lowest number of workers."""
+        return int(str(self.num_workers).partition("..")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """Highest number of workers."""
+        return int(str(self.num_workers).rpartition("..")[2])
 
 
 class EmbeddingsConfig(Section):

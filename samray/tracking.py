@@ -235,18 +235,24 @@ def _short(exc: Exception) -> str:
 
 
 def describe_start(
-    config: Config, epochs_done: int, device: torch.device, num_workers: int, commit: str | None
+    config: Config,
+    epochs_done: int,
+    step: int,
+    device: torch.device,
+    num_workers: int,
+    commit: str | None,
 ) -> dict[str, Any]:
-    """Return what a run, or a part of it after a resumption, ran with.
+    """Return what a run, or a part of it after a resumption or a restart, ran with.
 
     Args:
-        epochs_done: when it started.
+        epochs_done, step: finished epochs and optimiser steps when it started.
         commit: see `git_commit`.
     """
     now = datetime.datetime.now(datetime.UTC)
     return {
         "time": now.strftime("%Y-%m-%d %H:%M:%S UTC"),
         "epochs_done": epochs_done,
+        "step": step,
         "seed": config.train.seed,
         "device": device_name(device),
         "num_workers": num_workers,

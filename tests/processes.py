@@ -13,6 +13,13 @@ def processes_below(parent: int) -> set[int]:
     return family - {parent}
 
 
+def named(processes: set[int], name: str) -> set[int]:
+    """Return those whose command begins with a name."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.strip().split(maxsplit=1) for line in listed.stdout.splitlines()]
+    return {int(row[0]) for row in rows if row[1:] and row[1].startswith(name)} & processes
+
+
 def wait_until_ended(processes: set[int], seconds: float = 120) -> None:
     """Wait until all have ended: what is left of a killed Ray may still write files."""
     deadline = time.monotonic() + seconds

@@ -266,6 +266,12 @@ class RunFolder:
         return self.path / within if within else self.latest
 
     @property
+    def step(self) -> int:
+        """Optimiser steps of the checkpoint to resume from; 0 without one."""
+        folder = self.resume_from
+        return int(read_json(folder / "progress.json")["step"]) if folder else 0
+
+    @property
     def epochs_without_best(self) -> int:
         """Number of epochs since the best one, or since the base where it is the best."""
         best = str(self.state["best"] or "").rpartition("epoch_")[2]

@@ -141,7 +141,7 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         optimizer = Optimizer(module.sam, config.train, device, module.instances)
         source = FineTuning(config, dataset, cache, module)
         steps = source.steps(0)
-        world = config.scaling.num_workers
+        world = config.scaling.min_workers  # the fewest have the largest parts
         shares = [share_of(step, 0, world) for step in steps]
         largest = max(shares, key=lambda share: source.loader.num_prompts(share, 0))
         if cache is not None:

@@ -7,6 +7,7 @@ come from a `Source`. Every worker runs the same code and differs only in its ra
 import contextlib
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,7 @@ def train_loop(
     report: Report = lambda event: None,
     max_minutes: float | None = None,
     labels: tuple[str, ...] | None = None,
+    wanted: threading.Event | None = None,
 ) -> None:
     """Train from the run's latest checkpoint, or its base, to the last epoch.
 
@@ -124,6 +126,8 @@ def train_loop(
         report: receives every step and epoch, on rank 0.
         max_minutes: for a single worker: stop before an epoch that would exceed them.
         labels: of the objects that an instance decoder learns to find; None: no such decoder.
+        wanted: set on rank 0 from outside to have a checkpoint within the epoch after the next
+            step, unless there are none; cleared when a checkpoint was written.
 
     Raises:
         TrainingError: the gradient is not finite in several steps in a row, or a step needs more
@@ -149,7 +153,7 @@ def train_loop(
         _score_base(run, source, worker, report)
     origin = {"dataset_digest": source.digest, "base": base.progress.get("base")}
     write = functools.partial(_write, run, config, module, labels, optimizer, origin)
-    clock = _Clock(settings.checkpoint_minutes, worker)
+    clock = _Clock(settings.checkpoint_minutes, worker, wanted or threading.Event())
     began = started = time.perf_counter()
     while epoch < settings.num_epochs and not _out_of_patience(run, settings, worker):
         now = time.perf_counter()
@@ -440,20 +444,22 @@ def _save_within(
 class _Clock:
     """Says when a checkpoint is due; rank 0's clock decides for all workers."""
 
-    def __init__(self, minutes: float | None, worker: Worker) -> None:
-        self.minutes, self.worker = minutes, worker
-        self.start()
+    def __init__(self, minutes: float | None, worker: Worker, wanted: threading.Event) -> None:
+        self.minutes, self.worker, self.wanted = minutes, worker, wanted
+        self.started = time.monotonic()
 
     def start(self) -> None:
-        """Count from now."""
+        """Count from now, when a checkpoint was written."""
         self.started = time.monotonic()
+        self.wanted.clear()
 
     def is_due(self) -> bool:
         """The same on all workers, which all have to ask."""
         if self.minutes is None:
             return False
-        due = time.monotonic() - self.started >= 60 * self.minutes and self.worker.rank == 0
-        return bool(self.worker.sum(torch.tensor(float(due), device=self.worker.device)))
+        due = time.monotonic() - self.started >= 60 * self.minutes or self.wanted.is_set()
+        mine = float(due and self.worker.rank == 0)
+        return bool(self.worker.sum(torch.tensor(mine, device=self.worker.device)))
 
 
 def _load_ahead(

@@ -222,9 +222,8 @@ def _pretrain(config: Config, output: Place) -> dict[str, Any]:
     steps = -(-config.pretrain.scenes_per_epoch // config.train.batch_size)
     bar = tqdm(total=config.train.num_epochs * steps, file=sys.stderr, disable=None, unit="step")
     done = run.state["epochs"]
-    start = describe_start(config, len(done), device, 1, git_commit())
-    step = done[-1]["step"] if done else 0
-    tracker = Tracker(run.path, config, step, lambda event: _show(bar, config, event))
+    start = describe_start(config, len(done), run.step, device, 1, git_commit())
+    tracker = Tracker(run.path, config, run.step, lambda event: _show(bar, config, event))
     with bar, run.running(), tracker:
         run.update(starts=[*run.state.get("starts", []), start])
         train_loop(

@@ -4,7 +4,6 @@ This file only wraps the loop in Ray. A run's state is in its RUN folder and not
 silently resumes a run of the same name and returns the latest checkpoint instead of the best.
 """
 
-import contextlib
 import functools
 import os
 import sys
@@ -12,6 +11,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
-from samray import cluster
+from samray import cluster, elastic
 from samray.config import ENCODER_BLOCKS, Config, required, resolve_model, with_settings
 from samray.data.dataset import PreparedDataset
-from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.errors import CheckpointError, ConfigError
 from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import (
     Checkpoint,
@@ -59,8 +60,6 @@ from samray.training.finetuning import (
 from samray.training.loop import Report, Worker, train_loop
 from samray.training.optimizer import training_dtype
 from samray.training.step import PromptedSam
-
-ABORT_SECONDS = 20  # for the workers of an interrupted run to end
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,13 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         sam = load_checkpoint(run.base).model()
         num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
         cache = EmbeddingCache(arguments["cache_dir"], sam, num_frozen)
-    done = run.state["epochs"]
+    step = run.step
     if worker.rank == 0:
         facts = worker.device, worker.world_size, arguments["git_commit"]
-        run.update(starts=[*run.state.get("starts", []), describe_start(config, len(done), *facts)])
-    step = done[-1]["step"] if done else 0
+        start = describe_start(config, len(run.state["epochs"]), step, *facts)
+        run.update(starts=[*run.state.get("starts", []), start])
+        if dist.is_initialized():
+            arguments["report"]({"event": "start", "num_workers": worker.world_size})
     with Tracker(run.path, config, step, arguments["report"]) as tracker:
 
         def open_source(module: PromptedSam) -> FineTuning:
@@ -175,7 +176,9 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
             return source
 
         labels = instance_labels(config, dataset)
-        train_loop(config, run, open_source, worker, tracker.report, labels=labels)
+        train_loop(
+            config, run, open_source, worker, tracker.report, labels=labels, wanted=elastic.wanted
+        )
     if worker.rank == 0 and config.train.instances:
         choose_instances(RunFolder(run.path), dataset, cache, worker.device)
 
@@ -220,7 +223,7 @@ def _read_weights(model_type: str, source: str | None) -> tuple[str, dict[str, T
 
 
 def _require_enough_images(config: Config, dataset: PreparedDataset) -> None:
-    num_images, num_workers = len(dataset.split("train")), config.scaling.num_workers
+    num_images, num_workers = len(dataset.split("train")), config.scaling.max_workers
     dataset.split("val")  # must not be empty
     if num_workers > num_images:
         raise ConfigError(
@@ -277,7 +280,11 @@ def _train(
         resources.cpus_per_worker,
         config.scaling.gpus_per_worker if resources.use_gpu else 0,
     )
-    queue = EventQueue.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    # Beside the driver: what is on another node may go with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = EventQueue.options(  # type: ignore[attr-defined]
+        num_cpus=0, scheduling_strategy=here
+    ).remote()
     arguments["report"] = functools.partial(_send, queue)
     trainer = _trainer(config, run, resources, arguments, in_process=False)
     done = threading.Event()
@@ -290,12 +297,6 @@ def _train(
     viewer.start()
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as exc:
-        for failure in getattr(exc, "worker_failures", {}).values():
-            cause = _samray_cause(failure)
-            if cause is not None:
-                raise cause from exc
-        raise
     except KeyboardInterrupt:
         trainer.abort()
         raise
@@ -312,54 +313,45 @@ def _trainer(
     arguments: dict[str, Any],
     in_process: bool,
 ) -> Any:
+    scaling = config.scaling
     worker_resources: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.use_gpu:
-        worker_resources["GPU"] = config.scaling.gpus_per_worker
-    return InterruptibleTrainer(
-        train_loop_per_worker,
+        worker_resources["GPU"] = scaling.gpus_per_worker
+    return elastic.ElasticTrainer(
+        send=arguments["report"],
+        checkpoint=functools.partial(_resume_point, run.path),
+        train_loop_per_worker=train_loop_per_worker,
         train_loop_config=arguments,
+        torch_config=ray.train.torch.TorchConfig(timeout_s=ceil(60 * scaling.hang_minutes)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=0 if in_process else resources.num_workers,  # 0 is Ray's local mode
+            # 0 is Ray's local mode
+            num_workers=0 if in_process else (scaling.min_workers, scaling.max_workers),
             use_gpu=resources.use_gpu,
             resources_per_worker=worker_resources,
+            elastic_resize_monitor_interval_s=elastic.LOOK_SECONDS,
         ),
         # A unique name each time: Ray silently resumes a run whose name it knows.
         run_config=ray.train.RunConfig(
-            name=f"train-{uuid.uuid4().hex[:12]}", storage_path=str(_ray_folder(run))
+            name=f"train-{uuid.uuid4().hex[:12]}",
+            storage_path=str(_ray_folder(run)),
+            failure_config=ray.train.FailureConfig(
+                max_failures=scaling.max_restarts, controller_failure_limit=elastic.START_TRIES
+            ),
         ),
     )
 
 
-class InterruptibleTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
-    """A trainer whose `fit` raises KeyboardInterrupt on Ctrl-C.
-
-    Ray Train's own handler of SIGINT raises SystemExit(0) in the middle of `fit`, and stays
-    installed after it.
-    """
-
-    controller: Any = None
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        self.controller = controller
-
-    def abort(self) -> None:
-        """Stop the workers of an interrupted `fit`."""
-        if self.controller is not None:
-            with contextlib.suppress(ray.exceptions.RayError):  # the controller ends itself
-                ray.get(self.controller.abort.remote(), timeout=ABORT_SECONDS)
+def _resume_point(run: Place) -> str:
+    """Where workers that start now go on, in words."""
+    folder = RunFolder(run)
+    if folder.resume_from is None:
+        return "the beginning"
+    return f"epoch {len(folder.state['epochs']) + 1}, step {folder.step}"
 
 
 def _ray_folder(run: RunFolder) -> Place:
     """Ray Train's own files, which nothing reads; removed when training ends."""
     return run.path / "ray"
-
-
-def _samray_cause(failure: BaseException | None) -> SamrayError | None:
-    while failure is not None:
-        if isinstance(failure, SamrayError):
-            return failure
-        failure = getattr(failure, "cause", None) or failure.__cause__
-    return None
 
 
 @ray.remote
@@ -389,7 +381,8 @@ def _forward(report: Report, queue: Any, done: threading.Event) -> None:
     while not last:
         last = done.wait(0.2)
         for event in ray.get(queue.take.remote()):
-            report(event)
+            if "text" not in event and event["event"] != "start":
+                report(event)
 
 
 def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.Event) -> None:
@@ -408,6 +401,7 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
         disable=None,
     ) as bar:
         last = started = False
+        workers = 0
         while not last:
             last = done.wait(0.5)
             try:
@@ -419,6 +413,9 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
                 bar.start_t = time.time()  # so that the time left ignores the start-up
                 bar.set_description("train")
             for event in events:
+                if event["event"] == "start" or "text" in event:
+                    workers = _say(event, config, workers)
+                    continue
                 if event["event"] == "base":
                     continue
                 if event["event"] == "step":
@@ -435,3 +432,19 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
                     bar.set_description(f"train (val_iou {event['val_iou']:.3f})")
             if not bar.disable:
                 bar.refresh()
+
+
+def _say(event: dict[str, Any], config: Config, workers: int) -> int:
+    """Print a line on workers that start, die or wait; return the number that run.
+
+    Args:
+        workers: that ran before; 0 at the first start.
+    """
+    text = event.get("text")
+    if text is None:
+        number, workers = workers, event["num_workers"]
+        if number != workers and config.scaling.min_workers < config.scaling.max_workers:
+            text = elastic.number_of(workers) + (f" instead of {number}" if number else "")
+    if text is not None:
+        tqdm.write(f"samray: {text}", file=sys.stderr)
+    return workers

@@ -88,6 +88,11 @@ def sweep(config: Config) -> dict[str, Any]:
             no trial finished an epoch.
     """
     data_dir, output_dir = required(config, "tune.data_dir", "tune.output_dir")
+    if config.scaling.min_workers < config.scaling.max_workers:
+        raise ConfigError(
+            f"scaling.num_workers: {config.scaling.num_workers}, but the trials of a sweep share "
+            "the cluster and have one number of workers each; give one number"
+        )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     # All splits, so that a missing one is reported before the search and not after it.
     records = [record for split in SPLITS for record in dataset.split(split)]

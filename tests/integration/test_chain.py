@@ -10,14 +10,17 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
-from processes import processes_below, wait_until_ended
+from processes import named, processes_below, wait_until_ended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from samray import elastic
 from samray.config import load_config
 from samray.data.dataset import PreparedDataset
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
@@ -357,26 +360,36 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(prepared, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def five_epochs(prepared, run, start, *more):
+    """Words for a run with cached activations of two stages."""
+    return [
+        "--data-dir", prepared, "--output-dir", run, "--checkpoint", start, "--num-epochs", "5",
+        *SMALL, "scaling.cpus_per_worker=1", "model.adapt_blocks=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(prepared, first_run, tmp_path_factory, run_cli):
+    """Five epochs of one worker that nothing disturbs."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    status, _, err = run_cli("train", *five_epochs(prepared, run, first_run))
+    assert status == 0, err
+    return run
+
+
 @pytest.mark.slow
-def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run, tmp_path, run_cli):
-    """The same steps, losses and weights, bit for bit, with cached activations of two stages.
+def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
+    prepared, first_run, whole_run, tmp_path, run_cli
+):
+    """The same steps, losses and weights, bit for bit.
 
     What it started from has gone in the meantime, and a limit of memory has changed.
     """
-    start = tmp_path / "start"
+    start, killed = tmp_path / "start", tmp_path / "killed"
     shutil.copytree(first_run, start)
-
-    def words(run, *more):
-        return [
-            "--data-dir", prepared, "--output-dir", run, "--checkpoint", start,
-            "--num-epochs", "5", *SMALL, "scaling.cpus_per_worker=1", "model.adapt_blocks=2", *more,
-        ]  # fmt: skip
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    status, _, err = run_cli("train", *words(whole))
-    assert status == 0, err
+    words = five_epochs(prepared, killed, start)
     with subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", *map(str, words(killed))], cwd=ROOT,
+        [sys.executable, "-m", "jobs.train", *map(str, words)], cwd=ROOT,
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 240
@@ -390,17 +403,70 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(prepared, first_run,
     done = len(state_of(killed)["epochs"])
     assert 2 <= done < 5, "the kill came too late to show anything"
     shutil.rmtree(start)
-    status, _, err = run_cli("train", *words(killed, "--resume", "train.max_prompts=100"))
+    status, _, err = run_cli("train", *words, "--resume", "train.max_prompts=100")
     assert status == 0, err
-    one, two = state_of(whole), state_of(killed)
+    one, two = state_of(whole_run), state_of(killed)
     assert two["epochs"][-1]["step"] == one["epochs"][-1]["step"]
     assert two["embeddings"]["encoded"] == 0, "the other run has encoded all images"
     assert len(two["starts"]) == 2
-    steps = [read_events(run)[0]["step/loss"] for run in (whole, killed)]
+    steps = [read_events(run)[0]["step/loss"] for run in (whole_run, killed)]
     assert steps[0] == steps[1], "the curve of a resumed run is not doubled"
     for before, after in zip(one["epochs"], two["epochs"], strict=True):
         del before["seconds"], after["seconds"]
         assert after == before
-    weights = [load_checkpoint(run / "latest").weights for run in (whole, killed)]
+    weights = [load_checkpoint(run / "latest").weights for run in (whole_run, killed)]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+@ray.remote
+class Tenant:
+    """Holds CPUs, as another user's actor."""
+
+    def ready(self):
+        return True
+
+
+@pytest.mark.slow
+def test_workers_that_join_and_die_change_no_result(
+    prepared, first_run, whole_run, tmp_path, run_cli, monkeypatch
+):
+    """One worker; three, when another user leaves; one of them is killed."""
+    monkeypatch.setattr(elastic, "LOOK_SECONDS", 0.0)
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    run = tmp_path / "run"
+    tenant = Tenant.options(num_cpus=3).remote()
+    ray.get(tenant.ready.remote())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        words = five_epochs(prepared, run, first_run, "--num-workers", "1..3")
+        training = pool.submit(run_cli, "train", *words)
+        wait_for_starts(run, 1, training)
+        ray.kill(tenant)
+        wait_for_starts(run, 2, training)
+        workers = named(processes_below(os.getpid()), "ray::RayTrainWorker")
+        assert len(workers) >= 3
+        os.kill(max(workers), signal.SIGKILL)
+        status, _, err = training.result()
+    assert status == 0, err
+    assert "samray: 3 workers instead of 1\n" in err
+    assert re.search(r"samray: .*; the workers go on from epoch \d, step \d+\n", err)
+    one, two = state_of(whole_run), state_of(run)
+    assert [start["num_workers"] for start in two["starts"]] == [1, 3, 3]
+    assert 0 < two["starts"][1]["step"] <= two["starts"][2]["step"] < one["epochs"][-1]["step"]
+    assert [epoch["step"] for epoch in two["epochs"]] == [epoch["step"] for epoch in one["epochs"]]
+    for epoch, expected in zip(two["epochs"], one["epochs"], strict=True):
+        assert epoch["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    curves = [read_events(folder)[0]["step/loss"] for folder in (whole_run, run)]
+    assert curves[0] == curves[1]
+    before, after = (load_checkpoint(folder / "latest").weights for folder in (whole_run, run))
+    for name, value in before.items():
+        assert float((value - after[name]).abs().max()) < 1e-4, name
+
+
+def wait_for_starts(run, number, training):
+    """Wait until the workers have started so many times."""
+    deadline = time.monotonic() + 240
+    while not (run / "run.json").exists() or len(state_of(run).get("starts", [])) < number:
+        assert not training.done(), training.result()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

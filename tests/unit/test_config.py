@@ -80,6 +80,33 @@ def test_invalid_learning_rate_is_refused(text: str) -> None:
     assert "train.learning_rate" in message_of(None, [f"train.learning_rate={text}"])
 
 
+@pytest.mark.parametrize(
+    ("text", "kept", "least", "most"),
+    [
+        ("3", 3, 3, 3),
+        ("'3'", 3, 3, 3),
+        ("2..8", "2..8", 2, 8),
+        ("2 .. 8", "2..8", 2, 8),
+        ("4..4", 4, 4, 4),
+    ],
+)
+def test_workers_are_a_number_or_a_range(
+    text: str, kept: object, least: int, most: int, tmp_path: Path
+) -> None:
+    config = load_config(None, [f"scaling.num_workers={text}"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    scaling = config.scaling
+    assert (scaling.num_workers, scaling.min_workers, scaling.max_workers) == (kept, least, most)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "0..2", "3..2", "2..", "[2, 8]", "true", "2.5", "two"])
+def test_a_wrong_number_of_workers_is_refused(text: str) -> None:
+    message = message_of(None, [f"scaling.num_workers={text}"])
+    assert message.startswith("config: scaling.num_workers: must be a number of at least 1, or MIN")
+    assert "; " not in message
+
+
 def test_config_cannot_be_changed_after_it_is_saved() -> None:
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):

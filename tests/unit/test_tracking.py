@@ -143,13 +143,14 @@ def test_mlflow_is_asked_for_where_it_is_missing(monkeypatch):
 
 def test_a_start_names_versions_device_seed_and_commit():
     config = load_config(options={"train.seed": 7})
-    found = describe_start(config, 2, torch.device("cpu"), 3, "abc")
+    found = describe_start(config, 2, 14, torch.device("cpu"), 3, "abc")
     assert found["packages"]["samray"] == __version__
     assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert set(found["packages"]) == {
         *("samray", "torch", "torchvision", "ray", "segment-anything", "numpy")
     }
     assert (found["seed"], found["epochs_done"], found["num_workers"]) == (7, 2, 3)
+    assert found["step"] == 14
     assert found["git_commit"] == "abc"
     assert len(found["device"]) > 2
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -46,10 +47,14 @@ class StoppedError(Exception):
     """Raised in the middle of a run."""
 
 
-def train(folder, dataset, cache, instances=True, stop_after=None):
-    """Train two epochs; if asked, die after an event and go on from the checkpoint."""
+def train(folder, dataset, cache, instances=True, stop_after=None, minutes=1e-9):
+    """Train two epochs; if asked, die after an event and go on from the checkpoint.
+
+    One is written after `minutes`, and where it is wanted from outside: after the second step.
+    """
     words = ["model.adapt=none", "train.num_epochs=2", f"train.instances={instances}"]
-    words += ["train.batch_size=1", f"train.checkpoint_minutes={1e-9 if stop_after else 'null'}"]
+    words += ["train.batch_size=1", f"train.checkpoint_minutes={minutes if stop_after else 'null'}"]
+    wanted = threading.Event()
     config = resolve_model(load_config(overrides=words), weights_given=True)
     run = RunFolder.create(folder, config, "d")
     save_checkpoint(run.base, load_shipped().weights, config, {})
@@ -57,16 +62,21 @@ def train(folder, dataset, cache, instances=True, stop_after=None):
     def report(event):
         if tuple(event.get(key) for key in ("event", "epoch", "step")) == stop_after:
             raise StoppedError
+        if (event["event"], event.get("step")) == ("step", 1):
+            wanted.set()
 
     arguments = {
         "open_source": functools.partial(FineTuning, config, dataset, cache),
         "worker": Worker(0, 1, CPU),
         "labels": instance_labels(config, dataset),
+        "wanted": wanted,
     }
     if stop_after is not None:
         with pytest.raises(StoppedError):
             train_loop(config, run, report=report, **arguments)
+        assert not wanted.is_set()
         run = RunFolder(folder)
+        assert (run.state["within"] is None) == (stop_after[0] == "epoch")
     train_loop(config, run, **arguments)
     return RunFolder(folder)
 
@@ -99,7 +109,7 @@ def test_the_decoder_learns_and_is_saved_beside_the_weights(run):
     assert all(not torch.equal(start[name], value) for name, value in saved.items())
 
 
-@pytest.mark.parametrize("place", ["after an epoch", "in the first", "in the second"])
+@pytest.mark.parametrize("place", ["after an epoch", "in the first", "in the second", "as wanted"])
 def test_a_run_that_died_goes_on_exactly(place, run, dataset, cache, tmp_path):
     steps = len(dataset.split("train"))
     assert steps > 2
@@ -107,8 +117,10 @@ def test_a_run_that_died_goes_on_exactly(place, run, dataset, cache, tmp_path):
         "after an epoch": ("epoch", 1, steps),
         "in the first": ("step", 1, 2),
         "in the second": ("step", 2, 1),
+        "as wanted": ("step", 1, 2),
     }
-    resumed = train(tmp_path / "run", dataset, cache, stop_after=stop_after[place])
+    minutes = 1e9 if place == "as wanted" else 1e-9
+    resumed = train(tmp_path / "run", dataset, cache, True, stop_after[place], minutes)
     assert resumed.state["within"] is None
     names = {folder.name for folder in (resumed.path / "checkpoints").iterdir()}
     assert not [name for name in names if name.startswith("within")]
