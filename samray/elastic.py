@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupTimeoutError,
@@ -105,6 +106,12 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
                 "the process of Ray Train that leads the workers died, or its machine did; "
                 "continue with --resume"
             ) from exc
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # The cleaner looks for the controller in the Ray that was started last on this machine,
+        # and where that is another one, it ends our workers.
+        made = super()._create_default_callbacks()
+        return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         return super()._initialize_and_run_controller(**arguments | self._policies)
