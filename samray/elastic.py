@@ -335,6 +335,10 @@ def describe(failure: Exception) -> str:
             return f"{_workers(list(died))} was ended, as its machine ran out of memory"
         return f"the process of {_workers(list(died))} died"
     for rank, exc in failures.items():
+        if _is_of_gloo(exc):
+            hung = "timed out" in str(exc).lower()
+            what = "waited in vain for one that hung" if hung else "lost one that died"
+            return f"worker {rank} {what}"
         return f"worker {rank} failed: {_first_line(exc)}"
     return (
         f"the workers did not start: {_first_line(getattr(failure, 'controller_failure', failure))}"
@@ -344,7 +348,7 @@ def describe(failure: Exception) -> str:
 def explained(failure: Exception) -> SamrayError | None:
     """What to do where workers died; None for an error in the code, which is shown as it is."""
     died = getattr(failure, "worker_failures", {}).values()
-    if any(isinstance(exc, WorkerHealthCheckFailedError) for exc in died):
+    if any(isinstance(exc, WorkerHealthCheckFailedError) or _is_of_gloo(exc) for exc in died):
         return TrainingError(
             f"{describe(failure)}, once more than scaling.max_restarts since the last checkpoint; "
             "mend its machine, or lower what a step needs of memory, and continue with --resume"
@@ -355,6 +359,11 @@ def explained(failure: Exception) -> SamrayError | None:
             "continue with --resume when these are free"
         )
     return None
+
+
+def _is_of_gloo(exc: BaseException) -> bool:
+    """Whether it comes from torch's connections between CPU workers."""
+    return isinstance(exc, RuntimeError) and "gloo" in str(exc)
 
 
 def number_of(workers: int) -> str:

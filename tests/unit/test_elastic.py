@@ -81,6 +81,21 @@ def test_an_error_in_the_code_is_shown_and_a_death_is_explained():
     assert isinstance(elastic.explained(not_started), ClusterError)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("Timed out waiting 600000ms for send operation", "waited in vain for one that hung"),
+        ("Connection closed by peer [127.0.0.1]:23456", "lost one that died"),
+    ],
+)
+def test_what_the_others_say_of_a_worker_that_hangs_or_died(words, said):
+    """As gloo words it in torch 2.14."""
+    error = RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:456] {words}")
+    failure = ray.train.WorkerGroupError("", {1: error})
+    assert elastic.describe(failure) == f"worker 1 {said}"
+    assert isinstance(elastic.explained(failure), TrainingError)
+
+
 @ray.remote
 class Other:
     """Holds CPUs, as another user's actor."""
