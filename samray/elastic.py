@@ -9,6 +9,7 @@ failure, `Room` on the number of workers, and `Group` knows the workers that run
 """
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import ray.train.torch
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupTimeoutError,
@@ -45,7 +47,9 @@ SAY_SECONDS = 5.0  # without room for the fewest workers, before a line says so
 WAIT_SECONDS = 900.0  # without such room, before the run ends: a new machine takes minutes
 SAVE_AGAIN_SECONDS = 30.0  # between checkpoints while a machine is about to be taken away
 ABORT_SECONDS = 20  # for the workers of an interrupted run to end
-START_TRIES = 3  # of workers that do not start although there is room
+# Of workers that do not start although there is room, as a machine that died a moment ago counts
+# until Ray has missed it, which takes about half a minute; Ray's own limit is a minute each.
+START_TRIES, START_SECONDS = 6, 20
 
 # In a worker's process: set when the controller wants a checkpoint at the next step, cleared once
 # there is one.
@@ -94,6 +98,7 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
         Raises:
             SamrayError: one that a worker raised, or workers died too often, or there is no room.
         """
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(START_SECONDS))
         try:
             return super().fit()
         except ray.train.TrainingFailedError as exc:
