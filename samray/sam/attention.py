@@ -1,8 +1,9 @@
 """Attention with the stock modules' weights, and the same numbers up to rounding, in less time.
 
-The ViT's, on a CPU: `segment_anything` writes the whole matrix of weights to memory several times:
-800 MB each for one image in a global block of ViT-B. Here some rows of queries at a time go through
-torch's fused attention, with the relative position as its bias.
+The ViT's: `segment_anything` writes the whole matrix of weights to memory several times, 800 MB
+each for one image in a global block of ViT-B, and the system clears every page of it. Without
+gradients, on a CPU, a block goes through an image in strips that stay in the processor's cache;
+elsewhere torch's fused attention gets the relative position as its bias.
 
 The mask decoder's, between few tokens and the many cells of an image: the stock module projects all
 cells. (x W) q equals x (W q), so here the few tokens are projected twice and the cells not at all.
@@ -10,57 +11,162 @@ cells. (x W) q equals x (W q), so here the few tokens are projected twice and th
 Letters: P prompts, T tokens of each, N cells of the image, C channels.
 """
 
+import functools
+
 import torch
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# Bytes of the bias at once. Of a global block of ViT-B that is 4 of 64 rows: fewer or more took
-# longer, as the bias should stay in the processor's cache.
-BIAS_BYTES = 50 * 2**20
+BIAS_BYTES = 256 * 2**20  # of the fused kernel's bias at once, which bounds memory
+SCORES_BYTES = 16 * 2**20  # of one head's scores on a CPU: more and fewer took longer
+STRIP_ROWS = 8  # of an image in a global block: 512 tokens of a ViT at 1024 pixels
+
+
+class FusedBlock(Block):  # type: ignore[misc]
+    """Stock transformer block; in strips of the image where no gradient is needed on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x H x W x C -> the same shape."""
+        stock = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+        if stock or torch.is_grad_enabled() or not self.attn.use_rel_pos:
+            passed: Tensor = super().forward(x)
+            return passed
+        keep_freed_memory()
+        x = x.clone()
+        for image in x:
+            if self.window_size:
+                for strip in image.split(self.window_size):
+                    _attend_in_windows(self, strip)
+            else:
+                _attend_to_all(self, image)
+            for strip in image.split(STRIP_ROWS):
+                strip += self.mlp(self.norm2(strip))
+        return x
+
+
+def _attend_in_windows(block: FusedBlock, strip: Tensor) -> None:
+    """Add the attention in one row of windows to its cells, up to window x W x C, in place."""
+    attention, side, heads = block.attn, block.window_size, block.attn.num_heads
+    height, width, _ = strip.shape
+    number = -(-width // side)
+    # Cells outside the image are zeros to the stock block, which projects them, too.
+    projected = attention.qkv.bias.repeat(side, number * side, 1)
+    projected[:height, :width] = attention.qkv(block.norm1(strip))
+    split = projected.view(side, number, side, 3, heads, -1).permute(3, 1, 4, 0, 2, 5)
+    query, key, value = split.flatten(1, 2).contiguous()  # windows and heads x side x side x C'
+    positions = _positions(attention, side, side)
+    seen = _seen(query, key.flatten(1, 2), value.flatten(1, 2), *positions, attention.scale)
+    seen = seen.view(number, heads, side, side, -1).permute(2, 0, 3, 1, 4)
+    strip += attention.proj(seen.reshape(side, number * side, -1)[:height, :width])
+
+
+def _attend_to_all(block: FusedBlock, image: Tensor) -> None:
+    """Add the attention of all cells to all cells, H x W x C, in place."""
+    attention, heads = block.attn, block.attn.num_heads
+    height, width, channels = image.shape
+    projected = image.new_empty(3, heads, height, width, channels // heads)
+    strips = range(0, height, STRIP_ROWS)
+    for start in strips:
+        rows = slice(start, start + STRIP_ROWS)
+        split = attention.qkv(block.norm1(image[rows])).unflatten(2, (3, heads, -1))
+        projected[:, :, rows] = split.permute(2, 3, 0, 1, 4)
+    query, key, value = projected
+    of_rows, of_columns = _positions(attention, height, width)
+    size = max(1, SCORES_BYTES // (image.element_size() * height * width**2))
+    for head in range(heads):
+        keys, values = key[head].flatten(0, 1)[None], value[head].flatten(0, 1)[None]
+        for start in range(0, height, size):
+            some, relative = query[head, start : start + size], of_rows[start : start + size]
+            # What is seen takes the place of the queries, which nobody needs again.
+            some[:] = _seen(
+                some[None], keys, values, relative, of_columns, attention.scale
+            ).view_as(some)
+    for start in strips:
+        rows = slice(start, start + STRIP_ROWS)
+        image[rows] += attention.proj(query[:, rows].permute(1, 2, 0, 3).flatten(2))
+
+
+def _positions(attention: Attention, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Relative positions, H x H x C' of query rows and key rows, and W x W x C' of columns."""
+    of_rows = get_rel_pos(height, height, attention.rel_pos_h)
+    return of_rows, get_rel_pos(width, width, attention.rel_pos_w)
+
+
+def _seen(
+    query: Tensor, key: Tensor, value: Tensor, of_rows: Tensor, of_columns: Tensor, scale: float
+) -> Tensor:
+    """Attend from R rows of cells to all of H rows.
+
+    Args:
+        query: G x R x W x C'.
+        key, value: G x HW x C'.
+        of_rows: relative positions, R x H x C'.
+        of_columns: the same, W x W x C'.
+
+    Returns:
+        G x RW x C'.
+    """
+    scores = _bias(query, of_rows, of_columns)
+    scores.baddbmm_(query.flatten(1, 2), key.transpose(1, 2), alpha=scale)
+    return scores.softmax(dim=-1) @ value
+
+
+def _bias(query: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """The relative positions' part of the scores, G x RW x HW; arguments as in `_seen`."""
+    on_row = query @ of_rows.transpose(1, 2)  # G x R x W x H
+    on_column = (query.transpose(1, 2) @ of_columns.transpose(1, 2)).transpose(1, 2)
+    # In this order of the axes in memory: the sum alone would take that of its parts.
+    bias = on_row.new_empty(*on_row.shape, on_column.shape[-1])
+    torch.add(on_row[..., :, None], on_column[..., None, :], out=bias)
+    return bias.flatten(3).flatten(1, 2)
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
-    """Stock attention with relative positions; fused where no gradient is needed on a CPU."""
+    """Stock attention with relative positions; fused where no gradient is needed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x C -> the same shape."""
         # Fused kernels need a bias without gradient.
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not self.use_rel_pos:
+        if torch.is_grad_enabled() or not self.use_rel_pos:
             stock: Tensor = super().forward(x)
             return stock
         batch, height, width, _ = x.shape
-        heads = self.num_heads
-        # 3 x B x heads x HW x C / heads
-        qkv = self.qkv(x).reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        query = query.reshape(batch, heads, height, width, -1)
-        of_rows = get_rel_pos(height, height, self.rel_pos_h)  # query row, key row, C / heads
-        of_columns = get_rel_pos(width, width, self.rel_pos_w)
-        row_bytes = x.element_size() * batch * heads * height * width**2
+        # 3 x B heads x H x W x C'
+        split = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+        query, key, value = split.flatten(1, 2)
+        keys, values = key.flatten(1, 2)[:, None], value.flatten(1, 2)[:, None]
+        of_rows, of_columns = (of.to(query.dtype) for of in _positions(self, height, width))
+        row_bytes = query.element_size() * len(query) * height * width**2
         size = max(1, BIAS_BYTES // row_bytes)
         found = []
         for start in range(0, height, size):
-            rows = query[:, :, start : start + size]
-            on_row = torch.einsum("bnhwc,hkc->bnhwk", rows, of_rows[start : start + size])
-            on_column = torch.einsum("bnhwc,wkc->bnhwk", rows, of_columns)
-            bias = (on_row[..., :, None] + on_column[..., None, :]).flatten(4).flatten(2, 3)
-            found.append(
-                scaled_dot_product_attention(
-                    rows.flatten(2, 3), key, value, attn_mask=bias, scale=self.scale
-                )
-            )
-        together = torch.cat(found, dim=2).transpose(1, 2).reshape(batch, height, width, -1)
-        projected: Tensor = self.proj(together)
+            rows, relative = query[:, start : start + size], of_rows[start : start + size]
+            bias = _bias(rows, relative, of_columns)[:, None]
+            rows = rows.flatten(1, 2)[:, None]
+            found.append(scaled_dot_product_attention(rows, keys, values, bias, scale=self.scale))
+        seen = torch.cat(found, dim=2).view(batch, self.num_heads, height, width, -1)
+        projected: Tensor = self.proj(seen.permute(0, 2, 3, 1, 4).flatten(3))
         return projected
 
 
 def fuse_attention(encoder: ImageEncoderViT) -> None:
-    """Let an image encoder's blocks use `FusedAttention`, in place; weights and names stay."""
+    """Let an image encoder use `FusedBlock` and `FusedAttention`, in place; weights stay."""
     for block in encoder.blocks:
-        block.attn.__class__ = FusedAttention
+        block.__class__, block.attn.__class__ = FusedBlock, FusedAttention
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc reuse tensors' memory instead of giving it back to the system after each layer.
+
+    Its limits are 128 kB until a larger block is freed, then as large as this one, up to 32 MiB
+    (M_MMAP_THRESHOLD in `man mallopt`). With its first limits a ViT's decoder waits a quarter of
+    its time for the system to clear pages.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
 
 def tokens_to_image(

@@ -5,7 +5,6 @@ give each prompt's masks, which are enlarged to the image's resolution when they
 Training calls `decode_prompts` on batches of several images itself.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,7 @@ from samray.geometry.frames import (
     points_to_input,
 )
 from samray.geometry.prompts import Prompt
-from samray.sam.attention import image_to_tokens, tokens_to_image
+from samray.sam.attention import image_to_tokens, keep_freed_memory, tokens_to_image
 
 # Prompts decoded at once, which bounds memory: 64 take 1.6 GiB in a ViT's decoder. Fewer on large
 # images, so that the masks of a chunk at the image's resolution stay within MAX_PIXELS.
@@ -259,21 +258,10 @@ def prompts_at_once(sam: Any, most: int = MAX_PROMPTS) -> int:
     """
     if sam.device.type != "cpu":
         return most
-    _keep_freed_memory()
+    keep_freed_memory()
     height, width = sam.prompt_encoder.image_embedding_size
     cells_bytes: int = 4 * height * width * sam.prompt_encoder.embed_dim
     return min(most, max(1, CPU_CELLS_BYTES // cells_bytes))
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let glibc reuse tensors' memory instead of giving it back to the system after each layer.
-
-    Its limits are 128 kB until a larger block is freed, then as large as this one, up to 32 MiB
-    (M_MMAP_THRESHOLD in `man mallopt`). With its first limits a ViT's decoder waits a quarter of
-    its time for the system to clear pages.
-    """
-    torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
 
 @dataclass

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from sam_parts import small_vit
-from segment_anything.modeling.image_encoder import Attention
+from segment_anything.modeling.image_encoder import Attention, Block
 
 from samray.sam import attention
-from samray.sam.attention import FusedAttention, fuse_attention
+from samray.sam.attention import FusedAttention, FusedBlock, fuse_attention
 from samray.sam.model import build_model
 
 
@@ -34,16 +34,35 @@ def test_the_bias_of_a_large_image_is_never_whole(monkeypatch):
     seen = []
     fused = attention.scaled_dot_product_attention
 
-    def watched(query, key, value, attn_mask, scale):
-        seen.append(attn_mask.nbytes)
-        return fused(query, key, value, attn_mask=attn_mask, scale=scale)
+    def watched(query, key, value, bias, scale):
+        seen.append(bias.nbytes)
+        return fused(query, key, value, bias, scale=scale)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
-    module = FusedAttention(48, 12, use_rel_pos=True, input_size=(64, 64))
+    monkeypatch.setattr(attention, "BIAS_BYTES", 10**6)
+    module = FusedAttention(48, 12, use_rel_pos=True, input_size=(16, 16))
     with torch.no_grad():
-        module(torch.zeros(1, 64, 64, 48))
-    assert sum(seen) == 4 * 12 * 4096**2
-    assert max(seen) <= attention.BIAS_BYTES
+        module(torch.zeros(1, 16, 16, 48))
+    assert sum(seen) == 4 * 12 * 256**2
+    assert max(seen) <= 10**6
+
+
+@pytest.mark.parametrize("window", [0, 7], ids=["global", "windows, the last ones cut"])
+def test_a_fused_block_equals_stock(window, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_BYTES", 10**5)  # several chunks
+    torch.manual_seed(0)
+    side = window or 12
+    stock = Block(48, 4, use_rel_pos=True, window_size=window, input_size=(side, side))
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    fused = copy.deepcopy(stock)
+    fused.__class__, fused.attn.__class__ = FusedBlock, FusedAttention
+    x = torch.randn(2, 12, 10, 48)
+    given = x.clone()
+    with torch.no_grad():
+        expected, found = stock(x), fused(x)
+    assert torch.equal(x, given), "the block's input is left as it is"
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def test_an_encoder_keeps_its_weights_and_gradients():
@@ -61,4 +80,4 @@ def test_an_encoder_keeps_its_weights_and_gradients():
 def test_samrays_vits_are_fused():
     with torch.device("meta"):
         blocks = build_model("vit_b").image_encoder.blocks
-    assert {type(block.attn) for block in blocks} == {FusedAttention}
+    assert {(type(block), type(block.attn)) for block in blocks} == {(FusedBlock, FusedAttention)}
