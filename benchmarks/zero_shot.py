@@ -23,6 +23,7 @@ from samray.evaluation.metrics import iou_and_dice
 from samray.evaluation.scoring import click_through
 from samray.geometry.frames import masks_to_original
 from samray.geometry.images import decode_image
+from samray.geometry.masks import crop_mask
 from samray.geometry.prompts import Prompt, draw_prompt
 from samray.sam.checkpoint import load_checkpoint
 from samray.sam.embeddings import encode_image
@@ -185,7 +186,8 @@ def _flood(image: np.ndarray, point: np.ndarray) -> np.ndarray:
 
 def _ceiling(sam, gt_mask: np.ndarray) -> np.ndarray:
     img_size = sam.image_encoder.img_size
-    shares = torch.from_numpy(mask_to_target(gt_mask, img_size, low_res_size(sam)))
+    crop, cells = crop_mask(gt_mask), low_res_size(sam)
+    shares = torch.from_numpy(mask_to_target(crop, gt_mask.shape, img_size, cells))
     logits = masks_to_original(shares[None, None] - 0.5, gt_mask.shape, img_size)
     return (logits[0, 0] > 0).numpy()
 

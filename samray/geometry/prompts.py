@@ -37,6 +37,13 @@ class Prompt:
         """
         return (0 if self.point_coords is None else len(self.point_coords), self.box is not None)
 
+    def moved(self, x: int, y: int) -> "Prompt":
+        """Move it by (x, y) pixels."""
+        shift = np.array([x, y], np.float32)
+        coords = None if self.point_coords is None else self.point_coords + shift
+        box = None if self.box is None else self.box + np.tile(shift, 2)
+        return replace(self, point_coords=coords, box=box)
+
     def with_point(self, point_coords: np.ndarray, label: int) -> "Prompt":
         """Add one point, 1 x 2, of label 1 foreground or 0 background."""
         labels = np.array([label], dtype=np.int64)
@@ -53,6 +60,7 @@ def draw_prompt(
     rng: np.random.Generator,
     box_noise: float = 0.0,
     mixture: tuple[float, ...] = (1, 1, 1),
+    frame: tuple[int, int, int, int] | None = None,
 ) -> Prompt:
     """Return the prompt that a strategy gives for one mask.
 
@@ -65,6 +73,7 @@ def draw_prompt(
         rng: random generator; `center` with one point does not draw from it.
         box_noise: see `tight_box`.
         mixture: weights with which `mixed` and `interactive` draw each of STRATEGIES.
+        frame: XYXY of the image, if `mask` is a crop of it, in the crop's pixels.
 
     Raises:
         EmptyMaskError: no pixel is True.
@@ -75,7 +84,7 @@ def draw_prompt(
         shares = np.array(mixture) / sum(mixture)
         strategy = STRATEGIES[rng.choice(len(STRATEGIES), p=shares)]
     if strategy == "bbox":
-        return Prompt(box=tight_box(mask, rng, box_noise))
+        return Prompt(box=tight_box(mask, rng, box_noise, frame))
     if strategy == "center":
         points = center_point(mask)
         if num_points > 1:
@@ -160,7 +169,10 @@ def random_points(mask: np.ndarray, num_points: int, rng: np.random.Generator) -
 
 
 def tight_box(
-    mask: np.ndarray, rng: np.random.Generator | None = None, noise: float = 0.0
+    mask: np.ndarray,
+    rng: np.random.Generator | None = None,
+    noise: float = 0.0,
+    frame: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Return the box around the mask, with noise on its corners if asked.
 
@@ -169,6 +181,7 @@ def tight_box(
         noise: standard deviation of each corner's shift, as a share of the box's side; a shift is
             at most MAX_BOX_NOISE pixels (Segment Anything, appendix A). The box stays in the image
             and at least one pixel wide.
+        frame: XYXY of the image; None: the mask's own frame.
 
     Returns:
         4 float32, XYXY.
@@ -179,10 +192,10 @@ def tight_box(
     box = np.array(_bounds(mask), dtype=np.float32)
     if rng is None or noise == 0:
         return box
-    height, width = mask.shape
+    left, top, right, bottom = frame or (0, 0, mask.shape[1], mask.shape[0])
     sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
     shift = np.clip(rng.normal(0, 1, 4) * noise * sides, -MAX_BOX_NOISE, MAX_BOX_NOISE)
-    x1, y1, x2, y2 = np.clip(box + shift, 0, [width, height, width, height])
+    x1, y1, x2, y2 = np.clip(box + shift, [left, top] * 2, [right, bottom] * 2)
     if x2 - x1 < 1 or y2 - y1 < 1:
         return box
     return np.array([x1, y1, x2, y2], dtype=np.float32)

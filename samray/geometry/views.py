@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from samray.geometry.masks import CroppedMask
+
 VIEWS_VERSION = 1  # part of the keys of a cache; raise it when `draw_view` changes
 
 
@@ -27,6 +29,18 @@ class View:
         """Flip and turn an image, a mask or a label map, H x W [x 3]."""
         array = array[:, ::-1] if self.flipped else array
         return np.ascontiguousarray(np.rot90(array, self.quarter_turns))
+
+    def turn_crop(self, mask: CroppedMask, size: tuple[int, int]) -> CroppedMask:
+        """Flip and turn a mask of an image of (H, W) = `size`, given by its crop."""
+        (x, y), (height, width) = mask.origin, mask.pixels.shape
+        frame_height, frame_width = size
+        if self.flipped:
+            x = frame_width - x - width
+        for _ in range(self.quarter_turns):
+            x, y = y, frame_width - x - width
+            height, width = width, height
+            frame_height, frame_width = frame_width, frame_height
+        return CroppedMask(self.turn(mask.pixels), (x, y))
 
     def show(self, image: np.ndarray) -> np.ndarray:
         """Return the image as shown, of H x W x 3 uint8."""

@@ -6,7 +6,6 @@ image is dropped or repeated, and the number of workers does not change the resu
 
 from typing import Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from samray.data.dataset import ImageRecord
 from samray.errors import DatasetError
 from samray.geometry.frames import image_to_input, input_size_of
 from samray.geometry.images import decode_image
+from samray.geometry.masks import CroppedMask
 from samray.geometry.prompts import Prompt, draw_prompt
 from samray.geometry.views import AS_IT_IS, View, cached_view, draw_view
 from samray.instances.decoder import CELL, frame_of
@@ -108,11 +108,13 @@ class BatchLoader:
                 views.append(cached_view(record.digest, self.cached_number(index, epoch)))
             else:
                 views.append(draw_view(rng) if self.augment else AS_IT_IS)
+            size = views[-1].size(record.size)
             for number in self.chosen(index, epoch):
-                mask = views[-1].turn(record.decode(record.instances[number]))
-                target = mask_to_target(mask, self.img_size, self.low_res_size)
+                crop = record.decode_crop(record.instances[number])
+                mask = views[-1].turn_crop(crop, record.size)
+                target = mask_to_target(mask, size, self.img_size, self.low_res_size)
                 for _ in range(self.prompts.per_object):
-                    prompts.append(self._draw_prompt(mask, rng))
+                    prompts.append(self._draw_prompt(mask, size, rng))
                     draws.append(rng.random(len(plan), dtype=np.float32))
                     image_index.append(place)
                     targets.append(target)
@@ -174,16 +176,21 @@ class BatchLoader:
         first = epoch * self.max_objects
         return [int(order[(first + number) % count]) for number in range(self.max_objects)]
 
-    def _draw_prompt(self, mask: np.ndarray, rng: np.random.Generator) -> Prompt:
+    def _draw_prompt(
+        self, mask: CroppedMask, size: tuple[int, int], rng: np.random.Generator
+    ) -> Prompt:
         settings, mixture = self.prompts, self.prompts.mixture
-        return draw_prompt(
+        x, y = mask.origin
+        drawn = draw_prompt(
             settings.point_selection,
-            mask,
+            mask.pixels,
             settings.num_points,
             rng,
             settings.box_noise,
             (mixture.center, mixture.random, mixture.bbox),
+            frame=(-x, -y, size[1] - x, size[0] - y),
         )
+        return drawn.moved(x, y)
 
     def cached_number(self, index: int, epoch: int) -> int:
         """Return which of an image's views in the cache an epoch takes."""
@@ -222,20 +229,26 @@ def cached_entry(cache: EmbeddingCache, record: ImageRecord, view: int = 0) -> T
     return torch.from_numpy(np.array(entry, dtype=np.float32))
 
 
-def mask_to_target(mask: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
+def mask_to_target(
+    mask: CroppedMask, original_size: tuple[int, int], img_size: int, low_res_size: int
+) -> np.ndarray:
     """Return the fraction of each low-resolution cell that the mask covers.
 
-    Fractions keep objects that are thinner than a cell, which a binary target could lose.
+    Fractions keep objects that are thinner than a cell, which a binary target could lose. Work
+    grows with the mask's crop and not with the image.
 
     Args:
-        mask: H x W bool.
+        original_size: (H, W) of the mask's frame.
 
     Returns:
         low_res_size x low_res_size float32 in 0..1; 0 in the padding.
     """
-    height, width = input_size_of((mask.shape[0], mask.shape[1]), img_size)
-    resized = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    return _pool(resized, img_size, low_res_size)
+    (x, y), (height, width) = mask.origin, mask.pixels.shape
+    cell_height, cell_width = _cell_sides(original_size, img_size, low_res_size)
+    rows = _shares(np.arange(y, y + height + 1) / cell_height, low_res_size)
+    columns = _shares(np.arange(x, x + width + 1) / cell_width, low_res_size)
+    target: np.ndarray = rows @ mask.pixels.astype(np.float32) @ columns.T
+    return target
 
 
 def valid_region(original_size: tuple[int, int], img_size: int, low_res_size: int) -> np.ndarray:
@@ -244,15 +257,30 @@ def valid_region(original_size: tuple[int, int], img_size: int, low_res_size: in
     Returns:
         low_res_size x low_res_size float32 in 0..1.
     """
-    return _pool(
-        np.ones(input_size_of(original_size, img_size), np.float32), img_size, low_res_size
+    cell_height, cell_width = _cell_sides(original_size, img_size, low_res_size)
+    rows = _shares(np.array([0, original_size[0] / cell_height]), low_res_size)
+    columns = _shares(np.array([0, original_size[1] / cell_width]), low_res_size)
+    valid: np.ndarray = rows @ columns.T
+    return valid
+
+
+def _cell_sides(
+    original_size: tuple[int, int], img_size: int, low_res_size: int
+) -> tuple[float, float]:
+    """Height and width of a low-resolution cell in pixels of the original image."""
+    resized = input_size_of(original_size, img_size)
+    height, width = (
+        img_size / low_res_size * side / shown
+        for side, shown in zip(original_size, resized, strict=True)
     )
+    return height, width
 
 
-def _pool(content: np.ndarray, img_size: int, low_res_size: int) -> np.ndarray:
-    """Pad at the bottom and right to the model's frame, then average each cell."""
-    frame = np.zeros((img_size, img_size), np.float32)
-    frame[: content.shape[0], : content.shape[1]] = content
-    cell = img_size // low_res_size
-    pooled: np.ndarray = frame.reshape(low_res_size, cell, low_res_size, cell).mean(axis=(1, 3))
-    return pooled
+def _shares(edges: np.ndarray, num_cells: int) -> np.ndarray:
+    """Which share of each cell's side lies between each edge and the next, in units of cells.
+
+    Returns:
+        num_cells x (number of edges - 1) float32.
+    """
+    covered = np.clip(edges[None] - np.arange(num_cells)[:, None], 0, 1)
+    return np.diff(covered, axis=1).astype(np.float32)

@@ -28,7 +28,7 @@ from samray import cluster, elastic
 from samray.config import ENCODER_BLOCKS, Config, required, resolve_model, with_settings
 from samray.data.dataset import PreparedDataset
 from samray.errors import CheckpointError, ConfigError
-from samray.sam.adapt import num_blocks, num_frozen_blocks
+from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -156,11 +156,8 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
     torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
-    config, cache = arguments["config"], None
-    if arguments["cache_dir"] is not None:
-        sam = load_checkpoint(run.base).model()
-        num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
-        cache = EmbeddingCache(arguments["cache_dir"], sam, num_frozen)
+    config = arguments["config"]
+    cache: EmbeddingCache | None = None
     step = run.step
     if worker.rank == 0:
         facts = worker.device, worker.world_size, arguments["git_commit"]
@@ -171,6 +168,9 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
     with Tracker(run.path, config, step, arguments["report"]) as tracker:
 
         def open_source(module: PromptedSam) -> FineTuning:
+            nonlocal cache
+            if arguments["cache_dir"] is not None:
+                cache = EmbeddingCache(arguments["cache_dir"], module.sam, module.num_frozen)
             source = FineTuning(config, dataset, cache, module)
             tracker.pictures = source.pictures
             return source

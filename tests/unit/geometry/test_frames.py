@@ -1,5 +1,6 @@
 """The geometry equals that of `SamPredictor` and `Sam`."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from samray.geometry.frames import (
     masks_to_original,
     points_to_input,
 )
+from samray.geometry.masks import crop_mask
 from samray.sam.model import build_tiny
 from samray.training.batches import mask_to_target, valid_region
 
@@ -66,13 +68,33 @@ def test_points_move_by_hand_and_the_callers_array_stays() -> None:
     assert box_to_input(np.array([0, 0, 100, 40]), (40, 100), 64).tolist() == [0, 0, 64, 26]
 
 
+def target_of(
+    mask: np.ndarray, img_size: int = IMG_SIZE, low_res_size: int = LOW_RES_SIZE
+) -> np.ndarray:
+    height, width = mask.shape
+    return mask_to_target(crop_mask(mask), (height, width), img_size, low_res_size)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 480), (50, 64), (20, 13)])
+def test_target_is_the_resized_mask_averaged_over_cells(size: tuple[int, int]) -> None:
+    mask = np.random.default_rng(0).random(size) < 0.5
+    mask[: size[0] // 2] = False
+    height, width = input_size_of(size, IMG_SIZE)
+    frame = np.zeros((IMG_SIZE, IMG_SIZE), np.float32)
+    frame[:height, :width] = cv2.resize(
+        mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA
+    )
+    expected = frame.reshape(LOW_RES_SIZE, 4, LOW_RES_SIZE, 4).mean(axis=(1, 3))
+    assert np.allclose(target_of(mask), expected, atol=1e-5)
+
+
 def test_target_is_the_covered_share_of_each_cell_by_hand() -> None:
     mask = np.zeros((64, 64), bool)
     mask[0:4, 0:6] = True  # cell (0, 0) whole, cell (0, 1) half
     mask[63, 63] = True  # one pixel of 16 in the last cell
     expected = np.zeros((16, 16))
     expected[0, 0], expected[0, 1], expected[15, 15] = 1, 0.5, 1 / 16
-    target = mask_to_target(mask, IMG_SIZE, LOW_RES_SIZE)
+    target = target_of(mask)
     assert target.dtype == np.float32
     assert np.array_equal(target, expected)
 
@@ -81,7 +103,7 @@ def test_target_is_the_covered_share_of_each_cell_by_hand() -> None:
 def test_shares_add_up_to_the_objects_area(size: tuple[int, int]) -> None:
     rows, columns = np.mgrid[: size[0], : size[1]]
     mask = np.hypot(rows - size[0] / 2, columns - size[1] / 3) < 70
-    target = mask_to_target(mask, IMG_SIZE, LOW_RES_SIZE)
+    target = target_of(mask)
     height, width = input_size_of(size, IMG_SIZE)
     cells = mask.mean() * height * width / 16  # a cell is 4 x 4 pixels of the model's frame
     assert target.sum() == pytest.approx(cells, rel=1e-4)
@@ -91,7 +113,7 @@ def test_shares_add_up_to_the_objects_area(size: tuple[int, int]) -> None:
 def test_object_thinner_than_a_cell_has_a_nonzero_target() -> None:
     mask = np.zeros((1024, 1024), bool)
     mask[:, 500] = True  # 1/64 of a cell wide
-    target = mask_to_target(mask, IMG_SIZE, LOW_RES_SIZE)
+    target = target_of(mask)
     assert target[:, 500 // 64] == pytest.approx(1 / 64)
     assert target.sum() == pytest.approx(16 / 64)
 
@@ -104,7 +126,7 @@ def test_target_and_valid_region_leave_the_padding_out_by_hand() -> None:
     assert np.array_equal(valid, np.repeat(rows[:, None], 16, axis=1))
     assert np.array_equal(valid_region((100, 40), IMG_SIZE, LOW_RES_SIZE), valid.T)
     assert valid_region((50, 50), IMG_SIZE, LOW_RES_SIZE).all()
-    full = mask_to_target(np.ones((40, 100), bool), IMG_SIZE, LOW_RES_SIZE)
+    full = target_of(np.ones((40, 100), bool))
     assert np.allclose(full, valid)
 
 
@@ -121,6 +143,6 @@ def test_logits_are_resized_as_sam_does(sam: Sam, size: tuple[int, int], num_mas
 def test_mask_survives_the_round_trip_to_model_resolution() -> None:
     rows, columns = np.mgrid[:150, :200]
     mask = np.hypot(rows - 100, columns - 50) < 30
-    target = torch.from_numpy(mask_to_target(mask, 256, 64))
+    target = torch.from_numpy(target_of(mask, 256, 64))
     back = masks_to_original(target[None, None] - 0.5, (150, 200), 256)[0, 0].numpy() > 0
     assert (back & mask).sum() / (back | mask).sum() > 0.95

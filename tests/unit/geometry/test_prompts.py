@@ -190,6 +190,18 @@ def test_empty_mask_is_an_error_and_no_point_at_the_origin(strategy: str) -> Non
         draw_prompt(strategy, np.zeros((30, 40), bool), 1, rng())
 
 
+@pytest.mark.parametrize("strategy", ["center", "random", "bbox"])
+def test_a_crop_gives_the_prompt_of_its_image(strategy: str) -> None:
+    mask = disc((90, 60), 20, 80, 15)  # cut by two borders of the image
+    y, x = 60, 5
+    frame = (-x, -y, 60 - x, 90 - y)
+    whole = draw_prompt(strategy, mask, 2, rng(), 0.3)
+    cropped = draw_prompt(strategy, mask[y:, x:40], 2, rng(), 0.3, frame=frame).moved(x, y)
+    for expected, found in ((whole.point_coords, cropped.point_coords), (whole.box, cropped.box)):
+        assert (found is None) == (expected is None)
+        assert found is None or np.allclose(found, expected, atol=1e-4)
+
+
 def test_unknown_strategy_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown strategy 'centre'"):
         draw_prompt("centre", RING, 1, rng())

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from samray.geometry.masks import crop_mask
 from samray.geometry.views import View, draw_view
 
 
@@ -17,6 +18,17 @@ def test_a_view_turns_image_and_masks_together(turns, flipped):
     turned = view.turn(mask)
     assert turned.shape == view.size((30, 50)) == ((50, 30) if turns % 2 else (30, 50))
     np.testing.assert_array_equal(view.turn(image)[:, :, 0] > 0, turned)
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_turned_crop_is_a_crop_of_the_turned_mask(turns, flipped):
+    mask = np.zeros((6, 9), bool)
+    mask[1:3, 2:7] = [[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]
+    view = View(turns, flipped)
+    whole, turned = crop_mask(view.turn(mask)), view.turn_crop(crop_mask(mask), (6, 9))
+    assert turned.origin == whole.origin
+    assert np.array_equal(turned.pixels, whole.pixels)
 
 
 def test_views_are_all_drawn_and_only_recolour_within_bounds():
