@@ -384,6 +384,9 @@ class EmbeddingsConfig(Section):
     """Folder of the cache, shared by all nodes; unset: `embeddings` inside the prepared dataset."""
     reserve_gb: float = Field(1.0, ge=0)
     """Disk space that filling the cache must leave free, in GB."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Of encoding for the cache and for `evaluate`. auto: on a GPU bfloat16, or float16 on cards
+    without it; float32 on a CPU. Embeddings of both kinds are kept apart in the cache."""
 
 
 class PretrainConfig(Section):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
+from torch import Tensor
 from tqdm import tqdm
 
 from samray import __version__, cluster
@@ -37,6 +38,7 @@ from samray.sam.checkpoint import (
 )
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
+from samray.sam.encode import full_precision
 from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import OFFICIAL_WEIGHTS, fetch_official
@@ -338,6 +340,7 @@ def _start_evaluators(
         config.embeddings.reserve_gb,
         config.evaluate.seed,
         find_objects,
+        full_precision(config),
     )
 
 
@@ -383,12 +386,16 @@ class Evaluator:
         reserve_gb: float,
         seed: int,
         find_objects: bool,
+        full_precision: bool,
     ) -> None:
         self.dataset, self.seed = PreparedDataset(dataset), seed
+        self.full_precision = full_precision
         device = cluster.actor_device()
         self.sams = {m: _load(path).model().to(device) for m, path in checkpoints.items()}
         base, *_ = self.sams
-        cache = EmbeddingCache(cache_dir, self.sams[base], reserve_gb=reserve_gb)
+        cache = EmbeddingCache(
+            cache_dir, self.sams[base], reserve_gb=reserve_gb, full_precision=full_precision
+        )
         self.finders = {
             model: _finder(path, self.sams[model]) if find_objects else None
             for model, path in checkpoints.items()
@@ -404,7 +411,7 @@ class Evaluator:
         record = self.dataset.images[name]
         outcomes = {}
         for model, sam in self.sams.items():
-            embedding = embedding_of(sam, self.dataset, self.caches[model], record)
+            embedding = self._embedding(model, record)
             scores = score_image(sam, embedding, record, self.seed)
             clicks = count_clicks(sam, embedding, record, clicked) if clicked else []
             objects, finder = [], self.finders[model]
@@ -413,6 +420,10 @@ class Evaluator:
                 objects = [compare_objects(sam, finder, embedding, image, record)]
             outcomes[model] = Outcome(scores, clicks, objects)
         return outcomes
+
+    def _embedding(self, model: str, record: ImageRecord) -> Tensor:
+        sam, cache = self.sams[model], self.caches[model]
+        return embedding_of(sam, self.dataset, cache, record, self.full_precision)
 
     def draw_objects(self, name: str, objects: ImageObjects) -> list[bytes]:
         """Return JPEGs of all objects of an image: the true ones, and those that were found."""
@@ -428,7 +439,7 @@ class Evaluator:
         prompt = evaluation_prompt(record, number, gt_mask, OVERLAY_STRATEGY, self.seed)
         masks = [gt_mask]
         for model, sam in self.sams.items():
-            embedding = embedding_of(sam, self.dataset, self.caches[model], record)
+            embedding = self._embedding(model, record)
             ((_, found),) = predict_masks(sam, embedding, [prompt], record.size)
             masks.append(found.mask(found.best))
         panels = [draw_prompt_marks(image.copy(), prompt)]

@@ -155,17 +155,24 @@ def click_through(
 
 
 def embedding_of(
-    sam: Any, dataset: PreparedDataset, cache: EmbeddingCache | None, record: ImageRecord
+    sam: Any,
+    dataset: PreparedDataset,
+    cache: EmbeddingCache | None,
+    record: ImageRecord,
+    full_precision: bool = False,
 ) -> torch.Tensor:
     """Return an image's embedding, C x h x w float32 on the model's device.
 
     With a cache it is read, or encoded and written to it if the disk has room; without, encoded.
+
+    Args:
+        full_precision: see `samray.sam.embeddings.encode_images`.
     """
     if cache is not None:
         cached = cache.load(record.digest)
         if cached is not None:
             return torch.from_numpy(cached.astype("float32")).to(sam.device)
-    embedding = encode_image(sam, decode_image(dataset.image_bytes(record)))
+    embedding = encode_image(sam, decode_image(dataset.image_bytes(record)), full_precision)
     if cache is not None and cache.has_room():
         cache.save(record.digest, embedding.cpu().numpy())
     return embedding.half().float()  # equal to what is read from a cache

@@ -9,16 +9,21 @@ Where the last blocks of the encoder learn, the activations of the blocks before
 instead (`samray.sam.adapt`), under a digest of these blocks' weights.
 """
 
+import collections
 import copy
+import functools
 import hashlib
 import io
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samray.config import Config
 from samray.data.dataset import PreparedDataset
@@ -27,7 +32,14 @@ from samray.geometry.views import VIEWS_VERSION
 from samray.sam.adapt import num_blocks, prefix, prefix_digest
 from samray.storage import Place, free_bytes, list_objects, read_bytes, resolve, whole_file
 
+Item = TypeVar("Item")
+
 PRECISION = "float16"
+# Of the GPU's free memory, for each image that is encoded together with others: more than a ViT-H
+# needs beside the bias of `samray.sam.attention`.
+IMAGE_BYTES = 2**30
+MAX_IMAGES = 16
+THREADS = 8  # that decode and resize images while a GPU encodes others
 
 
 class EmbeddingCache:
@@ -38,17 +50,23 @@ class EmbeddingCache:
         sam: the model whose image encoder made, or will make, the embeddings.
         num_frozen: number of the encoder's first blocks; None: all, and the cache has embeddings.
         reserve_gb: disk space that `has_room` leaves free, in GB.
+        full_precision: of the embeddings, see `encode_images`; others are kept apart from them.
     """
 
     def __init__(
-        self, folder: Place, sam: Any, num_frozen: int | None = None, reserve_gb: float = 0.0
+        self,
+        folder: Place,
+        sam: Any,
+        num_frozen: int | None = None,
+        reserve_gb: float = 0.0,
+        full_precision: bool = True,
     ) -> None:
         self.img_size: int = sam.image_encoder.img_size
         there = num_blocks(sam.image_encoder)
         self.num_frozen = there if num_frozen is None else num_frozen
         self.encoder_digest = prefix_digest(sam, self.num_frozen)
         self.folder = folder / self.encoder_digest[:16]
-        self.reserve_gb = reserve_gb
+        self.reserve_gb, self.full_precision = reserve_gb, full_precision
 
     def path(self, image_digest: str, view: int = 0) -> Place:
         """Return the file of an image's embedding, present or not.
@@ -59,6 +77,8 @@ class EmbeddingCache:
         content = [image_digest, self.encoder_digest, self.img_size, TRANSFORM_VERSION, PRECISION]
         if view:
             content += [VIEWS_VERSION, view]
+        if not self.full_precision:
+            content.append("computed in 16 bits")
         key = hashlib.sha256("\0".join(map(str, content)).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.npy"
 
@@ -101,35 +121,113 @@ class EmbeddingCache:
             np.save(file, embedding.astype(np.float16))
 
 
-def encode_image(sam: Any, image: np.ndarray) -> torch.Tensor:
+def encode_image(sam: Any, image: np.ndarray, full_precision: bool = False) -> Tensor:
     """Return the embedding of one image, on the model's device.
 
     Args:
         image: H x W x 3 uint8 RGB.
+        full_precision: see `encode_images`.
 
     Returns:
         C x h x w float32.
     """
-    return encode_images(sam, [image])[0]
+    return encode_images(sam, [image], full_precision=full_precision)[0]
 
 
-@torch.inference_mode()
 def encode_images(
-    sam: Any, images: Sequence[np.ndarray], num_frozen: int | None = None
-) -> torch.Tensor:
+    sam: Any,
+    images: Sequence[np.ndarray],
+    num_frozen: int | None = None,
+    full_precision: bool = False,
+) -> Tensor:
     """Return the embeddings of B images of any sizes, encoded together.
 
     Args:
         images: H x W x 3 uint8 RGB, each.
         num_frozen: return the activations of so many first blocks instead.
+        full_precision: compute in float32 on a GPU, too, instead of 16 bits.
 
     Returns:
         B x C x h x w float32, on the model's device; see `samray.sam.adapt.prefix`.
     """
-    encoder = sam.image_encoder
-    inputs = [image_to_input(image, encoder.img_size) for image in images]
-    batch = torch.stack(inputs).to(sam.device)
-    return prefix(encoder, batch, num_blocks(encoder) if num_frozen is None else num_frozen)
+    inputs = [image_to_input(image, sam.image_encoder.img_size) for image in images]
+    return _encode(sam, torch.stack(inputs), num_frozen, full_precision)
+
+
+def encode_many(
+    sam: Any,
+    images: Iterable[Callable[[], np.ndarray]],
+    num_frozen: int | None = None,
+    full_precision: bool = False,
+) -> Iterator[np.ndarray]:
+    """Yield the embedding of each image, in order.
+
+    On a GPU images are encoded together, as many as its free memory allows, while threads decode
+    and resize the next ones. On a CPU, which has no time left beside, one after the other.
+
+    Args:
+        images: functions that return H x W x 3 uint8 RGB.
+        num_frozen, full_precision: as in `encode_images`.
+
+    Yields:
+        C x h x w float32.
+    """
+    if sam.device.type == "cpu":
+        for load in images:
+            yield encode_images(sam, [load()], num_frozen, full_precision)[0].numpy()
+        return
+    side, size = sam.image_encoder.img_size, _images_at_once(sam.device)
+    frames = ahead((functools.partial(_frame, load, side) for load in images), 2 * size)
+    running: Tensor | None = None
+    while batch := list(itertools.islice(frames, size)):
+        pixels = torch.stack(batch)
+        started = _encode(sam, pixels, num_frozen, full_precision)
+        if running is not None:  # what waits for it overlaps with the batch just started
+            yield from running.cpu().numpy()
+        running = started
+    if running is not None:
+        yield from running.cpu().numpy()
+
+
+def ahead(calls: Iterable[Callable[[], Item]], number: int) -> Iterator[Item]:
+    """Yield what functions return, in order; threads call the next `number` of them meanwhile."""
+    waiting: collections.deque[Future[Item]] = collections.deque()
+    left = iter(calls)
+    with ThreadPoolExecutor(THREADS) as threads:
+        try:
+            waiting.extend(threads.submit(call) for call in itertools.islice(left, number))
+            while waiting:
+                item = waiting.popleft().result()
+                waiting.extend(threads.submit(call) for call in itertools.islice(left, 1))
+                yield item
+        finally:  # after an error, or if nobody wants the rest
+            threads.shutdown(cancel_futures=True)
+
+
+def _frame(load: Callable[[], np.ndarray], side: int) -> Tensor:
+    return image_to_input(load(), side)
+
+
+def _images_at_once(device: torch.device) -> int:
+    """How many images to encode together on a GPU; half of its free memory stays free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(MAX_IMAGES, max(1, free // 2 // IMAGE_BYTES))
+
+
+@torch.inference_mode()
+def _encode(sam: Any, pixels: Tensor, num_frozen: int | None, full_precision: bool) -> Tensor:
+    """Encode B x 3 x S x S; arguments and result as in `encode_images`."""
+    device, encoder = sam.device, sam.image_encoder
+    if num_frozen is None:
+        num_frozen = num_blocks(encoder)
+    if device.type == "cpu":  # where bfloat16 would be slower, unless the caller's autocast asks
+        return prefix(encoder, pixels, num_frozen).float()
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if native else torch.float16
+    # Copying from pageable memory would wait for the GPU.
+    pixels = pixels.pin_memory().to(device, non_blocking=True)
+    with torch.autocast(device.type, dtype, enabled=not full_precision):
+        return prefix(encoder, pixels, num_frozen).float()
 
 
 def entry_shape(sam: Any, num_frozen: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Fill the embedding cache with a pool of Ray actors; each image is encoded once."""
 
+import functools
 import math
 import sys
 import time
@@ -7,17 +8,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import ray
 from tqdm import tqdm
 
 from samray import cluster
+from samray.config import Config
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.errors import ConfigError
 from samray.geometry.images import decode_image
 from samray.geometry.views import cached_view
 from samray.sam.checkpoint import load_checkpoint
-from samray.sam.embeddings import EmbeddingCache, encode_images, entry_bytes
+from samray.sam.embeddings import EmbeddingCache, encode_many, entry_bytes
 from samray.storage import Place, free_bytes
+
+GPU_CHUNK = 64  # images of one call to an actor that has a GPU
 
 
 @dataclass(frozen=True)
@@ -44,22 +49,37 @@ class ImageEncoder:
     """Encodes images of a prepared dataset into the cache."""
 
     def __init__(
-        self, dataset: Place, checkpoint: Place, cache: Place, num_frozen: int | None
+        self,
+        dataset: Place,
+        checkpoint: Place,
+        cache: Place,
+        num_frozen: int | None,
+        full_precision: bool,
     ) -> None:
         self.dataset = PreparedDataset(dataset)
         self.sam = load_checkpoint(checkpoint).model()
-        self.cache = EmbeddingCache(cache, self.sam, num_frozen)
+        self.cache = EmbeddingCache(cache, self.sam, num_frozen, full_precision=full_precision)
         self.sam.to(cluster.actor_device())
 
-    def encode(self, name: str, view: int) -> str:
-        """Encode one view of an image into the cache; return the image's name."""
-        record = self.dataset.images[name]
-        if self.cache.load(record.digest, view) is None:  # a retried task may find it there
-            image = decode_image(self.dataset.image_bytes(record))
-            shown = cached_view(record.digest, view).show(image)
-            (entry,) = encode_images(self.sam, [shown], self.cache.num_frozen).cpu().numpy()
+    def encode(self, views: Sequence[tuple[str, int]]) -> None:
+        """Encode views of images, by name, into the cache."""
+        named = [(self.dataset.images[name], view) for name, view in views]
+        # A retried task may find some there.
+        missing = [entry for entry in named if self.cache.load(entry[0].digest, entry[1]) is None]
+        images = (functools.partial(self._shown, *entry) for entry in missing)
+        encoded = encode_many(self.sam, images, self.cache.num_frozen, self.cache.full_precision)
+        for (record, view), entry in zip(missing, encoded, strict=True):
             self.cache.save(record.digest, entry, view)
-        return name
+
+    def _shown(self, record: ImageRecord, view: int) -> np.ndarray:
+        image = decode_image(self.dataset.image_bytes(record))
+        return cached_view(record.digest, view).show(image)
+
+
+def full_precision(config: Config) -> bool:
+    """Whether images are encoded in float32: on a CPU, or if `embeddings.precision` asks for it."""
+    wanted = config.embeddings.precision == "float32"
+    return wanted or not cluster.gpus_per_actor(config.scaling.device)
 
 
 def encode_missing(
@@ -67,8 +87,7 @@ def encode_missing(
     views: Sequence[tuple[ImageRecord, int]],
     checkpoint: Place,
     cache_dir: Place,
-    reserve_gb: float,
-    device: str,
+    config: Config,
     num_frozen: int | None = None,
 ) -> EncodingReport:
     """Encode every image that the cache lacks, each exactly once.
@@ -77,8 +96,7 @@ def encode_missing(
         views: images, each with the number of a view (`samray.geometry.views.cached_view`); two
             images with the same content are encoded once.
         checkpoint: a checkpoint folder; only its image encoder is used.
-        reserve_gb: disk space in GB to leave free.
-        device: auto, cpu or gpu.
+        config: its `embeddings` and `scaling.device`.
         num_frozen: of the cache, see `EmbeddingCache`.
 
     Raises:
@@ -86,7 +104,9 @@ def encode_missing(
         ClusterError: the cluster has no free CPU or GPU for a long time.
     """
     sam = load_checkpoint(checkpoint).model()
-    cache = EmbeddingCache(cache_dir, sam, num_frozen)
+    reserve_gb, device = config.embeddings.reserve_gb, config.scaling.device
+    full = full_precision(config)
+    cache = EmbeddingCache(cache_dir, sam, num_frozen, full_precision=full)
     unique = {(record.digest, view): (record.name, view) for record, view in views}
     missing = [unique[entry] for entry in cache.lacking(unique)]
     found = len(unique) - len(missing)
@@ -105,22 +125,25 @@ def encode_missing(
             f"embeddings: {statement}; they do not fit beside the {reserve_gb} GB of "
             "embeddings.reserve_gb; free some space or set embeddings.cache_dir to a larger disk"
         )
+    of_cache = cache_dir, cache.num_frozen, full
     pool = cluster.start_pool(
-        ImageEncoder, device, len(missing), dataset.folder, checkpoint, cache_dir, cache.num_frozen
+        ImageEncoder, device, len(missing), dataset.folder, checkpoint, *of_cache
     )
     started = time.perf_counter()
     _encode_first(pool, missing[0], len(missing), statement)
+    size = GPU_CHUNK if cluster.gpus_per_actor(device) else 1
+    chunks = [missing[start : start + size] for start in range(1, len(missing), size)]
     with tqdm(
         total=len(missing), initial=1, desc="encode", unit="img", file=sys.stderr, disable=None
     ) as bar:
-        for _ in pool.map(_encode, missing[1:]):
-            bar.update()
+        for index, _ in pool.map(_encode, chunks):
+            bar.update(len(chunks[index]))
     pool.stop()
     return EncodingReport(len(missing), found, round(time.perf_counter() - started, 2))
 
 
-def _encode(actor: Any, entry: tuple[str, int]) -> Any:
-    return actor.encode.remote(*entry)
+def _encode(actor: Any, views: Sequence[tuple[str, int]]) -> Any:
+    return actor.encode.remote(views)
 
 
 def _encode_first(
@@ -128,7 +151,7 @@ def _encode_first(
 ) -> None:
     """Encode one image alone, and print from its time how long the rest will take."""
     started = time.perf_counter()
-    list(pool.map(_encode, [entry]))
+    list(pool.map(_encode, [[entry]]))
     seconds = time.perf_counter() - started
     minutes = seconds * (num_images - 1) / pool.limit / 60
     print(

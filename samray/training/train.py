@@ -38,7 +38,7 @@ from samray.sam.checkpoint import (
     save_checkpoint,
 )
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
-from samray.sam.encode import encode_missing
+from samray.sam.encode import encode_missing, full_precision
 from samray.sam.model import build_model, load_weights
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of, fetch_official, load_state_dict
@@ -170,7 +170,12 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         def open_source(module: PromptedSam) -> FineTuning:
             nonlocal cache
             if arguments["cache_dir"] is not None:
-                cache = EmbeddingCache(arguments["cache_dir"], module.sam, module.num_frozen)
+                cache = EmbeddingCache(
+                    arguments["cache_dir"],
+                    module.sam,
+                    module.num_frozen,
+                    full_precision=arguments["full_precision"],
+                )
             source = FineTuning(config, dataset, cache, module)
             tracker.pictures = source.pictures
             return source
@@ -245,8 +250,7 @@ def _fill_cache(config: Config, run: RunFolder, dataset: PreparedDataset, num_fr
         cache_entries(config, dataset),
         run.base,
         cache_dir,
-        config.embeddings.reserve_gb,
-        config.scaling.device,
+        config,
         num_frozen,
     )
     run.update(embeddings=encoding.as_dict())
@@ -267,6 +271,7 @@ def _train(
         "run": run.path,
         "dataset": dataset.folder,
         "cache_dir": cache_dir,
+        "full_precision": full_precision(config),  # of the cache
         "threads": resources.cpus_per_worker,
         "use_gpu": resources.use_gpu,
         "git_commit": git_commit(),

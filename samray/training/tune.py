@@ -272,8 +272,7 @@ def _encode(
         [*cache_entries(plan.config, dataset), *tested],
         plan.output / "base",
         embeddings_folder(plan.config, dataset),
-        plan.config.embeddings.reserve_gb,
-        plan.config.scaling.device,
+        plan.config,
         num_frozen,
     )
 

@@ -1,0 +1,98 @@
+"""Many images are encoded in order; 16 bits give the masks of float32."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from sam_parts import small_sam, small_vit
+
+from samray.geometry.prompts import Prompt
+from samray.sam.attention import fuse_attention
+from samray.sam.decode import predict_masks
+from samray.sam.embeddings import EmbeddingCache, ahead, encode_image, encode_images, encode_many
+
+
+def photos(count):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (40 + n, 64, 3), dtype=np.uint8) for n in range(count)]
+
+
+def test_what_threads_call_comes_in_order_and_not_all_at_once():
+    begun = []
+
+    def call(number):
+        begun.append(number)
+        return number
+
+    results = ahead((functools.partial(call, number) for number in range(40)), 5)
+    assert next(results) == 0
+    results.close()
+    assert len(begun) <= 6
+    assert list(ahead((functools.partial(call, number) for number in range(40)), 5)) == [*range(40)]
+
+
+def test_an_error_in_a_thread_comes_after_what_precedes_it():
+    calls = [lambda: 0, lambda: 1, lambda: 1 // 0, lambda: 3]
+    results = ahead(calls, 4)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_many_images_on_a_cpu_are_the_bits_of_each():
+    sam, images = small_sam(), photos(3)
+    loads = [functools.partial(np.copy, image) for image in images]
+    for image, found in zip(images, encode_many(sam, loads), strict=True):
+        assert np.array_equal(found, encode_image(sam, image).numpy())
+
+
+def test_embeddings_of_another_precision_have_another_key(tmp_path):
+    sam = small_sam()
+    full, half = (EmbeddingCache(tmp_path, sam, full_precision=full) for full in (True, False))
+    half.save("a" * 64, np.zeros((32, 4, 4)))
+    assert full.load("a" * 64) is None
+    assert half.load("a" * 64) is not None
+
+
+def masks_of(sam, embedding):
+    prompts = [
+        Prompt(np.array([[x, y]], np.float32), np.ones(1, np.int64))
+        for x in (9, 31, 50)
+        for y in (9, 25)
+    ]
+    found = predict_masks(sam, embedding.float(), prompts, (40, 64))
+    return torch.stack([masks.logits(masks.best) for _, masks in found])
+
+
+def mean_iou(logits, others):
+    one, other = (logits > 0).flatten(1), (others > 0).flatten(1)
+    return float(((one & other).sum(1) / (one | other).sum(1).clamp_min(1)).mean())
+
+
+def test_masks_of_bfloat16_embeddings():
+    sam, (image,) = small_vit(), photos(1)
+    fuse_attention(sam.image_encoder)
+    expected = encode_image(sam, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encode_image(sam, image)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert float((found - expected).abs().max()) <= 0.03 * float(expected.abs().max())
+    assert mean_iou(masks_of(sam, found), masks_of(sam, expected)) >= 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_many_images_on_a_gpu():
+    sam, images = small_vit(), photos(5)
+    fuse_attention(sam.image_encoder)
+    expected = torch.stack([encode_image(sam, image) for image in images])
+    sam.cuda()
+    loads = [functools.partial(np.copy, image) for image in images]
+    for full, tolerance in ((True, 1e-3), (False, 0.03)):
+        found = torch.from_numpy(np.stack(list(encode_many(sam, loads, full_precision=full))))
+        together = encode_images(sam, images, full_precision=full).cpu()
+        largest = float(expected.abs().max())
+        for some in (found, together):
+            assert float((some - expected).abs().max()) <= tolerance * largest
