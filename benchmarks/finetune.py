@@ -4,9 +4,9 @@
 
 Processor time of the parts, ways in turn in one process, on one random picture with a box for each
 step: `script` is a loop around segment_anything, `transformers` Hugging Face's as its notebook
-tunes SAM (vision and prompt encoder frozen, one box, no mask at all points to choose from). From
-the medians: seconds of EPOCHS epochs an image, when each epoch trains on one object of it, and on
-OBJECTS. Random weights. One JSON line. `transformers` must be installed for its way.
+tunes SAM (vision and prompt encoder frozen, one box, one mask). From the medians: seconds
+of EPOCHS epochs an image, when each epoch trains on one object of it, and on OBJECTS. Random
+weights. The last line is JSON. `transformers` must be installed for its way.
 """
 
 import argparse
