@@ -32,7 +32,7 @@ from samray.geometry.views import cached_view
 from samray.sam.adapt import num_blocks, num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images
-from samray.training.finetuning import FineTuning, cache_entries, choose_instances, instance_labels
+from samray.training.finetuning import FineTuning, cache_entries, finish_instances, instance_labels
 from samray.training.loop import Worker, train_loop
 from samray.training.train import base_checkpoint
 
@@ -88,7 +88,7 @@ def train(dataset: PreparedDataset, words: list[str], folder: Path) -> tuple[Run
     train_loop(config, run, source, worker, labels=labels)
     run = RunFolder(run.path)
     if labels is not None:
-        choose_instances(run, dataset, cache, worker.device)
+        finish_instances(config, run, dataset, cache, worker.device)
     return run, round((time.perf_counter() - started) / 60, 2)
 
 

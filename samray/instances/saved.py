@@ -24,7 +24,7 @@ from samray.sam.checkpoint import Checkpoint
 from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of
-from samray.storage import Place, local_copy, read_json, write_json
+from samray.storage import Place, local_copy, read_json, write_bytes, write_json
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "instances.pth", "instances.json"
@@ -84,11 +84,25 @@ def instance_files(model: InstanceModel, digest: str) -> dict[str, bytes]:
     return {WEIGHTS: buffer.getvalue(), DESCRIPTION: json.dumps(description, indent=1).encode()}
 
 
-def set_way(folder: Place, way: Way, accuracies: dict[str, float]) -> None:
-    """Write the chosen way into a checkpoint, with what each kind reached on the val split."""
+def write_finished(folder: Place, model: InstanceModel, accuracies: dict[str, float]) -> None:
+    """Replace a checkpoint's instance decoder by the finished one.
+
+    Args:
+        accuracies: what each kind of way reached on the val split.
+    """
     description = read_json(folder / DESCRIPTION)
-    description |= {"way": asdict(way), "val_msa": accuracies}
-    write_json(folder / DESCRIPTION, description)
+    files = instance_files(model, description["encoder_digest"])
+    described = json.loads(files[DESCRIPTION])
+    finished = {"val_msa": accuracies, "finished": digest_of(model.decoder.state_dict())}
+    # The digest first: if this is interrupted, the weights do not match it and are finished again.
+    write_json(folder / DESCRIPTION, described | finished)
+    write_bytes(folder / WEIGHTS, files[WEIGHTS])
+
+
+def is_finished(folder: Place, model: InstanceModel) -> bool:
+    """Whether `write_finished` wrote a checkpoint's instance decoder."""
+    finished = read_json(folder / DESCRIPTION).get("finished")
+    return bool(finished == digest_of(model.decoder.state_dict()))
 
 
 def instances_of(checkpoint: Checkpoint, sam: Any) -> InstanceModel | None:

@@ -142,17 +142,23 @@ class BatchLoader:
                 torch.from_numpy(np.stack([draws[place] for place in places]))
                 for _, places in grouped
             ],
-            scene=None if self.labels is None else self._scene(records, views, shown, weight),
+            scene=None if self.labels is None else self.scene(records, views, shown, weight),
         )
 
-    def _scene(
+    def scene(
         self,
         records: list[ImageRecord],
         views: list[View],
         shown: list[np.ndarray],
         weight: float,
     ) -> SceneTargets:
-        """Return the instance decoder's part of a batch: all objects of the images."""
+        """Return the instance decoder's part of a batch: all objects of the images.
+
+        Args:
+            views: of the images.
+            shown: the images as their views show them, H x W x 3 uint8 RGB.
+            weight: see `SceneTargets`.
+        """
         assert self.labels is not None
         frame = frame_of(self.img_size)
         maps = []

@@ -1,19 +1,25 @@
 """Fine-tuning on a prepared dataset: its batches and scores. Plain torch, no Ray."""
 
+import copy
+import math
+import sys
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from samray.config import Config
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.evaluation.scoring import MATRIX, evaluation_prompt, score_image
 from samray.geometry.drawing import draw_masks, shrink
 from samray.geometry.images import decode_image
+from samray.geometry.views import AS_IT_IS
 from samray.instances.choice import MAX_IMAGES, Example, choose_way, evenly, mean_accuracy
 from samray.instances.decoder import InstanceDecoder
-from samray.instances.saved import load_instances, set_way
+from samray.instances.losses import instance_loss
+from samray.instances.saved import InstanceModel, is_finished, load_instances, write_finished
 from samray.instances.segment import Way, maps_of
 from samray.sam.adapt import suffix
 from samray.sam.checkpoint import RunFolder, load_checkpoint
@@ -22,10 +28,14 @@ from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
 from samray.training.batches import BatchLoader, cached_entry, epoch_steps
 from samray.training.loop import Worker
+from samray.training.optimizer import INSTANCE_LEARNING_RATE
 from samray.training.step import Batch, PromptedSam
 
 NUM_PICTURES, MAX_DRAWN = 2, 12  # val images drawn every epoch, and objects of each
 PICTURE_SIDE = 320  # pixels
+# Of the instance decoder alone, after the training: epochs for each of the training's.
+FINISH_SHARE, FINISH_BATCH = 0.5, 2
+FINISH_STEPS = 1000  # at most, on large datasets: one worker does them, and the others have ended
 
 
 class FineTuning:
@@ -50,20 +60,7 @@ class FineTuning:
         self.digest = dataset.digest
         self.batch_size, self.seed = config.train.batch_size, config.train.seed
         self.max_objects = config.train.max_objects
-        self.loader = BatchLoader(
-            dataset,
-            dataset.split("train"),
-            config.prompts,
-            config.train.seed,
-            cache,
-            sam.image_encoder.img_size,
-            low_res_size(sam),
-            config.train.augment,
-            config.train.max_objects,
-            config.train.images_at_once,
-            instance_labels(config, dataset),
-            config.train.cached_views,
-        )
+        self.loader = train_loader(config, dataset, cache, sam)
 
     def steps(self, epoch: int) -> list[list[int]]:
         """Return the images of each step."""
@@ -135,6 +132,26 @@ class FineTuning:
         return _embedding(self.dataset, self.cache, self.sam, record)
 
 
+def train_loader(
+    config: Config, dataset: PreparedDataset, cache: EmbeddingCache | None, sam: Any
+) -> BatchLoader:
+    """Return what makes batches of the train split."""
+    return BatchLoader(
+        dataset,
+        dataset.split("train"),
+        config.prompts,
+        config.train.seed,
+        cache,
+        sam.image_encoder.img_size,
+        low_res_size(sam),
+        config.train.augment,
+        config.train.max_objects,
+        config.train.images_at_once,
+        instance_labels(config, dataset),
+        config.train.cached_views,
+    )
+
+
 def cache_entries(config: Config, dataset: PreparedDataset) -> list[tuple[ImageRecord, int]]:
     """Return what training reads of the cache: images, and the numbers of their views."""
     train, val = dataset.split("train"), dataset.split("val")
@@ -150,23 +167,78 @@ def instance_labels(config: Config, dataset: PreparedDataset) -> tuple[str, ...]
     return tuple(sorted({instance.label for record in records for instance in record.instances}))
 
 
-def choose_instances(
-    run: RunFolder, dataset: PreparedDataset, cache: EmbeddingCache | None, device: torch.device
+def finish_instances(
+    config: Config,
+    run: RunFolder,
+    dataset: PreparedDataset,
+    cache: EmbeddingCache | None,
+    device: torch.device,
 ) -> None:
-    """Find how the best checkpoint's maps become objects, on the val split, and write it there."""
+    """Finish the best checkpoint's instance decoder, and find how its maps become objects.
+
+    Until now the image encoder changed under it and the images were flipped and recoloured. Now it
+    learns from the embeddings and images that it will see, for half as many epochs; it is kept as
+    it was where that does not help on the val split. What is finished once stays as it is.
+    """
     checkpoint = load_checkpoint(run.path)
     sam = checkpoint.model().to(device)
     model = load_instances(checkpoint, sam)
-    if model is None:  # the base is the best
+    if model is None or is_finished(checkpoint.path, model):  # None: the base is the best
         return
-    decoder = model.decoder.to(device)
     records = dataset.split("val")
     records = [records[place] for place in evenly(len(records), MAX_IMAGES)]
-    examples = [
-        _example(dataset, decoder, _embedding(dataset, cache, sam, record), record)
-        for record in records
-    ]
-    set_way(checkpoint.path, *choose_way(sam, examples))
+
+    def examples(decoder: InstanceDecoder) -> list[Example]:
+        return [
+            _example(dataset, decoder, _embedding(dataset, cache, sam, record), record)
+            for record in records
+        ]
+
+    before = model.decoder.to(device)
+    after = copy.deepcopy(before)
+    _train_decoder(after, sam, config, dataset, cache)
+    found = {decoder: examples(decoder) for decoder in (before, after)}
+    better = max(found, key=lambda decoder: mean_accuracy(sam, found[decoder], Way()))
+    way, accuracies = choose_way(sam, found[better])
+    write_finished(checkpoint.path, InstanceModel(better, model.labels, way), accuracies)
+
+
+def _train_decoder(
+    decoder: InstanceDecoder,
+    sam: Any,
+    config: Config,
+    dataset: PreparedDataset,
+    cache: EmbeddingCache | None,
+) -> None:
+    """Train an instance decoder alone, in place, on the images as they are."""
+    loader = train_loader(config, dataset, cache, sam)
+    count, seed = len(loader.records), config.train.seed
+    begin = config.train.num_epochs
+    steps = [
+        step
+        for epoch in range(begin, begin + math.ceil(FINISH_SHARE * begin))
+        for step in epoch_steps(count, FINISH_BATCH, seed, epoch)
+    ][:FINISH_STEPS]
+    optimizer = torch.optim.AdamW(
+        decoder.parameters(), INSTANCE_LEARNING_RATE, weight_decay=config.train.weight_decay
+    )
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
+    decoder.train()
+    for step in tqdm(steps, "finish instances", unit="step", file=sys.stderr, disable=None):
+        records = [loader.records[index] for index in step]
+        images = [decode_image(dataset.image_bytes(record)) for record in records]
+        scene = loader.scene(records, [AS_IT_IS] * len(step), images, 1.0)
+        found = torch.stack([_embedding(dataset, cache, sam, record) for record in records])
+        loss = instance_loss(
+            decoder(found, scene.pixels.to(sam.device)), scene.maps.to(sam.device)
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(decoder.parameters(), config.train.clip_grad_norm)
+        if torch.isfinite(norm):
+            optimizer.step()
+        falling.step()
+    decoder.eval()
 
 
 def _example(

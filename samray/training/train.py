@@ -54,7 +54,7 @@ from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
 from samray.training.finetuning import (
     FineTuning,
     cache_entries,
-    choose_instances,
+    finish_instances,
     instance_labels,
 )
 from samray.training.loop import Report, Worker, train_loop
@@ -185,7 +185,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
             config, run, open_source, worker, tracker.report, labels=labels, wanted=elastic.wanted
         )
     if worker.rank == 0 and config.train.instances:
-        choose_instances(RunFolder(run.path), dataset, cache, worker.device)
+        finish_instances(config, RunFolder(run.path), dataset, cache, worker.device)
 
 
 def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from samray.sam.checkpoint import Checkpoint, RunFolder, load_checkpoint, save_c
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.shipped import load_shipped
 from samray.training.batches import BatchLoader
-from samray.training.finetuning import FineTuning, choose_instances, instance_labels
+from samray.training.finetuning import FineTuning, finish_instances, instance_labels
 from samray.training.loop import Worker, train_loop
 
 CPU = torch.device("cpu")
@@ -133,14 +134,42 @@ def test_a_run_that_died_goes_on_exactly(place, run, dataset, cache, tmp_path):
     ]
 
 
-def test_the_way_is_chosen_on_val_and_kept_in_the_best_checkpoint(run, dataset, cache):
+def config_of(run):
+    return resolve_model(load_config(run.path / "config.yaml"), weights_given=True)
+
+
+def test_the_best_decoder_is_finished_on_its_encoder_and_its_way_chosen(run, dataset, cache):
     run.update(best=run.state["latest"])
-    choose_instances(run, dataset, cache, CPU)
+    before = latest(run)[1].decoder.state_dict()
+    finish_instances(config_of(run), run, dataset, cache, CPU)
     description = json.loads((run.latest / "instances.json").read_text())
     assert "watershed" in description["val_msa"]
     best = max(description["val_msa"].values())
     assert description["val_msa"][description["way"]["kind"]] == best
-    assert latest(run)[1].way == Way(**description["way"])
+    finished = latest(run)[1]
+    assert finished.way == Way(**description["way"])
+    after = finished.decoder.state_dict()
+    assert all(not torch.equal(before[name], value) for name, value in after.items())
+
+
+def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(run, dataset, cache, tmp_path):
+    """Interrupted between its two files: the weights are written last."""
+    shutil.copytree(run.path, tmp_path / "run", symlinks=True)
+    copy = RunFolder(tmp_path / "run")
+    copy.update(best=copy.state["latest"])
+    description, weights = copy.latest / "instances.json", copy.latest / "instances.pth"
+    unfinished = json.loads(description.read_text())
+    unfinished.pop("finished", None)  # another test may have finished it
+    description.write_text(json.dumps(unfinished))
+    torch.save(new_decoder(load_shipped().model(), 2, seed=0).state_dict(), weights)
+    before = weights.read_bytes()
+    finish_instances(config_of(copy), copy, dataset, cache, CPU)
+    whole = weights.read_bytes()
+    finish_instances(config_of(copy), copy, dataset, cache, CPU)
+    assert weights.read_bytes() == whole
+    weights.write_bytes(before)
+    finish_instances(config_of(copy), copy, dataset, cache, CPU)
+    assert weights.read_bytes() == whole != before
 
 
 def test_an_ignored_region_counts_in_no_loss_however_the_image_is_turned(dataset):
@@ -174,7 +203,7 @@ def test_an_ignored_region_counts_in_no_loss_however_the_image_is_turned(dataset
 
 def test_a_base_that_is_the_best_has_no_decoder_and_needs_no_choice(run, dataset, cache):
     run.update(best="base")
-    choose_instances(run, dataset, cache, CPU)
+    finish_instances(config_of(run), run, dataset, cache, CPU)
     checkpoint = load_checkpoint(run.path)
     assert load_instances(checkpoint, checkpoint.model()) is None
     assert instances_of(checkpoint, checkpoint.model()).labels == ("object",)  # the shipped one
