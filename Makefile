@@ -4,6 +4,8 @@
 # make check     lint and types
 # make format    format and fix lint
 # make s3        a real S3 server on this machine, to try things with
+# make cluster   a real Ray cluster of three nodes on this machine, with a token and the dashboard
+# make chaos     kill what jobs run on at random moments, and compare (root; about half an hour)
 # make chromium  Debian's browser, which the test of the web page drives (without it that test is skipped)
 # make label-studio  tests with a running Label Studio, installed into an environment of its own
 # make labelme   tests with labelme 6 and 7, each in an environment of its own
@@ -21,7 +23,7 @@ LABELME_SAMRAY := boto3 cloudpathlib filelock pydantic pyyaml requests
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: demo test test-all check format s3 chromium label-studio labelme wheel venv clean
+.PHONY: demo test test-all check format s3 cluster chaos chromium label-studio labelme wheel venv clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -55,6 +57,12 @@ format: $(STAMP)
 
 s3: $(STAMP)
 	$(BIN)/python tests/s3.py
+
+cluster: $(STAMP)
+	$(BIN)/python tests/local_cluster.py
+
+chaos: $(STAMP)
+	$(BIN)/python benchmarks/chaos.py
 
 chromium:
 	command -v chromium || { $(SUDO) apt-get update -qq -o Acquire::Retries=5 && \

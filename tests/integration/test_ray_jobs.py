@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import os
-import shutil
-import signal
+import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,18 +12,36 @@ import pytest
 import ray
 import requests
 import yaml
-from ports import free_ports
+from local_cluster import local_cluster
+from ports import free_port
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 START_SECONDS = 120
+
+
+# Holds a CPU of somebody else's, and says at the end whether it was left alone.
+TENANT = """
+import os, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+class Tenant:
+    def pid(self):
+        return os.getpid()
+
+tenant = Tenant.remote()
+before = ray.get(tenant.pid.remote())
+print("holds a CPU", flush=True)
+input()
+assert ray.get(tenant.pid.remote(), timeout=60) == before
+"""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Two nodes; on the second, `unshared` is an empty folder of its own.
+    """Two nodes and a second tenant; on the second node, `unshared` is an empty folder of its own.
 
     Yields the environment variables to reach the cluster, and the unshared folder.
     """
@@ -35,71 +50,22 @@ def cluster(tmp_path_factory):
     probe = subprocess.run(["unshare", "-m", "sh", "-c", own_folder], capture_output=True)
     if probe.returncode:
         pytest.skip("a separate folder for a node needs permission to mount (root)")
-    gcs, dashboard, client, agent, second_agent = free_ports(5)
-    # Ray's sockets are here, and their paths may have at most 107 characters.
-    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAY_AUTH_MODE": "disabled",
-    }
-    starting = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
-    head = [
-        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-        f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={temporary}",
-    ]  # fmt: skip
-    second = (
-        f"{own_folder} && exec ray start --block --num-cpus=2 --address=127.0.0.1:{gcs} "
-        f"--dashboard-agent-listen-port={second_agent}"
-    )
-    log = tmp_path_factory.mktemp("ray") / "start.log"
-    processes = []
-    try:
-        for command in (head, ["unshare", "-m", "sh", "-c", second]):
-            with log.open("ab") as output:
-                processes.append(
-                    subprocess.Popen(
-                        command, env=starting, start_new_session=True, stdout=output, stderr=output
-                    )
-                )
-            wait_for_nodes(environment, len(processes), log)
-        yield environment, unshared
-    finally:
-        for process in reversed(processes):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with local_cluster(num_nodes=1, cpus=3) as cluster:
+        cluster.add_node(before=own_folder)
+        with subprocess.Popen(
+            [sys.executable, "-c", TENANT], env=cluster.environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ) as tenant:  # fmt: skip
+            assert tenant.stdout.readline() == "holds a CPU\n"
+            yield cluster.environment, unshared
+            tenant.communicate("\n")
+        assert tenant.returncode == 0, "the other tenant was harmed"
 
 
-def wait_for_nodes(environment, count, log):
-    """Wait until the cluster lists `count` nodes and its job agent answers."""
-    count_nodes = (
-        "import ray, sys; ray.init(log_to_driver=False, logging_level='ERROR'); "
-        f"sys.exit(sum(n['Alive'] for n in ray.nodes()) < {count})"
-    )
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        for command in ([sys.executable, "-c", count_nodes], ["ray", "job", "list"]):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                break
-        else:
-            return
-        time.sleep(1)
-    pytest.fail(f"no Ray of {count} nodes: {log.read_text()[-2000:]} {done.stderr[-1000:]}")
-
-
-def submit(environment, *words):
+def submit(environment, *words, wait=True):
     """Submit a job as in the README; retry while Ray has no agent for it."""
-    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", *words]
+    options = ["--working-dir", ".", *([] if wait else ["--no-wait"])]
+    command = ["ray", "job", "submit", *options, "--", "python", "-m", *words]
     for _ in range(10):
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
@@ -121,18 +87,39 @@ def prepared_on_two_nodes(cluster, photos, tmp_path_factory):
     return output
 
 
-def test_a_training_job_runs_across_two_nodes(cluster, prepared_on_two_nodes, tmp_path):
+def test_a_training_job_is_stopped_and_submitted_again(cluster, prepared_on_two_nodes, tmp_path):
+    """Across two nodes. Meanwhile the same submission is refused, and harms nothing."""
     environment, _ = cluster
-    status, log = submit(
-        environment, "jobs.train", "--config", "configs/demo.yaml",
-        f"train.data_dir={prepared_on_two_nodes}", f"train.output_dir={tmp_path / 'run'}",
-        "train.num_epochs=1", "scaling.num_workers=2", "scaling.cpus_per_worker=2",
-    )  # fmt: skip
+    run = tmp_path / "run"
+    words = [
+        "jobs.train", "--config", "configs/demo.yaml", f"train.data_dir={prepared_on_two_nodes}",
+        f"train.output_dir={run}", "train.num_epochs=3", "train.resume=true",
+        "scaling.num_workers=2", "scaling.cpus_per_worker=2",
+    ]  # fmt: skip
+    status, log = submit(environment, *words, wait=False)
     assert status == 0, log
-    assert "epoch 1/1" in log
-    assert "best: epoch 1 of 1" in log or "best: the base" in log
-    state = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert state["status"] == "finished"
+    (job,) = set(re.findall(r"raysubmit_\w+", log))
+    deadline = time.monotonic() + 300
+    while not ((run / "run.json").exists() and state_of(run)["epochs"]):
+        assert time.monotonic() < deadline, "no epoch within five minutes"
+        time.sleep(0.2)
+    status, log = submit(environment, *words)
+    assert status != 0
+    assert "exit code 2" in log
+    assert "is in use by process" in log
+    subprocess.run(["ray", "job", "stop", job], env=environment, check=True, capture_output=True)
+    assert state_of(run)["status"] == "interrupted"
+    status, log = submit(environment, *words)
+    assert status == 0, log
+    assert "resuming " in log
+    assert log.count("epoch 3/3  loss ") == 1
+    assert "it/s" not in log, "a bar"
+    assert "best: " in log
+    assert state_of(run)["status"] == "finished"
+
+
+def state_of(run):
+    return json.loads((run / "run.json").read_text())
 
 
 def test_a_job_with_mistakes_fails_with_all_of_them_in_its_log(cluster, tmp_path):
@@ -183,7 +170,7 @@ def test_ray_is_the_pinned_one():
 def test_the_endpoint_is_deployed_and_answers(cluster, photos, tmp_path):
     """`serve deploy` with the shipped file, on a free port and from another folder."""
     environment, _ = cluster
-    (port,) = free_ports(1)
+    port = free_port()
     content = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
     content["http_options"]["port"] = port
     content["proxy_location"] = "HeadOnly"  # both nodes have the same ports here
