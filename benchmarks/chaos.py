@@ -96,6 +96,7 @@ class Site:
                 key = path.relative_to(root).as_posix()
                 self.s3.client().upload_file(str(path), "chaos", key)
         self.driver: subprocess.Popen[bytes] | None = None
+        self.driver_words: list[str] = []
         self.disk = root / "disk"
         self.disk.mkdir()
         self.expected: dict[str, dict[str, str]] = {}
@@ -146,10 +147,10 @@ class Site:
     @contextlib.contextmanager
     def running(self, stage: str, folder: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """Give a stage's command; what is left of it is killed at the end."""
-        environment = {**self.cluster.environment, "OMP_NUM_THREADS": "1"}
+        self.driver_words = self.words(stage, folder)
         with log.open("wb") as file:
             self.driver = subprocess.Popen(
-                self.words(stage, folder), cwd=ROOT, env=environment, stdout=file, stderr=file,
+                self.driver_words, cwd=ROOT, env=self.environment, stdout=file, stderr=file,
                 start_new_session=True,
             )  # fmt: skip
         try:
@@ -158,6 +159,17 @@ class Site:
             if self.driver.poll() is None:
                 self.driver.kill()
                 self.driver.wait()
+
+    def give(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        """Give another command and wait for its end."""
+        return subprocess.run(
+            words, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=SECONDS
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the commands."""
+        return {**self.cluster.environment, "OMP_NUM_THREADS": "1"}
 
     def find(self, pattern: str) -> list[int]:
         """The processes of the cluster whose title begins with a pattern."""
@@ -233,6 +245,29 @@ def stop_process(site: Site, pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
 
+def stop_job(site: Site, pid: int) -> None:
+    """SIGTERM to the driver, as `ray job stop`, which kills it after three seconds."""
+    assert site.driver is not None
+    site.driver.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        site.driver.wait(3)
+    site.driver.kill()
+
+
+def submit_again(site: Site, pid: int) -> None:
+    """The same command, while the first one runs; it has to be refused."""
+    done = site.give(site.driver_words)
+    assert done.returncode == 2, done.stderr
+    assert "is in use by process" in done.stderr, done.stderr
+
+
+def run_beside(site: Site, pid: int) -> None:
+    """Another run, with another seed, on the same prepared dataset and the same cache."""
+    other = [f"{w}2" if w.startswith("train.output_dir") else w for w in site.driver_words]
+    done = site.give([*other, "scaling.num_workers=1", "train.seed=1"])
+    assert done.returncode == 0, done.stderr
+
+
 FAULTS = {
     "prepare-worker": Fault("prepare", MAP, kill),
     "s3-kill": Fault("prepare", MAP, restart_s3, place="s3"),
@@ -246,6 +281,9 @@ FAULTS = {
     "head": Fault("train", WORKER, kill_head, new_cluster),
     "hang": Fault("train", WORKER, stop_process),
     "trial": Fault("tune", TRIAL, kill),
+    "job-stop": Fault("train", WORKER, stop_job),
+    "same-command": Fault("train", WORKER, submit_again),
+    "run-beside": Fault("train", ENCODER, run_beside),
 }
 SERVED = {"serve-replica": "Decoder", "ingress": "Ingress"}
 
