@@ -134,7 +134,7 @@ class Site:
             "train": [
                 f"train.data_dir={prepared}", f"train.output_dir={folder}/run",
                 f"embeddings.cache_dir={folder}/cache", "train.num_epochs=3", "train.resume=true",
-                "scaling.num_workers=2", *SMALL,
+                "scaling.num_workers=2", "scaling.hang_minutes=1", *SMALL,
             ],
             "tune": [
                 f"tune.data_dir={prepared}", f"tune.output_dir={folder}/sweep",
@@ -300,6 +300,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=SECONDS, help="before a command hangs")
     parser.add_argument("--out", type=Path, default=Path("chaos.jsonl"))
     arguments = parser.parse_args()
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.default_int_handler)  # whatever the shell has set
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="samray-chaos-") as folder:
         site = Site(Path(folder))

@@ -21,12 +21,13 @@ class FailingProxy:
 
     Attributes:
         url: the proxy's address.
+        answered: number of connections that got a 503.
         mode: of new connections: `pass`; `503`, answered without asking the server; `silent`,
             never answered. A change hangs up on the connections that were passed on.
     """
 
     def __init__(self, port: int) -> None:
-        self.port, self.mode = port, "pass"
+        self.port, self.mode, self.answered = port, "pass", 0
         self._passed: set[socket.socket] = set()
         own = free_port()
         self.url = f"http://127.0.0.1:{own}"
@@ -57,6 +58,7 @@ class FailingProxy:
         with contextlib.suppress(OSError):
             if self.mode == "503":
                 client.recv(2**16)
+                self.answered += 1
                 client.sendall(UNAVAILABLE)
                 client.shutdown(socket.SHUT_WR)
                 while client.recv(2**16):  # a body that was on its way

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cloudpathlib import S3Client
+from failing_proxy import FailingProxy
 from s3 import READER
 
 from samray.data.discovery import find_files
@@ -218,6 +219,20 @@ def test_a_server_that_is_killed_and_comes_back_is_waited_for(s3_server, folder)
     finally:
         if s3_server.process.poll() is not None:
             s3_server.start()
+
+
+def test_a_server_that_has_too_much_to_do_is_asked_again(s3_server, folder, monkeypatch):
+    proxy = FailingProxy(s3_server.ports["s3"][0])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setattr(S3Client, "_default_client", None)
+    behind = resolve(str(folder), "x")
+    write_json(behind / "a.json", [1])
+    proxy.fail("503")
+    assert proxy.answered == 0
+    threading.Timer(1, proxy.fail, ["pass"]).start()
+    assert read_json(behind / "a.json") == [1]
+    assert proxy.answered > 0
+    proxy.close()
 
 
 def test_wrong_json_in_s3_is_damaged_data(folder: Path):
