@@ -24,6 +24,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,8 +106,10 @@ class Site:
 
     def start_cluster(self) -> None:
         """Start three nodes of one CPU each."""
-        # Others use this machine's memory too, for which Ray would kill workers by itself.
-        calm = {"RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
+        # Others may use this machine too: Ray would kill workers for their use of memory, and its
+        # workers, with a niceness of 15, would hardly run beside them.
+        calm = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "5"}
+        calm["OMP_NUM_THREADS"] = "1"
         self.cluster = LocalCluster(3, 1, {**self.variables, **calm})
         self.cluster.start()
 
@@ -365,6 +368,8 @@ def try_fault(
 def _try_fault(
     site: Site, name: str, fault: Fault, folder: str, moment: float, arguments: argparse.Namespace
 ) -> dict[str, Any]:
+    if fault.stage != "prepare" and fault.victim != ENCODER:  # spare the time of encoding
+        shutil.copytree(site.root / "undisturbed" / "cache", Path(folder, "cache"))
     log, began = site.root / f"{folder.rpartition('/')[2]}.log", time.monotonic()
     with site.running(fault.stage, folder, log) as driver:
         struck = strike_when_it_lives(site, fault, moment * site.lives[fault.victim], driver)
