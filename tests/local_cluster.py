@@ -28,7 +28,8 @@ from ports import free_ports
 from processes import processes_below, wait_until_ended
 
 BIN = Path(sys.executable).parent
-START_SECONDS = 180
+START_SECONDS = 120
+START_TRIES = 4  # Ray gives a node 30 seconds, which it sometimes needs on a busy machine
 STOP_SECONDS = 20
 NO_RAY = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
@@ -84,9 +85,8 @@ class LocalCluster:
             f"--temp-dir={self.folder / 'ray'}",
         ]  # fmt: skip
         self._start_node(head)
-        self._wait_for_nodes(1)
         for _ in range(self.num_nodes - 1):
-            self.add_node()  # one by one: of two that start together, one may fail
+            self.add_node()
 
     def add_node(self, before: str | None = None) -> None:
         """Start one more node and wait until it has joined.
@@ -94,9 +94,7 @@ class LocalCluster:
         Args:
             before: a shell command that the node runs first, with mounts of its own (needs root).
         """
-        alive = len(self._alive())
         self._start_node([f"--address=127.0.0.1:{self._gcs}"], before)
-        self._wait_for_nodes(alive + 1)
 
     def kill_node(self, number: int) -> None:
         """`kill -9` of all processes of a node at once, as when its machine loses power."""
@@ -139,38 +137,48 @@ class LocalCluster:
             return json.loads(answer.read())
 
     def _start_node(self, words: list[str], before: str | None = None) -> None:
+        """Start a node and wait until it has joined."""
+        known = set() if "--head" in words else self._node_ids()
+        for attempt in range(1, START_TRIES + 1):
+            command = self._command(words)
+            if before is not None:
+                command = ["unshare", "-m", "sh", "-c", f"{before} && exec {shlex.join(command)}"]
+            with (self.folder / "start.log").open("ab") as log:
+                node = subprocess.Popen(
+                    command, env=self._starting, start_new_session=True, stdout=log, stderr=log
+                )
+            self.nodes.append(node)
+            if self._joins(known):
+                return
+            self.kill_node(-1)
+            print(f"a node did not start, try {attempt} of {START_TRIES}", file=sys.stderr)
+        log_end = (self.folder / "start.log").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"a node of Ray did not start:\n{log_end}")
+
+    def _command(self, words: list[str]) -> list[str]:
         agent, metrics, runtime = free_ports(3)
-        command = [
+        return [
             "ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={self.cpus}",
-            f"--dashboard-agent-listen-port={agent}",
-            f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}",
+            f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+            f"--runtime-env-agent-port={runtime}",
             # Two nodes would take the same ports of the default range.
             "--min-worker-port=0", "--max-worker-port=0", *words,
         ]  # fmt: skip
-        if before is not None:
-            command = ["unshare", "-m", "sh", "-c", f"{before} && exec {shlex.join(command)}"]
-        with (self.folder / "start.log").open("ab") as log:
-            node = subprocess.Popen(
-                command, env=self._starting, start_new_session=True, stdout=log, stderr=log
-            )
-        self.nodes.append(node)
 
-    def _alive(self) -> list[dict[str, Any]]:
+    def _node_ids(self) -> set[str]:
+        """The nodes that Ray counts as alive; one that was killed stays among them for a while."""
         listed = self.ask("/api/v0/nodes")["data"]["result"]["result"]
-        return [node for node in listed if node["state"] == "ALIVE"]
+        return {node["node_id"] for node in listed if node["state"] == "ALIVE"}
 
-    def _wait_for_nodes(self, count: int) -> None:
-        """Wait until the cluster lists `count` nodes and its jobs' server answers."""
+    def _joins(self, known: set[str]) -> bool:
+        """Wait for one more than the known nodes, and for the jobs' server; False if it ended."""
         deadline = time.monotonic() + START_SECONDS
-        while True:
+        while self.nodes[-1].poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # it does not listen yet
-                if len(self._alive()) >= count and isinstance(self.ask("/api/jobs/"), list):
-                    return
-            ended = [node for node in self.nodes if node.poll() is not None]
-            if ended or time.monotonic() > deadline:
-                log = (self.folder / "start.log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"no Ray of {count} nodes:\n{log}")
+                if self._node_ids() - known and isinstance(self.ask("/api/jobs/"), list):
+                    return True
             time.sleep(0.2)
+        return False
 
 
 @contextlib.contextmanager
