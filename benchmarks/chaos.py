@@ -10,7 +10,8 @@ weights and metrics are compared with those of a run that nothing disturbed. The
     equal     the command itself ended with the same result
     resumed   it failed or hung; the same command again ended with the same result
     LOST      another result, or the second command failed too
-    missed    it ended before the strike
+    slow      the second command did not end within --seconds
+    missed    the first ended before the strike
 
 Disks that fill up are tmpfs mounts, which need root. `hang` stops a worker with SIGSTOP. A line of
 JSON a try goes to --out, the table to stdout.
@@ -53,7 +54,7 @@ from processes import processes_below  # noqa: E402
 from s3 import S3Server  # noqa: E402
 
 NUM_IMAGES = 16
-SECONDS = 300  # for a command, before it counts as hung
+SECONDS = 600  # for a command, before it counts as hung
 MAP, ENCODER = r"ray::\S*Map", "ray::ImageEncoder"
 WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 TRIAL = r"ray::(ImplicitFunc|run_trial)"
@@ -387,21 +388,26 @@ def _try_fault(
     if status != 0:
         before = finished_items(folder)
         again = site.root / f"{log.stem}-again.log"
+        row["again"] = None
         with (
             site.running(fault.stage, folder, again) as driver,
             contextlib.suppress(subprocess.TimeoutExpired),
         ):
-            driver.wait(arguments.seconds)
+            row["again"] = driver.wait(arguments.seconds)
         after = finished_items(folder)
-        row |= {"again": driver.returncode, "said_again": last_line(again)}
+        row["said_again"] = last_line(again)
         row["redone"] = sum(after.get(item) != stamp for item, stamp in before.items())
         row["kept"] = len(before)
     ended = status == 0 or row.get("again") == 0
     found = result(fault.stage, folder) if ended else {}
     expected = site.expected[fault.stage]
     row["differs"] = sorted(key for key in expected if found.get(key) != expected[key])
-    verdict = "LOST" if row["differs"] else "equal" if status == 0 else "resumed"
-    row["verdict"] = verdict if struck else "missed"
+    if not struck:
+        row["verdict"] = "missed"
+    elif not ended and row["again"] is None:
+        row["verdict"] = "slow"
+    else:
+        row["verdict"] = "LOST" if row["differs"] else "equal" if status == 0 else "resumed"
     row["left"] = leftovers(folder)
     return row
 
@@ -575,8 +581,8 @@ def click(url: str, photo: Path) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line of Markdown a fault: times tried, and how often it ended in which way."""
-    verdicts = ("equal", "resumed", "LOST", "missed")
-    lines = [f"| fault | tried | {' | '.join(verdicts)} |", "|---" * 6 + "|"]
+    verdicts = ("equal", "resumed", "LOST", "slow", "missed")
+    lines = [f"| fault | tried | {' | '.join(verdicts)} |", "|---" * 7 + "|"]
     for name in dict.fromkeys(row["fault"] for row in rows):
         counts = collections.Counter(row["verdict"] for row in rows if row["fault"] == name)
         cells = " | ".join(str(counts[verdict]) for verdict in verdicts)
