@@ -9,7 +9,8 @@ from samray.config import Config, load_config, required, save_config
 from samray.errors import ConfigError
 
 _FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(path for path in _FOLDER.glob("*.yaml") if path.stem != "serve")  # Ray Serve's
+_OTHERS = ("serve", "cluster")  # Ray's own
+CONFIGS = sorted(path for path in _FOLDER.glob("*.yaml") if path.stem not in _OTHERS)
 
 
 def write(folder: Path, text: str) -> Path:
