@@ -8,6 +8,7 @@ The docstring of a field is its documentation: its first sentence is the help of
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,17 +55,25 @@ class Section(BaseModel):
     )
 
 
-def _without_password(uri: str) -> str:
-    if re.search(r"//[^/@]*@", uri):
+def _without_secret(uri: str, instead: str) -> str:
+    """Refuse secrets in an address, because settings are saved with every output."""
+    if re.search(r"//[^/@]*@|[?&]\w*(password|token|secret|key)\w*=", uri, re.IGNORECASE):
         raise PydanticCustomError(  # of a type of its own, whose input is not shown
             "secret",
-            "holds a user or a password, which would be saved with the run; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+            "holds a user or a password, which would be saved with the run; {instead}",
+            {"instead": instead},
         )
     return uri
 
 
-MlflowUri = Annotated[str, AfterValidator(_without_password)]
+def _secret_goes(instead: str) -> AfterValidator:
+    return AfterValidator(functools.partial(_without_secret, instead=instead))
+
+
+_MLFLOW_WAY = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+MlflowUri = Annotated[str, _secret_goes(_MLFLOW_WAY)]
+LabelStudioUrl = Annotated[str, _secret_goes("give the key in --label-studio-key-file")]
+EndpointUrl = Annotated[str, _secret_goes("give the token in --token-file")]
 
 
 def _number_or_range(value: Any) -> int | str:
@@ -491,7 +500,7 @@ class ServeConfig(Section):
     allowed_hosts: tuple[str, ...] = ()
     """Host names that requests may address, for example behind a reverse proxy; unset: any with a
     token, only this machine's without one."""
-    label_studio_url: str | None = None
+    label_studio_url: LabelStudioUrl | None = None
     """Address of Label Studio, the only one that /compat/labelstudio fetches images from."""
     label_studio_key_file: str | None = None
     """File with your personal access token of Label Studio, or a legacy one; unset:
@@ -538,7 +547,7 @@ class ServeConfig(Section):
 class LabelmeConfig(Section):
     """`samray labelme`: labelme with an endpoint behind its AI tools."""
 
-    url: str = "http://127.0.0.1:8000"
+    url: EndpointUrl = "http://127.0.0.1:8000"
     """Address of the endpoint that `samray serve` started."""
     token_file: str | None = None
     """File with the endpoint's token; unset: $SAMRAY_TOKEN, else no token."""

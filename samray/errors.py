@@ -19,9 +19,25 @@ The user can correct the cause of each, so the command line prints its one line 
 status 2. Any other exception is a bug and keeps its traceback.
 """
 
+import re
+
+_LOGIN = re.compile(r"(?<=://)[^/@\s]*@")  # user and password of a URL
+_QUERY = re.compile(r"(://[^\s?'\")]*)\?[^\s;,'\")]*")  # e.g. the signature of a link into a bucket
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URLs have lost what may be secret: user, password and query."""
+    return _QUERY.sub(r"\1", _LOGIN.sub("", text))
+
 
 class SamrayError(Exception):
-    """Base of every error that samray raises on purpose."""
+    """Base of every error that samray raises on purpose.
+
+    Messages are printed, and kept in the logs of Ray, so URLs in them are shown without secrets.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(SamrayError, ValueError):

@@ -52,7 +52,7 @@ os.environ.setdefault("AWS_RETRY_MODE", "standard")
 os.environ.setdefault("AWS_MAX_ATTEMPTS", "12")
 READ_TRIES = 5  # of a body whose connection breaks; boto3 does not retry that
 
-_S3 = re.compile(r"s3://(?P<bucket>[^/]+)(?P<key>/.*)?")
+_S3 = re.compile(r"s3://(?P<bucket>[^/@]+)(?P<key>/.*)?")
 CURRENT = "current"  # in a store of models: the file that names the version in use
 
 
@@ -68,7 +68,10 @@ def resolve(path: str, what: str) -> Place:
     if "://" in path or path.lower().startswith("s3:"):
         match = _S3.fullmatch(path)
         if match is None:
-            raise ConfigError(f"{what}: {path} is neither a local path nor s3://bucket/prefix")
+            raise ConfigError(
+                f"{what}: {path} is neither a local path nor s3://bucket/prefix, which holds no "
+                "user or password"
+            )
         key = posixpath.normpath(match["key"] or "/").lstrip("/")
         return S3Path(f"s3://{match['bucket']}/{key}".rstrip("/"))
     try:

@@ -27,7 +27,7 @@ import torch
 
 from samray import __version__
 from samray.config import Config
-from samray.errors import ConfigError
+from samray.errors import ConfigError, without_secrets
 from samray.storage import Place, read_json, write_bytes, write_json
 
 PACKAGES = ("torch", "torchvision", "ray", "segment-anything", "numpy")
@@ -231,7 +231,7 @@ def require_mlflow(setting: str, uri: str) -> None:
 
 
 def _short(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:300]
+    return without_secrets(" ".join(str(exc).split()))[:300]
 
 
 def describe_start(

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from samray.errors import CheckpointError, ConfigError, DownloadError
+from samray.errors import CheckpointError, ConfigError, DownloadError, without_secrets
 from samray.storage import Place, cache_folder, local_copy
 
 
@@ -153,7 +153,7 @@ def _fetch_into(path: Path, official: OfficialWeights) -> None:
         )
     _say(
         f"fetching {path.name} ({official.size_bytes / 2**20:.0f} MiB, {missing / 2**20:.0f} MiB "
-        f"to go) from {_shown(url)} into {path.parent}"
+        f"to go) from {without_secrets(url)} into {path.parent}"
     )
     _download(url, part, official)
     if (received := _sha256(part)) != official.sha256:
@@ -230,8 +230,8 @@ def _offset_of(response: requests.Response, here: int, part: Path) -> int:
 
 def _failure(url: str, part: Path, expected: str, got: str) -> DownloadError:
     return DownloadError(
-        f"{_shown(url)}: expected {part.stem} with {expected}, got {got}; try again; if it "
-        "repeats, there is no network or a proxy replaces the file: set SAMRAY_WEIGHTS_URL to a "
+        f"{without_secrets(url)}: expected {part.stem} with {expected}, got {got}; try again; if "
+        "it repeats, there is no network or a proxy replaces the file: set SAMRAY_WEIGHTS_URL to a "
         f"mirror, put a file fetched elsewhere at {part.with_suffix('')}, or pass "
         "`--checkpoint FILE`, or `--checkpoint none` for random weights"
     )
@@ -247,10 +247,6 @@ def _innermost(error: BaseException) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _shown(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)  # without a mirror's user and password
 
 
 def _say(text: str) -> None:
