@@ -50,11 +50,14 @@ def choose_objects(
     Args:
         number: of objects; with fewer objects in the records, all are chosen.
     """
-    objects = [(record.name, place) for record in records for place in range(len(record.instances))]
-    order = np.random.default_rng(seed).permutation(len(objects))[:number]
+    ends = np.cumsum([record.num_instances for record in records], dtype=int)
+    order = np.random.default_rng(seed).permutation(ends[-1] if len(ends) else 0)[:number]
     chosen: dict[str, tuple[int, ...]] = {}
-    for name, place in sorted(objects[index] for index in order):
-        chosen[name] = (*chosen.get(name, ()), place)
+    for index in np.sort(order).tolist():  # of all objects, in the order of the records
+        image = int(np.searchsorted(ends, index, side="right"))
+        first = int(ends[image - 1]) if image else 0
+        name = records[image].name
+        chosen[name] = (*chosen.get(name, ()), index - first)
     return chosen
 
 

@@ -1,7 +1,7 @@
 """Score a model, or compare base and tuned, on a held-out split, per kind of prompt and label."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 def _evaluate(
     config: Config,
     dataset: PreparedDataset,
-    records: list[ImageRecord],
+    records: Sequence[ImageRecord],
     other: "Other | None",
     judged: "Judged",
     output: Place,
@@ -138,7 +138,7 @@ class Other:
 
     dataset: PreparedDataset
     split: str
-    records: list[ImageRecord]
+    records: Sequence[ImageRecord]
 
 
 def _open_other(folder: str | None) -> Other | None:
@@ -149,7 +149,7 @@ def _open_other(folder: str | None) -> Other | None:
     dataset = PreparedDataset(require_folder(resolve(folder, option), option))
     for split, names in (("test", dataset.manifest["splits"]["test"]), ("all", dataset.images)):
         records = [dataset.images[name] for name in names]
-        records = [record for record in records if record.instances]
+        records = [record for record in records if record.num_instances]
         if records:
             return Other(dataset, split, records)
     raise DatasetError(f"{option}: {dataset.folder} has no instance; choose another dataset")
@@ -169,11 +169,11 @@ def _score_other(
     }
 
 
-def _numbers(records: list[ImageRecord]) -> dict[str, int]:
+def _numbers(records: Sequence[ImageRecord]) -> dict[str, int]:
     """Number of photos, not of their tiles, and of instances."""
     return {
         "num_images": len({record.source for record in records}),
-        "num_instances": sum(len(record.instances) for record in records),
+        "num_instances": sum(record.num_instances for record in records),
     }
 
 
@@ -257,7 +257,7 @@ def _figures(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 def _score_all(
     config: Config,
     dataset: PreparedDataset,
-    records: list[ImageRecord],
+    records: Sequence[ImageRecord],
     checkpoints: dict[str, Place | None],
 ) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
     """Score every image with each model, then draw the last model's worst and best instances."""
@@ -291,7 +291,7 @@ def _score_all(
 
 
 def _object_pictures(
-    pool: cluster.Pool, records: list[ImageRecord], outcome: Outcome, number: int
+    pool: cluster.Pool, records: Sequence[ImageRecord], outcome: Outcome, number: int
 ) -> list[dict[str, Any]]:
     """Draw all objects of the images with the most missed and false ones."""
     named = list(zip([record.name for record in records], outcome.objects, strict=False))
@@ -306,7 +306,7 @@ def _object_pictures(
 def score_models(
     config: Config,
     dataset: PreparedDataset,
-    records: list[ImageRecord],
+    records: Sequence[ImageRecord],
     checkpoints: Mapping[str, Place | None],
     find_objects: bool = False,
 ) -> dict[str, Outcome]:
@@ -326,7 +326,7 @@ def score_models(
 def _start_evaluators(
     config: Config,
     dataset: PreparedDataset,
-    records: list[ImageRecord],
+    records: Sequence[ImageRecord],
     checkpoints: Mapping[str, Place | None],
     find_objects: bool,
 ) -> cluster.Pool:
@@ -346,7 +346,7 @@ def _start_evaluators(
 
 def _outcomes(
     pool: cluster.Pool,
-    records: list[ImageRecord],
+    records: Sequence[ImageRecord],
     models: Iterable[str],
     clicked: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Outcome]:

@@ -90,7 +90,7 @@ def score_image(
 
 def _some(record: ImageRecord, max_objects: int | None) -> list[int]:
     """Return the places of the instances to score, in order."""
-    count = len(record.instances)
+    count = record.num_instances
     if max_objects is None or count <= max_objects:
         return list(range(count))
     drawn = np.random.default_rng(int(record.digest[:8], 16)).permutation(count)

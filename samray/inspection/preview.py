@@ -40,7 +40,7 @@ def inspect(config: Config) -> list[Place]:
 
 
 def _draw(dataset: PreparedDataset, output: Place, settings: InspectConfig) -> list[Place]:
-    records = [record for record in dataset.images.values() if record.instances]
+    records = [record for record in dataset.images.values() if record.num_instances]
     rng = np.random.default_rng(settings.seed)
     chosen = sorted(rng.permutation(len(records))[: settings.num_samples].tolist())
     splits = {name: split for split, names in dataset.manifest["splits"].items() for name in names}

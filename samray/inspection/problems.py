@@ -188,7 +188,7 @@ def _partly_annotated(records: list[ImageRecord]) -> list[dict[str, str]]:
     objects: dict[str, Counter[str]] = defaultdict(Counter)
     pixels: Counter[str] = Counter()
     for record in records:
-        if record.instances:
+        if record.num_instances:
             objects[record.source].update(instance.label for instance in record.instances)
             region = record.decode_ignored()
             pixels[record.source] += record.size[0] * record.size[1]

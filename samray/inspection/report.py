@@ -136,7 +136,7 @@ def _measure(
 
 
 def _measure_image(record: ImageRecord, label_numbers: dict[str, int]) -> np.ndarray:
-    rows = np.zeros(len(record.instances), dtype=INSTANCE)
+    rows = np.zeros(record.num_instances, dtype=INSTANCE)
     if not len(rows):
         return rows
     rows["number"] = np.arange(len(rows))
@@ -212,7 +212,7 @@ def _facts(
             {"width": width, "height": height, "images": number}
             for (height, width), number in sizes.most_common()
         ],
-        "instances_per_image": _spread(np.array([len(record.instances) for record in annotated])),
+        "instances_per_image": _spread(np.array([record.num_instances for record in annotated])),
         "vertices": _spread(instances["vertices"]),
         "area": _spread(instances["area"]),
         "short_side": {m: _spread(instances[f"short_{m}"], whole=False) for m in MODEL_SIDES},

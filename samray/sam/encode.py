@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def full_precision(config: Config) -> bool:
 
 def encode_missing(
     dataset: PreparedDataset,
-    views: Sequence[tuple[ImageRecord, int]],
+    views: Iterable[tuple[ImageRecord, int]],
     checkpoint: Place,
     cache_dir: Place,
     config: Config,

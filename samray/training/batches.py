@@ -4,6 +4,7 @@ The order of an epoch depends on (seed, epoch) only. Every worker computes the s
 image is dropped or repeated, and the number of workers does not change the result.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -61,7 +62,7 @@ class BatchLoader:
     def __init__(
         self,
         dataset: ImageFiles,
-        records: list[ImageRecord],
+        records: Sequence[ImageRecord],
         prompts: PromptConfig,
         seed: int,
         cache: EmbeddingCache | None,
@@ -175,7 +176,7 @@ class BatchLoader:
 
     def chosen(self, index: int, epoch: int) -> list[int]:
         """Return the instances of an image to train on in an epoch, in turn over the epochs."""
-        count = len(self.records[index].instances)
+        count = self.records[index].num_instances
         if self.max_objects is None or count <= self.max_objects:
             return list(range(count))
         order = np.random.default_rng([self.seed, index]).permutation(count)

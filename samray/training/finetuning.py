@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -152,19 +153,18 @@ def train_loader(
     )
 
 
-def cache_entries(config: Config, dataset: PreparedDataset) -> list[tuple[ImageRecord, int]]:
-    """Return what training reads of the cache: images, and the numbers of their views."""
-    train, val = dataset.split("train"), dataset.split("val")
-    numbers = range(config.train.cached_views)
-    return [(record, number) for record in train for number in numbers] + [(r, 0) for r in val]
+def cache_entries(config: Config, dataset: PreparedDataset) -> Iterator[tuple[ImageRecord, int]]:
+    """Yield what training reads of the cache: images, and the numbers of their views."""
+    for record in dataset.split("train"):
+        yield from ((record, number) for number in range(config.train.cached_views))
+    yield from ((record, 0) for record in dataset.split("val"))
 
 
 def instance_labels(config: Config, dataset: PreparedDataset) -> tuple[str, ...] | None:
     """Return the labels that the instance decoder learns, sorted; None if none is trained."""
     if not config.train.instances:
         return None
-    records = dataset.split("train")
-    return tuple(sorted({instance.label for record in records for instance in record.instances}))
+    return dataset.split("train").labels
 
 
 def finish_instances(
@@ -185,8 +185,8 @@ def finish_instances(
     model = load_instances(checkpoint, sam)
     if model is None or is_finished(checkpoint.path, model):  # None: the base is the best
         return
-    records = dataset.split("val")
-    records = [records[place] for place in evenly(len(records), MAX_IMAGES)]
+    val = dataset.split("val")
+    records = [val[place] for place in evenly(len(val), MAX_IMAGES)]
 
     def examples(decoder: InstanceDecoder) -> list[Example]:
         return [

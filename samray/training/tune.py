@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,7 @@ def sweep(config: Config) -> dict[str, Any]:
 
 
 def _sweep(
-    config: Config, dataset: PreparedDataset, records: list[ImageRecord], output: Place
+    config: Config, dataset: PreparedDataset, records: Sequence[ImageRecord], output: Place
 ) -> dict[str, Any]:
     space = search_space(config)
     num_trials = count_trials(config, space)
@@ -150,7 +151,7 @@ def _sweep(
 def _search(
     plan: "SweepPlan",
     dataset: PreparedDataset,
-    records: list[ImageRecord],
+    records: Sequence[ImageRecord],
     space: dict[str, Any],
     state: dict[str, Any],
     embeddings: dict[str, Any] | None,
@@ -259,7 +260,7 @@ def _start(config: Config, dataset: PreparedDataset, output: Place, num_trials: 
 
 
 def _encode(
-    plan: SweepPlan, dataset: PreparedDataset, records: list[ImageRecord]
+    plan: SweepPlan, dataset: PreparedDataset, records: Sequence[ImageRecord]
 ) -> EncodingReport:
     """Fill the cache that all trials and the final test share."""
     model = resolve_model(plan.config, plan.config.model.checkpoint != "none").model
