@@ -158,6 +158,10 @@ class ImageRecord:
 class _StoredRecord(ImageRecord):
     """An image of a dataset; its instances and ignored region are read when they are asked for."""
 
+    def __new__(cls, *stored: Any, **values: Any) -> ImageRecord:  # type: ignore[misc]
+        """`dataclasses.replace` gives values; with others than the dataset's it is not stored."""
+        return ImageRecord(**values) if values else super().__new__(cls)
+
     def __init__(self, dataset: "PreparedDataset", place: int) -> None:
         values = {"_dataset": dataset, "_place": place, **dataset.columns.light(place)}
         for name, value in values.items():

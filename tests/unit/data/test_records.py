@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,8 @@ def test_what_crosses_processes_needs_no_dataset(tmp_path, rows):
     assert type(copied) is ImageRecord
     assert copied.instances == record.instances
     assert copied.ignored == b"x"
+    changed = replace(record, ignored=b"y")
+    assert (changed.ignored, changed.instances, record.ignored) == (b"y", record.instances, b"x")
     again = pickle.loads(pickle.dumps(dataset))
     assert again.images["images/003.png"].instances == record.instances
     assert len(pickle.dumps(dataset)) < 5000
