@@ -44,6 +44,7 @@ FIGURES = {
     "put_s": 3500.0,  # requests a second that a prefix of a bucket takes, as AWS says
     "get_s": 5500.0,
     "dispatch_s": 0.001,  # of the driver for a task, see --check
+    "task_images": 64.0,  # of a task that encodes; 1 on CPUs
     "feed_s": 0.015,  # of a worker's CPU for an image of a batch
     "cores": 1e9,  # that compute; below the number of workers they share them
     # Prices in dollars, of no particular day.
@@ -84,7 +85,7 @@ def encode(figures: dict[str, float], images: int, gpus: int) -> Forecast:
         "copy of the shards to each node": read_mb / nodes / figures["node_mb_s"],
         "writes of a node": written_mb / nodes / figures["node_mb_s"],
         "PUTs of a prefix": images / figures["put_s"],
-        "the driver": images * figures["dispatch_s"],
+        "the driver": images / figures["task_images"] * figures["dispatch_s"],
     }
     return _slowest(parts, images, gets, read_mb, written_mb)
 
@@ -156,6 +157,7 @@ def check(processes: list[int], images: int) -> None:
     figures = FIGURES | {
         "cores": cores,
         "dispatch_s": first["dispatch_s"],
+        "task_images": 1.0,
         "encode_s": first["encode_s"] * working / first["encoded"],
         "step_s": first["epoch_s"] * working / first["trained"],
         "batch": BATCH,
