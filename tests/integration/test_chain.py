@@ -364,7 +364,7 @@ def five_epochs(prepared, run, start, *more):
     """Words for a run with cached activations of two stages."""
     return [
         "--data-dir", prepared, "--output-dir", run, "--checkpoint", start, "--num-epochs", "5",
-        *SMALL, "scaling.cpus_per_worker=1", "model.adapt_blocks=2", *more,
+        *SMALL, "scaling.cpus_per_worker=1", "model.adapt_blocks=2", "train.instances=false", *more,
     ]  # fmt: skip
 
 
@@ -451,8 +451,12 @@ def test_workers_that_join_and_die_change_no_result(
     assert "samray: 3 workers instead of 1\n" in err
     assert re.search(r"samray: .*; the workers go on from epoch \d, step \d+\n", err)
     one, two = state_of(whole_run), state_of(run)
-    assert [start["num_workers"] for start in two["starts"]] == [1, 3, 3]
-    assert 0 < two["starts"][1]["step"] <= two["starts"][2]["step"] < one["epochs"][-1]["step"]
+    # After the kill fewer may start at first, until Ray has missed the worker that died.
+    assert [start["num_workers"] for start in two["starts"]][:2] == [1, 3]
+    steps = [start["step"] for start in two["starts"]]
+    assert len(steps) >= 3
+    assert steps == sorted(steps)
+    assert 0 < steps[1] <= steps[-1] < one["epochs"][-1]["step"]
     assert [epoch["step"] for epoch in two["epochs"]] == [epoch["step"] for epoch in one["epochs"]]
     for epoch, expected in zip(two["epochs"], one["epochs"], strict=True):
         assert epoch["loss"] == pytest.approx(expected["loss"], abs=1e-4)

@@ -866,14 +866,13 @@ def test_contents_of_labelme_files_other_than_polygons(tmp_path):
     region = filled([shape("__ignore__", far)], (60, 80))
     np.testing.assert_array_equal(dataset.images["a.png"].decode_ignored(), region)
     assert dataset.images["B.PNG"].decode_ignored() is None
+    instances = {name: record.instances for name, record in dataset.images.items()}
     # A dataset of an earlier samray has no such column, and counts the shape as filtered.
     shard = tmp_path / "prepared" / manifest["shards"][0]
     pq.write_table(pq.read_table(shard).drop_columns("ignored"), shard)
-    again = PreparedDataset(tmp_path / "prepared").images
-    assert {name: record.instances for name, record in again.items()} == {
-        name: record.instances for name, record in dataset.images.items()
-    }
-    assert not any(record.ignored for record in again.values())
+    dataset = PreparedDataset(tmp_path / "prepared")
+    assert {name: record.instances for name, record in dataset.images.items()} == instances
+    assert not any(record.ignored for record in dataset.images.values())
     earlier = manifest | {"filtered": {"__ignore__": 1}}
     (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(earlier))
     with pytest.raises(ConfigError, match="by another samray; choose another folder"):

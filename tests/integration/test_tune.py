@@ -218,7 +218,7 @@ def test_a_sweep_interrupted_and_then_killed_is_resumed(own_prepared, tmp_path, 
     output, log, num_trials = tmp_path / "sweep", tmp_path / "log", 3
     words = ["--data-dir", str(own_prepared), "--output-dir", str(output)]
     words += ["--num-trials", str(num_trials), "tune.scheduler=none", "--num-epochs", "3"]
-    words += ["model.adapt=none"]
+    words += ["model.adapt=none", "train.instances=false"]
     process = start_sweep(words, log)
     wait_for(lambda: list(output.glob("trials/*/run.json")), process, log)
     os.killpg(process.pid, signal.SIGINT)
