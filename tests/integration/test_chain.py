@@ -464,7 +464,9 @@ def test_workers_that_join_and_die_change_no_result(
     assert curves[0] == curves[1]
     before, after = (load_checkpoint(folder / "latest").weights for folder in (whole_run, run))
     for name, value in before.items():
-        assert float((value - after[name]).abs().max()) < 1e-4, name
+        # Softmax ignores what is added to all keys: such a bias learns from rounding errors alone.
+        if not name.endswith("k_proj.bias"):
+            assert float((value - after[name]).abs().max()) < 1e-4, name
 
 
 def wait_for_starts(run, number, training):
