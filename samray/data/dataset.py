@@ -158,6 +158,9 @@ class ImageRecord:
 class _StoredRecord(ImageRecord):
     """An image of a dataset; its instances and ignored region are read when they are asked for."""
 
+    _dataset: "PreparedDataset"
+    _place: int
+
     def __new__(cls, *stored: Any, **values: Any) -> ImageRecord:  # type: ignore[misc]
         """`dataclasses.replace` gives values; with others than the dataset's it is not stored."""
         return ImageRecord(**values) if values else super().__new__(cls)
@@ -169,19 +172,15 @@ class _StoredRecord(ImageRecord):
 
     @property
     def instances(self) -> tuple[Instance, ...]:
-        heavy: tuple[tuple[Instance, ...], bytes | None]
-        heavy = self._dataset.heavy(self._place, self)  # type: ignore[attr-defined]
-        return heavy[0]
+        return self._dataset.heavy(self._place, self)[0]
 
     @property
     def ignored(self) -> bytes | None:
-        heavy: tuple[tuple[Instance, ...], bytes | None]
-        heavy = self._dataset.heavy(self._place, self)  # type: ignore[attr-defined]
-        return heavy[1]
+        return self._dataset.heavy(self._place, self)[1]
 
     @property
     def num_instances(self) -> int:
-        return int(self._dataset.columns.counts[self._place])  # type: ignore[attr-defined]
+        return int(self._dataset.columns.counts[self._place])
 
     def __reduce__(self) -> tuple[type[ImageRecord], tuple[Any, ...]]:
         """Support pickling, as an image that needs no dataset."""
