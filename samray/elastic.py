@@ -113,8 +113,8 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
             ) from exc
 
     def _create_default_callbacks(self) -> list[Any]:
-        # The cleaner looks for the controller in the Ray that was started last on this machine,
-        # and where that is another one, it ends our workers.
+        # The cleaner looks for the controller in the Ray that was started last on this machine:
+        # where that is another one, it would end our workers.
         made = super()._create_default_callbacks()
         return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
