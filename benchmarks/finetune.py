@@ -1,12 +1,14 @@
-"""A frozen fine-tune of a ViT-B on a CPU beside the usual scripts, which encode in every step.
+"""Fine-tuning a ViT-B on a CPU beside the usual scripts, which encode in every step.
 
-    python benchmarks/finetune.py [--steps N] [--ways samray script transformers]
+    python benchmarks/finetune.py [--steps N] [--ways samray script transformers lora peft]
 
 Processor time of the parts, ways in turn in one process, on one random picture with a box for each
-step: `script` is a loop around segment_anything, `transformers` Hugging Face's as its notebook
-tunes SAM (vision and prompt encoder frozen, one box, one mask). From the medians: seconds
-of EPOCHS epochs an image, when each epoch trains on one object of it, and on OBJECTS. Random
-weights. The last line is JSON. `transformers` must be installed for its way.
+step. Frozen image encoder: `samray`; `script`, a loop around segment_anything; `transformers`,
+Hugging Face's SAM as its notebook tunes it (vision and prompt encoder frozen, one box, one mask).
+LoRA: `lora`, samray's default, in the last blocks on cached activations; `peft`, the library's, in
+all blocks of Hugging Face's SAM, with the mask decoder trained. From the medians: seconds of EPOCHS
+epochs an image, when each epoch trains on one object of it, and on OBJECTS. Random weights. The
+last line is JSON. `transformers` and `peft` must be installed for their ways.
 """
 
 import argparse
@@ -16,22 +18,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from segment_anything import sam_model_registry
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from samray.config import load_config, resolve_model, with_learning_rate
+from samray.sam.adapt import prefix
 from samray.sam.decode import PromptGroup
-from samray.sam.embeddings import encode_image
 from samray.sam.model import build_model
 from samray.training.loop import Worker, prompted_sam, train_step
 from samray.training.optimizer import Optimizer
 from samray.training.step import Batch
 
 EPOCHS, OBJECTS, SIDE, CELLS = 10, 8, 1024, 256
-WORDS = ["model.type=vit_b", "model.adapt=none"]
 
 
 def main() -> None:
@@ -40,11 +40,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", default=["samray", "script", "transformers"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:3])
     arguments = parser.parse_args()
     parts: dict[str, Callable[[], Any]] = {}
     for way in arguments.ways:
-        parts |= {"samray": samray, "script": script, "transformers": transformers}[way]()
+        parts |= {f"{way}, {part}": work for part, work in WAYS[way]().items()}
     taken: dict[str, list[float]] = {part: [] for part in parts}
     for _ in range(arguments.steps):
         for part, work in parts.items():
@@ -55,37 +55,47 @@ def main() -> None:
     seconds = {part: statistics.median(times) for part, times in taken.items()}
     figures: dict[str, Any] = {part: round(value, 2) for part, value in seconds.items()}
     for way in arguments.ways:
-        if way == "samray":
-            one = seconds["encode"] + EPOCHS * seconds["step, 1 object"]
-            several = seconds["encode"] + EPOCHS * seconds[f"step, {OBJECTS} objects"]
-        else:
-            one = EPOCHS * seconds[f"{way} step"]
-            several = OBJECTS * one
+        once = seconds.get(f"{way}, encode once", 0.0)
+        one = once + EPOCHS * seconds[f"{way}, step"]
+        several = OBJECTS * one
+        if once:
+            several = once + EPOCHS * seconds[f"{way}, step of {OBJECTS} objects"]
         figures[f"{way}: {EPOCHS} epochs, 1 and {OBJECTS} objects"] = round(one), round(several)
     print(json.dumps(figures))
 
 
 def samray() -> dict[str, Callable[[], Any]]:
     """Encode once; then steps on the embedding."""
-    config = with_learning_rate(resolve_model(load_config(overrides=WORDS), weights_given=True))
+    return _parts(["model.type=vit_b", "model.adapt=none"], torch.randn(1, 256, 64, 64))
+
+
+def lora() -> dict[str, Callable[[], Any]]:
+    """Compute the frozen blocks once; then steps through the others, with adapters."""
+    return _parts(["model.type=vit_b"], torch.randn(1, 64, 64, 768))
+
+
+def _parts(words: list[str], encoded: Tensor) -> dict[str, Callable[[], Any]]:
+    config = with_learning_rate(resolve_model(load_config(overrides=words), weights_given=True))
     sam: Any = build_model("vit_b")
-    picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     module = prompted_sam(config, sam)
     device = torch.device("cpu")
     optimizer, worker = Optimizer(sam, config.train, device), Worker(0, 1, device)
+
+    @torch.inference_mode()
+    def encode() -> None:
+        prefix(sam.image_encoder, torch.randn(1, 3, SIDE, SIDE), module.num_frozen)
 
     def step(count: int) -> None:
         index = torch.zeros(count, dtype=torch.int64)
         group = PromptGroup(index, boxes=boxes(count))
         targets = [torch.rand(count, 1, CELLS, CELLS).round()]
-        embedding = torch.randn(1, 256, 64, 64)
-        batch = Batch(None, embedding, [group], targets, torch.ones(1, 1, CELLS, CELLS))
+        batch = Batch(None, encoded, [group], targets, torch.ones(1, 1, CELLS, CELLS))
         train_step(module, optimizer, [batch], count, worker)
 
     return {
-        "encode": lambda: encode_image(sam, picture),
-        "step, 1 object": lambda: step(1),
-        f"step, {OBJECTS} objects": lambda: step(OBJECTS),
+        "encode once": encode,
+        "step": lambda: step(1),
+        f"step of {OBJECTS} objects": lambda: step(OBJECTS),
     }
 
 
@@ -103,7 +113,7 @@ def script() -> dict[str, Callable[[], Any]]:
         masks, _ = sam.mask_decoder(embedding, positions, sparse, dense, multimask_output=False)
         learn(masks, optimizer)
 
-    return {"script step": step}
+    return {"step": step}
 
 
 def transformers() -> dict[str, Callable[[], Any]]:
@@ -114,14 +124,30 @@ def transformers() -> dict[str, Callable[[], Any]]:
     for name, parameter in model.named_parameters():
         if name.startswith(("vision_encoder", "prompt_encoder")):
             parameter.requires_grad_(False)
-    optimizer = torch.optim.Adam(model.mask_decoder.parameters(), lr=1e-5)
+    return {"step": _hugging_face_step(model)}
+
+
+def peft() -> dict[str, Callable[[], Any]]:
+    """Hugging Face's SAM with adapters in all blocks of its image encoder."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import SamConfig, SamModel
+
+    rank = load_config().model.lora_rank
+    model = get_peft_model(SamModel(SamConfig()), LoraConfig(r=rank, target_modules=["qkv"]))
+    model.base_model.model.mask_decoder.requires_grad_(True)
+    return {"step": _hugging_face_step(model)}
+
+
+def _hugging_face_step(model: torch.nn.Module) -> Callable[[], None]:
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=1e-5)
     pixels = torch.randn(1, 3, SIDE, SIDE)
 
     def step() -> None:
         found = model(pixel_values=pixels, input_boxes=boxes(1)[None], multimask_output=False)
         learn(found.pred_masks.flatten(0, 1), optimizer)
 
-    return {"transformers step": step}
+    return step
 
 
 def learn(masks: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -138,6 +164,15 @@ def boxes(count: int) -> Tensor:
     """P x 4, XYXY."""
     corners = torch.rand(count, 2) * (SIDE / 2)
     return torch.cat([corners, corners + SIDE / 4], dim=1)
+
+
+WAYS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
+    "samray": samray,
+    "script": script,
+    "transformers": transformers,
+    "lora": lora,
+    "peft": peft,
+}
 
 
 if __name__ == "__main__":

@@ -185,6 +185,9 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
             config, run, open_source, worker, tracker.report, labels=labels, wanted=elastic.wanted
         )
     if worker.rank == 0 and config.train.instances:
+        if dist.is_initialized():  # the other workers of this node have ended
+            threads = arguments["threads"] * ray.train.get_context().get_local_world_size()
+            torch.set_num_threads(min(threads, os.cpu_count() or 1))
         finish_instances(config, RunFolder(run.path), dataset, cache, worker.device)
 
 
