@@ -2,9 +2,10 @@
 
     python benchmarks/large.py --run RUN --image IMAGE [--sides 256 1024 4096 10000] [--tile 512]
 
-The picture is the image, mirrored and repeated to the size. Ways: `whole`, the run's instance
-decoder on the picture as it is; `windows`, through windows of --tile pixels; `grid`, SAM's mask
-generator. Each measurement has a process of its own. One JSON line each.
+The picture is the image, mirrored and repeated to the size. Ways: `watershed` and `prompts`, on the
+maps of the run's instance decoder of the picture as it is; `windows` and `prompts-windows`, the
+same through windows of --tile pixels; `grid`, SAM's mask generator. Each measurement has a process
+of its own. One JSON line each.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from samray.instances.saved import load_instances
 from samray.prediction.segmentation import find_everything, find_instances, generator_settings
 from samray.sam.checkpoint import find_checkpoint, load_checkpoint
 
-WAYS = ("whole", "windows", "grid")
+WAYS = ("watershed", "windows", "prompts", "prompts-windows", "grid")
 
 
 def main() -> None:
@@ -57,15 +60,17 @@ def measure(run: Path, path: Path, side: int, way: str, tile: int) -> None:
     sam = checkpoint.model()
     model = load_instances(checkpoint, sam)
     assert model is not None
+    kind: Literal["watershed", "both"] = "both" if way.startswith("prompts") else "watershed"
+    used = replace(model, way=replace(model.way, kind=kind))
     image = decode_image(path.read_bytes())
     grown = [(0, max(0, side - length)) for length in image.shape[:2]]
     picture = np.pad(image, [*grown, (0, 0)], mode="symmetric")[:side, :side]
-    find_instances(sam, model, picture[:256, :256])  # warm up
+    find_instances(sam, used, picture[:256, :256])  # warm up
     before, started = peak(), time.perf_counter()
     if way == "grid":
         found = find_everything(sam, picture, generator_settings(PredictConfig(), "tiny"))
     else:
-        found = find_instances(sam, model, picture, tile if way == "windows" else None)
+        found = find_instances(sam, used, picture, tile if way.endswith("windows") else None)
     line = {
         **{"way": way, "side": side, "objects": len(found)},
         **{"seconds": round(time.perf_counter() - started, 2)},
