@@ -265,6 +265,8 @@ STAGES: dict[str, Stage] = {
         options={
             "--data-dir DIR": "tune.data_dir",
             "--output-dir DIR": "tune.output_dir",
+            "--model-type": "model.type",
+            "--checkpoint FILE|RUN|none": "model.checkpoint",
             "--num-trials N": "tune.num_trials",
             "--num-epochs N": "train.num_epochs",
             "--device": "scaling.device",

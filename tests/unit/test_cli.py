@@ -110,8 +110,10 @@ LINES = [
     ("benchmark --model-type vit_b --device cpu --num-images 5 --storage s3://b/p --output b.json",
      {"model.type": "vit_b", "scaling.device": "cpu", "benchmark.num_images": 5,
       "benchmark.storage": "s3://b/p", "benchmark.output": "b.json"}),
-    ("tune --data-dir p --output-dir s --num-trials 24 --num-epochs 3 --device cpu tune.seed=1",
-     {"tune.data_dir": "p", "tune.output_dir": "s", "tune.num_trials": 24, "train.num_epochs": 3,
+    ("tune --data-dir p --output-dir s --model-type vit_b --checkpoint none --num-trials 24 "
+     "--num-epochs 3 --device cpu tune.seed=1",
+     {"tune.data_dir": "p", "tune.output_dir": "s", "model.type": "vit_b",
+      "model.checkpoint": "none", "tune.num_trials": 24, "train.num_epochs": 3,
       "scaling.device": "cpu", "tune.seed": 1}),
     ("promote sweep --name nuts --store s3://bucket/models --data-dir p --force",
      {"promote.checkpoint": "sweep", "promote.name": "nuts", "promote.store": "s3://bucket/models",
