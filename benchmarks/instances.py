@@ -212,11 +212,11 @@ class UNet(nn.Module):
 
 
 def double(channels_in: int, channels: int) -> nn.Sequential:
-    """Two convolutions of 3 x 3."""
+    """Two convolutions of 3 x 3; GroupNorm, as batches of two are too small for BatchNorm."""
     layers: list[nn.Module] = []
     for number in (channels_in, channels):
         layers += [nn.Conv2d(number, channels, 3, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        layers += [nn.GroupNorm(8, channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
