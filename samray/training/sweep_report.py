@@ -55,13 +55,20 @@ def _explained(names: list[str], scores: np.ndarray) -> float:
     return max(0.0, 1 - (within / (len(scores) - len(groups))) / (total / (len(scores) - 1)))
 
 
+def _place(trial: dict[str, Any]) -> tuple[float, float]:
+    """Trials in the order of what they are worth, those without a score last."""
+    if trial["score"] is None:
+        return np.inf, np.inf
+    return -trial["kept_score"], -trial["score"]
+
+
 def write_report(state: dict[str, Any]) -> str:
     """Return the HTML page of a sweep.
 
     Args:
         state: the content of sweep.json.
     """
-    trials = sorted(state["trials"], key=lambda t: (t["score"] is None, -(t["score"] or 0)))
+    trials = sorted(state["trials"], key=_place)
     by_strategy: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for trial in trials:
         settings = trial["settings"]

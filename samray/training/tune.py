@@ -466,6 +466,8 @@ def _row(plan: SweepPlan, result: Any) -> dict[str, Any]:
         "reason": _reason(result.error) if result.error else None,
         "epochs": 0,
         "score": None,
+        "kept": None,
+        "kept_score": None,
         "scores": {},
         "seconds": 0.0,
         "startup_seconds": metrics.get("startup_seconds"),
@@ -480,6 +482,8 @@ def _row(plan: SweepPlan, result: Any) -> dict[str, Any]:
         row |= {
             "epochs": len(epochs),
             "score": best[metric],
+            "kept": run.state["best"],
+            "kept_score": _kept_score(run, metric),
             "scores": {key: best[f"val_iou_{key}"] for key in MATRIX},
             "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
             "curve": [epoch[metric] for epoch in epochs],
@@ -492,6 +496,18 @@ def _row(plan: SweepPlan, result: Any) -> dict[str, Any]:
     if run.state["status"] != row["status"]:
         run.update(status=row["status"])
     return row
+
+
+def _kept_score(run: RunFolder, metric: str) -> float:
+    """The metric of a run's best checkpoint, which need not be that of its highest epoch.
+
+    An epoch that loses on a kind of prompt is no best checkpoint. Where none is, the base is kept,
+    without the instance decoder.
+    """
+    kept = str(run.state["best"]).rpartition("epoch_")[2]
+    if kept.isdigit():
+        return float(run.state["epochs"][int(kept) - 1][metric])
+    return 0.0 if metric == "val_msa" else float((run.state["base_metrics"] or {}).get(metric, 0.0))
 
 
 def _reason(error: BaseException) -> str:
@@ -511,7 +527,7 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
     if not scored:
         reasons = sorted({str(trial["reason"]) for trial in trials})
         raise SweepError(f"no trial of {len(trials)} came to an end: {'; '.join(reasons)}")
-    best = max(scored, key=lambda trial: trial["score"])
+    best = max(scored, key=lambda trial: (trial["kept_score"], trial["score"]))
     return {
         "best": best["run"],
         "best_settings": best["settings"],

@@ -75,7 +75,14 @@ def test_a_crashed_trial_is_reported_and_the_others_finish(swept):
         config = load_config(output / by_rate[rate]["run"] / "config.yaml")
         assert config.train.learning_rate == rate
         assert config.prompts.mixture.bbox == by_rate[rate]["settings"]["prompts.mixture.bbox"]
-    best = max((t for t in state["trials"] if t["score"] is not None), key=lambda t: t["score"])
+        kept = (
+            run["base_metrics"]
+            if run["best"] == "base"
+            else run["epochs"][int(run["best"][-4:]) - 1]
+        )
+        assert by_rate[rate]["kept_score"] == kept["val_iou"]
+    scored = [trial for trial in state["trials"] if trial["kept"]]
+    best = max(scored, key=lambda trial: (trial["kept_score"], trial["score"]))
     assert state["best"] == best["run"]
 
 
