@@ -233,7 +233,8 @@ def nearest_overlaps(rles: list[bytes], size: tuple[int, int]) -> tuple[np.ndarr
 def crop_mask(mask: np.ndarray) -> CroppedMask:
     """Crop an H x W bool mask tightly; an empty one becomes 0 x 0 pixels at (0, 0)."""
     x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
-    return CroppedMask(mask[y : y + height, x : x + width], (x, y))
+    pixels = mask[y : y + height, x : x + width].copy()  # a view would keep the whole mask
+    return CroppedMask(pixels, (x, y))
 
 
 def enlarge_mask(

@@ -19,6 +19,7 @@ from samray.data.labelme import labelme_document, mask_to_shapes, read_annotatio
 from samray.errors import AnnotationError
 from samray.geometry.masks import (
     CroppedMask,
+    crop_mask,
     decode_crop,
     decode_rle,
     encode_rle,
@@ -500,3 +501,14 @@ def test_ragged_masks_round_trip_nearly() -> None:
 
 def test_empty_mask_has_no_shapes() -> None:
     assert mask_to_shapes(np.zeros((5, 5), bool), "cat") == []
+
+
+def test_a_cropped_mask_does_not_keep_the_whole_one() -> None:
+    """Hundreds of small objects of a large picture are kept at once."""
+    mask = np.zeros((4000, 4000), bool)
+    mask[10:13, 20:24] = True
+    cropped = crop_mask(mask)
+    assert cropped.origin == (20, 10)
+    assert cropped.pixels.shape == (3, 4)
+    assert cropped.pixels.all()
+    assert not np.shares_memory(cropped.pixels, mask)
