@@ -173,7 +173,7 @@ def run_tune(config: Config) -> None:
             print(f"  failed {trial['trial_id']}: {trial['reason']}")
     chosen = " ".join(f"{key}={value}" for key, value in state["best_settings"].items())
     print(f"best: {state['best']} ({chosen})")
-    if next(t for t in state["trials"] if t["run"] == state["best"])["kept"] == "base":
+    if next(t for t in state["trials"] if t["run"] == state["best"]).get("kept") == "base":
         print("note: its best checkpoint is the base: no epoch beat it without losing on a prompt")
     base, best = state["test"]["base"], state["test"]["best"]
     print("test mIoU     base    best   change")
