@@ -256,6 +256,7 @@ def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
         assert torch.equal(stored[name], value)
 
 
+@pytest.mark.slow
 def test_a_relative_data_dir_is_saved_as_an_absolute_one(
     tuned_run, prepared, tmp_path, run_cli, monkeypatch
 ):

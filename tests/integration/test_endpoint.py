@@ -885,6 +885,7 @@ def test_strangers_are_not_served_without_a_token(monkeypatch):
         serve_here(ServeConfig(host="0.0.0.0", port=free_port()))
 
 
+@pytest.mark.slow
 def test_requests_made_from_the_openapi_document(url, tmp_path):
     """No status or body that the document does not promise, whatever is sent."""
     document = tmp_path / "openapi.json"

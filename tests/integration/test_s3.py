@@ -119,6 +119,7 @@ def test_all_stages_in_s3(done, data, bucket, prepared):
     assert document["shapes"]
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_prepare(samray, data, bucket, prepared, s3_server):
     folder = resolve(f"{bucket}/prepared", "x")
     words = ["prepare", "--data-dir", data, "--output-dir", folder, "prepare.images_per_shard=1"]
@@ -144,6 +145,7 @@ def test_a_server_killed_in_the_middle_of_prepare(samray, data, bucket, prepared
     assert sorted(rows, key=lambda r: r["name"]) == sorted(expected, key=lambda r: r["name"])
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_ends_prepare_with_one_line(samray, data, bucket, s3_server):
     folder = resolve(f"{bucket}/prepared", "x")
     words = ["prepare", "--data-dir", data, "--output-dir", folder, "prepare.images_per_shard=1"]

@@ -8,6 +8,7 @@ from serving import serving
 from samray.config import ServeConfig
 
 
+@pytest.mark.slow
 def test_strangers_are_refused_where_a_cluster_listens_without_a_token(ray_cluster, monkeypatch):
     """`serve deploy` opens the port by itself, so each request is looked at as well."""
     monkeypatch.delenv("SAMRAY_TOKEN", raising=False)

@@ -70,6 +70,7 @@ def test_points_lie_in_their_region_and_boxes_around_it(source):
                 assert ((given - height).abs() <= 0.7 * height + 8).all()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_equals_an_undisturbed_one(tmp_path):
     whole = pretrain(config_of(tmp_path / "whole", "train.num_epochs=2"))
     assert whole["status"] == "finished"
