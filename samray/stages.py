@@ -132,14 +132,15 @@ def _gib(size: int) -> str:
 
 
 def _best_epoch(state: dict[str, Any]) -> str:
-    base, epochs = state.get("base_metrics") or {}, state["epochs"]
-    if state["best"] == "base":
+    from samray.sam.checkpoint import best_epoch
+
+    base, epochs, number = state.get("base_metrics") or {}, state["epochs"], best_epoch(state)
+    if number is None:
         return (
             f"the base, val_iou {base['val_iou']:.3f}: no epoch was better without losing on a "
             "kind of prompt; try more images, more epochs or another learning rate (--lr)"
         )
-    number = int(state["best"].rpartition("_")[2])
-    iou = next(epoch["val_iou"] for epoch in epochs if epoch["epoch"] == number)
+    iou = epochs[number - 1]["val_iou"]
     before = f" ({base['val_iou']:.3f} before)" if base else ""
     higher = sum(epoch["val_iou"] > iou for epoch in epochs)
     reason = f"; {higher} with a higher mean lost on a kind of prompt" if higher else ""

@@ -274,8 +274,7 @@ class RunFolder:
     @property
     def epochs_without_best(self) -> int:
         """Number of epochs since the best one, or since the base where it is the best."""
-        best = str(self.state["best"] or "").rpartition("epoch_")[2]
-        return len(self.state["epochs"]) - (int(best) if best.isdigit() else 0)
+        return len(self.state["epochs"]) - (best_epoch(self.state) or 0)
 
     def update(self, **changes: Any) -> None:
         """Change entries of run.json, in one write."""
@@ -337,6 +336,12 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.state[name], target_is_directory=True)
             os.replace(temporary, self.path / name)
+
+
+def best_epoch(state: Mapping[str, Any]) -> int | None:
+    """Number of the best epoch by run.json, from 1; None if that is the base, or before epoch 1."""
+    number = str(state["best"]).rpartition("epoch_")[2]
+    return int(number) if number.isdigit() else None
 
 
 def _beats(metrics: dict[str, Any], base: dict[str, Any]) -> bool:

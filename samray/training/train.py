@@ -306,6 +306,7 @@ def _train(
     try:
         trainer.fit()
     except KeyboardInterrupt:
+        print("interrupted: stopping the workers", file=sys.stderr, flush=True)  # takes seconds
         trainer.abort()
         raise
     finally:

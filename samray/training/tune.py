@@ -42,7 +42,7 @@ from samray.evaluation.evaluate import score_models
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import summary
 from samray.sam.adapt import num_frozen_blocks
-from samray.sam.checkpoint import RunFolder, find_checkpoint, save_checkpoint
+from samray.sam.checkpoint import RunFolder, best_epoch, find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder
 from samray.sam.encode import EncodingReport, encode_missing
 from samray.storage import (
@@ -504,9 +504,8 @@ def _kept_score(run: RunFolder, metric: str) -> float:
     An epoch that loses on a kind of prompt is no best checkpoint. Where none is, the base is kept,
     without the instance decoder.
     """
-    kept = str(run.state["best"]).rpartition("epoch_")[2]
-    if kept.isdigit():
-        return float(run.state["epochs"][int(kept) - 1][metric])
+    if number := best_epoch(run.state):
+        return float(run.state["epochs"][number - 1][metric])
     return 0.0 if metric == "val_msa" else float((run.state["base_metrics"] or {}).get(metric, 0.0))
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from samray import cli
+from samray import __version__, cli
 from samray.config import Config, setting
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +51,12 @@ def test_every_option_is_a_setting():
     for entry in cli.STAGES.values():
         if entry.positional:
             assert setting(entry.positional[1]).description
+
+
+def test_python_m_samray_is_the_command():
+    command = [sys.executable, "-m", "samray", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown == f"samray {__version__}\n"
 
 
 @pytest.mark.parametrize("stage", cli.STAGES)
