@@ -340,7 +340,21 @@ def run_predict(config: Config) -> None:
     print(f"{summary['skipped']} skipped, {len(summary['rejected'])} rejected")
     output = config.predict.output_dir
     _print_rejected(summary["rejected"], f"{output}/predictions.json")
+    if advice := _nothing_found(summary):
+        print(advice)
     print(f"results: {output}/predictions.json")
+
+
+def _nothing_found(summary: dict[str, Any]) -> str | None:
+    """What to do where the grid's thresholds, which suit SAM as it ships, dropped all masks."""
+    used = summary["settings"]
+    if summary["objects"] or used["prompts"] or "pred_iou_thresh" not in used:
+        return None
+    return (
+        "no objects: the grid of points dropped all masks; lower predict.pred_iou_thresh "
+        f"({used['pred_iou_thresh']}) and predict.stability_score_thresh "
+        f"({used['stability_score_thresh']}), or train an instance decoder (train.instances)"
+    )
 
 
 def _print_rejected(rejected: list[dict[str, Any]], listed_in: str) -> None:

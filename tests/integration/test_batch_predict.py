@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from samray.prediction import batch
 from samray.sam.checkpoint import save_checkpoint
 from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
+from samray.stages import _nothing_found
 
 
 @pytest.fixture
@@ -289,6 +291,23 @@ def test_an_image_of_one_colour_gives_whole_outputs(given, request, tmp_path):
     assert outcome["reason"] is None
     assert len(table) == outcome["objects"] == len(document["samray"]["masks"])
     assert (tmp_path / "out/a_labels.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("objects", "prompts", "generator", "said"),
+    [
+        (0, None, {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95}, True),
+        (3, None, {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95}, False),
+        (0, "prompts.json", {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95}, False),
+        (0, None, {"instance_decoder": "d", "way": {}, "tile": None}, False),
+    ],
+)
+def test_where_the_grid_drops_all_masks_its_thresholds_are_named(objects, prompts, generator, said):
+    summary = {"objects": objects, "settings": {"label": None, "prompts": prompts, **generator}}
+    advice = _nothing_found(summary)
+    assert (advice is not None) == said
+    if advice:
+        assert re.search(r"lower predict\.pred_iou_thresh \(0\.88\) and .* \(0\.95\)", advice)
 
 
 def test_where_nothing_is_found_the_outputs_are_empty_and_done(finder, tmp_path):
