@@ -2,13 +2,15 @@
 
 Windows overlap, and each is segmented alone. At the seams:
 
-- an object that another window shows whole, and this one cut off, is that window's;
-- two parts that agree where both windows look are one object, however many windows it crosses.
+- an object that several windows show whole is that window's in which it lies deepest, because a
+  decoder sees least near a border;
+- two parts that agree where both windows look are one object, however many windows it crosses;
+- of two objects of different windows, one mostly inside the other, the deeper is kept.
 
 Only masks are kept of a window, so memory grows with the objects and not with the pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,14 +20,21 @@ from samray.geometry.tiles import Window, tile_windows
 from samray.instances.segment import FoundObject
 
 MIN_AGREEMENT = 0.5  # IoU of two parts of one object in the region that both windows show
+MAX_COVERED = 0.5  # share of an object's pixels that an object of another window may have, too
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one window shows of an object, in the picture's frame."""
+    """What windows show of an object, in the picture's frame.
+
+    Attributes:
+        windows: numbers of the windows, more than one where parts were put together.
+        depth: the largest of the parts, see `_depths`.
+    """
 
     found: FoundObject
-    window: Window
+    windows: frozenset[int]
+    depth: float
 
 
 def find_in_windows(
@@ -44,44 +53,38 @@ def find_in_windows(
     """
     windows = tile_windows(size, tile, overlap)
     parts: list[_Part] = []
-    for window in windows:
+    for number, window in enumerate(windows):
         for found in find(window):
             x, y = found.mask.origin
             mask = CroppedMask(found.mask.pixels, (x + window.x, y + window.y))
-            moved = _Part(replace(found, mask=mask), window)
-            if not _whole_elsewhere(moved, windows, size):
-                parts.append(moved)
-    return sorted(_joined(parts), key=lambda one: -one.score)
+            depths = _depths(mask, windows, size)
+            # The first of equals; what all windows cut off is put together from its parts.
+            if depths.max() == 0 or depths.argmax() == number:
+                moved = replace(found, mask=mask)
+                parts.append(_Part(moved, frozenset([number]), float(depths[number])))
+    objects = _deepest(_joined(parts, windows))
+    return sorted(objects, key=lambda one: -one.score)
 
 
-def _whole_elsewhere(part: _Part, windows: Sequence[Window], size: tuple[int, int]) -> bool:
-    """Whether a window cuts the object off, and another one contains what is seen of it whole."""
-    if not _is_cut(part.found.mask, part.window, size):
-        return False
-    x1, y1, x2, y2 = _box(part.found.mask)
-    return any(
-        window != part.window
-        and window.x <= x1
-        and window.y <= y1
-        and x2 <= window.x + window.width
-        and y2 <= window.y + window.height
-        and not _is_cut(part.found.mask, window, size)
-        for window in windows
-    )
+def _depths(mask: CroppedMask, windows: Sequence[Window], size: tuple[int, int]) -> np.ndarray:
+    """How many pixels lie between a mask and the nearest border of each window.
 
+    0 of a mask that reaches to the border or beyond. A border of a window that is one of the
+    picture does not count: without any other, the depth is infinite.
 
-def _is_cut(mask: CroppedMask, window: Window, size: tuple[int, int]) -> bool:
-    """Whether a mask reaches a border of its window that is none of the picture."""
+    Returns:
+        One float64 a window.
+    """
     x1, y1, x2, y2 = _box(mask)
-    return (
-        (x1 <= window.x and window.x > 0)
-        or (y1 <= window.y and window.y > 0)
-        or (x2 >= window.x + window.width and window.x + window.width < size[1])
-        or (y2 >= window.y + window.height and window.y + window.height < size[0])
-    )
+    left, top, width, height = np.array([(w.x, w.y, w.width, w.height) for w in windows]).T
+    right, bottom = left + width, top + height
+    distances = np.stack([x1 - left, y1 - top, right - x2, bottom - y2])
+    inner = np.stack([left > 0, top > 0, right < size[1], bottom < size[0]])
+    depths: np.ndarray = np.where(inner, distances, np.inf).min(axis=0)
+    return np.where(distances.min(axis=0) < 0, 0, depths)
 
 
-def _joined(parts: Sequence[_Part]) -> list[FoundObject]:
+def _joined(parts: Sequence[_Part], windows: Sequence[Window]) -> list[_Part]:
     """Put the parts of each object together."""
     group = list(range(len(parts)))
 
@@ -90,36 +93,71 @@ def _joined(parts: Sequence[_Part]) -> list[FoundObject]:
             place = group[place]
         return place
 
+    for place, other in _crossing(parts):
+        if _agree(parts[place], parts[other], windows):
+            group[root(other)] = root(place)
+    groups: dict[int, list[_Part]] = {}
+    for place, part in enumerate(parts):
+        groups.setdefault(root(place), []).append(part)
+    return [
+        _Part(
+            _union([part.found for part in some]),
+            frozenset().union(*(part.windows for part in some)),
+            max(part.depth for part in some),
+        )
+        for some in groups.values()
+    ]
+
+
+def _deepest(parts: Sequence[_Part]) -> list[FoundObject]:
+    """Of objects of different windows, one mostly inside the other, keep the deeper or larger."""
+    rivals: dict[int, list[int]] = {}
+    areas = [int(np.count_nonzero(part.found.mask.pixels)) for part in parts]
+    for place, other in _crossing(parts):
+        both = _shared(parts[place].found.mask, parts[other].found.mask)
+        if both > MAX_COVERED * min(areas[place], areas[other]):
+            rivals.setdefault(place, []).append(other)
+            rivals.setdefault(other, []).append(place)
+    kept = dict.fromkeys(range(len(parts)), True)
+    for place in sorted(rivals, key=lambda place: (-parts[place].depth, -areas[place])):
+        if kept[place]:
+            kept.update(dict.fromkeys(rivals[place], False))
+    return [part.found for place, part in enumerate(parts) if kept[place]]
+
+
+def _crossing(parts: Sequence[_Part]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs, first place below second, whose boxes overlap and that share no window."""
     boxes = np.array([_box(part.found.mask) for part in parts]).reshape(-1, 4)
     for place, part in enumerate(parts):
         x1, y1, x2, y2 = boxes[place]
         later = boxes[place + 1 :]
         near = (later[:, 0] < x2) & (later[:, 2] > x1) & (later[:, 1] < y2) & (later[:, 3] > y1)
         for other in (place + 1 + np.flatnonzero(near)).tolist():
-            if parts[other].window != part.window and _agree(part, parts[other]):
-                group[root(other)] = root(place)
-    groups: dict[int, list[FoundObject]] = {}
-    for place, part in enumerate(parts):
-        groups.setdefault(root(place), []).append(part.found)
-    return [_union(some) for some in groups.values()]
+            if not part.windows & parts[other].windows:
+                yield place, other
 
 
-def _agree(one: _Part, other: _Part) -> bool:
-    """Whether two parts are much the same in the region that both windows show."""
-    a, b = one.window, other.window
+def _agree(one: _Part, other: _Part, windows: Sequence[Window]) -> bool:
+    """Whether two parts of a window each are much the same in the region that both show."""
+    (a,), (b,) = ([windows[number] for number in part.windows] for part in (one, other))
     x1, y1 = max(a.x, b.x), max(a.y, b.y)
     x2, y2 = min(a.x + a.width, b.x + b.width), min(a.y + a.height, b.y + b.height)
     if x1 >= x2 or y1 >= y2:
         return False
     first, second = (_cut(part.found.mask, (x1, y1, x2, y2)) for part in (one, other))
-    ax1, ay1, ax2, ay2 = _box(first)
-    bx1, by1, bx2, by2 = _box(second)
-    shared = (max(ax1, bx1), max(ay1, by1), min(ax2, bx2), min(ay2, by2))
-    if shared[0] >= shared[2] or shared[1] >= shared[3]:
-        return False
-    both = np.count_nonzero(_cut(first, shared).pixels & _cut(second, shared).pixels)
+    both = _shared(first, second)
     areas = np.count_nonzero(first.pixels) + np.count_nonzero(second.pixels)
     return bool(both >= MIN_AGREEMENT * (areas - both) and both > 0)
+
+
+def _shared(one: CroppedMask, other: CroppedMask) -> int:
+    """Number of pixels of both masks."""
+    ax1, ay1, ax2, ay2 = _box(one)
+    bx1, by1, bx2, by2 = _box(other)
+    box = (max(ax1, bx1), max(ay1, by1), min(ax2, bx2), min(ay2, by2))
+    if box[0] >= box[2] or box[1] >= box[3]:
+        return 0
+    return int(np.count_nonzero(_cut(one, box).pixels & _cut(other, box).pixels))
 
 
 def _union(found: list[FoundObject]) -> FoundObject:

@@ -94,3 +94,41 @@ def test_joined_parts_take_the_class_of_the_largest():
     assert found.class_index == 1
     assert found.mask.pixels.shape == (10, 44)
     assert found.score == pytest.approx(0.9)
+
+
+def blobs(*boxes):
+    """What windows find: objects as boxes in the picture's frame, by window.x."""
+
+    def find(window):
+        return [
+            FoundObject(CroppedMask(np.ones((y2 - y1, x2 - x1), bool), (x1 - window.x, y1)), 0, 0.5)
+            for x, (x1, y1, x2, y2) in boxes
+            if x == window.x
+        ]
+
+    return find
+
+
+# Windows of the next tests: columns 0..64 and 48..112 of a picture of 64 x 112.
+def test_of_two_views_of_an_object_the_deeper_is_kept():
+    find = blobs((0, (52, 10, 60, 20)), (48, (50, 8, 62, 22)), (0, (30, 30, 40, 40)))
+    found = find_in_windows((64, 112), 64, 16, find)
+    assert {one.mask.origin for one in found} == {(52, 10), (30, 30)}  # 4 pixels deep, not 2
+
+
+def test_what_a_window_sees_in_place_of_an_object_of_its_neighbour_is_left_out():
+    """A strip at the border of one window over an object that the other shows whole."""
+    find = blobs((0, (44, 10, 62, 20)), (48, (49, 9, 63, 21)))
+    (found,) = find_in_windows((64, 112), 64, 16, find)
+    assert found.mask.origin == (44, 10)
+
+
+def test_of_rivals_that_no_window_shows_whole_the_deeper_is_kept():
+    find = blobs((0, (40, 10, 64, 20)), (48, (50, 8, 70, 40)))
+    (found,) = find_in_windows((64, 112), 64, 16, find)
+    assert found.mask.origin == (50, 8)
+
+
+def test_an_object_inside_another_of_the_same_window_is_kept():
+    find = blobs((0, (10, 10, 40, 40)), (0, (20, 20, 30, 30)))
+    assert len(find_in_windows((64, 112), 64, 16, find)) == 2
