@@ -8,7 +8,7 @@ actors that load the model once (`ImageSegmenter`), and sum up the outcomes.
                                   <stem>.csv               one row per object
                                   <stem>.predictions.json  with prompts: the endpoint's results
     OUT/predictions.json                                   summary and rejected images
-    OUT/coco.json                                          all objects, if predict.coco
+    OUT/coco.json                                          all objects, with predict.coco
 """
 
 import hashlib
@@ -133,14 +133,16 @@ def predict_images(config: Config) -> dict[str, Any]:
     # The files of an image belong together; of two calls at once, each could write some of them.
     with lock_folder(output, "--output-dir"):
         _require_own(output, settings.coco)
-        summary = _predict(plan, _job(files.root, output, settings), config)
+        # A coco.json of an earlier call would describe other objects from now on.
+        coco = settings.coco or ((output / COCO).exists() and (output / SUMMARY).exists())
+        summary = _predict(plan, _job(files.root, output, settings), config, coco)
     if not summary["images"]:
         raise DatasetError(f"{image_path}: {_nothing_done(summary)}")
     return summary
 
 
-def _predict(plan: BatchPlan, job: BatchJob, config: Config) -> dict[str, Any]:
-    """Segment the images; return the summary, as written."""
+def _predict(plan: BatchPlan, job: BatchJob, config: Config, coco: bool) -> dict[str, Any]:
+    """Segment the images; return the summary, as written, and write all objects as COCO, too."""
     outcomes = []
     if plan.work:
         cluster.start()
@@ -164,7 +166,7 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config) -> dict[str, Any]:
         "model": job.model,
         "settings": {"label": job.label, "prompts": config.predict.prompts, **job.generator},
     }
-    if config.predict.coco:
+    if coco:
         named = [(outcome["file"], _labelme_file(job.output, outcome["file"])) for outcome in done]
         write_coco(job.output / COCO, sorted(named))
     write_json(job.output / SUMMARY, summary)
@@ -244,6 +246,12 @@ class ImageSegmenter:
         record = _record(outputs["labelme"])
         if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
             return {"file": name, "objects": record["objects"], "found": True}
+        if record and record["corrected"]:
+            raise AnnotationError(
+                "output",
+                f"{outputs['labelme']} was changed after this command wrote it, and is left as it "
+                "is; move it away, or choose another --output-dir",
+            )
         path = job.root / name
         image = decode_image(_read(path))
         size = (image.shape[0], image.shape[1])
@@ -263,7 +271,12 @@ class ImageSegmenter:
             relative_path(path, target.parent), size, labelme_shapes(objects, job.label)
         )
         masks = mask_entries(objects, size, job.label)
-        document["samray"] = {"digest": digest, "objects": len(objects), "masks": masks}
+        document["samray"] = {
+            "digest": digest,
+            "objects": len(objects),
+            "shapes": _digest(document["shapes"]),  # tells whether somebody corrects them
+            "masks": masks,
+        }
         try:
             if record:  # it must not vouch for the files that replace the old ones
                 outputs["labelme"].unlink()
@@ -517,15 +530,19 @@ def _read(path: Place) -> bytes:
 def _record(path: Place) -> dict[str, Any] | None:
     """Return the record that an earlier call left in its LabelMe file; None if there is none.
 
+    Its `corrected` says whether the shapes of the file have changed since.
+
     Raises:
         AnnotationError: field `output`; the file exists and was not written by this command.
     """
     if not path.exists():
         return None
     try:
-        record = read_json(path)["samray"]
+        document = read_json(path)
+        record = document["samray"]
         if {"digest", "objects"} <= record.keys():
-            return dict(record)
+            now = _digest(document["shapes"])
+            return {**record, "corrected": record.get("shapes", now) != now}
     except (DatasetError, KeyError, TypeError, AttributeError):
         pass
     raise AnnotationError(

@@ -111,8 +111,11 @@ def test_a_second_call_does_only_what_is_left(folder, predict, tmp_path):
     assert "2 were done before" in predict(*words)
     assert gone.is_file()
     assert kept.stat().st_mtime_ns == before
+    predict(*words, "--coco")
     assert "done before" not in predict(*words, "--label", "cell")
     assert json.loads(kept.read_text())["shapes"][0]["label"] == "cell"
+    categories = json.loads((out / "coco.json").read_text())["categories"]
+    assert [category["name"] for category in categories] == ["cell"]  # it follows the others
 
 
 @pytest.mark.slow
@@ -257,6 +260,19 @@ def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missin
     document, _, outcome = segment(tmp_path, finder, label="thing", tile=128)
     assert not outcome["found"]  # other settings
     assert {shape["label"] for shape in document["shapes"]} == {"thing"}
+
+
+def test_a_labelme_file_that_somebody_corrected_is_kept(tmp_path, finder):
+    document, table, _ = segment(tmp_path, finder)
+    document["shapes"][0]["label"] = "corrected"
+    (tmp_path / "out/a.json").write_text(json.dumps(document))
+    assert segment(tmp_path, finder)[2]["found"]  # nothing to do
+    (tmp_path / "out/a_labels.png").unlink()
+    for settings in ({}, {"label": "thing"}):
+        kept, rows, outcome = segment(tmp_path, finder, **settings)
+        assert outcome["field"] == "output"
+        assert re.search(r"a\.json was changed after .* move it away", outcome["reason"])
+        assert (kept, rows) == (document, table)
 
 
 @pytest.fixture(scope="module")
