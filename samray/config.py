@@ -352,8 +352,8 @@ class TrainConfig(Section):
     """MLflow server, database or folder to log the run to, beside RUN/tensorboard; mlflow must be
     installed."""
     resume: bool = False
-    """Resume the run in `output_dir`; only the numbers of epochs and workers, and what limits
-    memory (max_prompts, images_at_once, recompute_encoder), may have changed."""
+    """Resume the run in `output_dir`; only the numbers of epochs and workers, patience, and what
+    limits memory (max_prompts, images_at_once, recompute_encoder), may have changed."""
 
 
 class ScalingConfig(Section):
@@ -756,6 +756,11 @@ def _resolve_adaptation(model: ModelConfig, weights_given: bool) -> ModelConfig:
         blocks = "all" if blocks is None and adapt == "full" else blocks
     if adapt is None:
         adapt = "full" if whole else "lora"
+    if adapt == "none" and blocks not in (None, 0):
+        raise ConfigError(
+            f"model.adapt_blocks: {blocks}, but with model.adapt=none no block learns; set one of "
+            "them"
+        )
     if adapt == "none" or blocks == 0:
         adapt, blocks = "none", 0
     elif blocks is None:

@@ -92,9 +92,10 @@ def run_train(config: Config) -> None:
 
     state = fit(config)
     output = config.train.output_dir
-    if len(state["epochs"]) < config.train.num_epochs:
+    stopped = len(state["epochs"]) < config.train.num_epochs
+    if stopped:
         print(f"stopped after epoch {len(state['epochs'])}: train.patience")
-    print(f"best: {_best_epoch(state)}")
+    print(f"best: {_best_epoch(state, stopped)}")
     if state["embeddings"]:
         encoded, found = state["embeddings"]["encoded"], state["embeddings"]["found"]
         print(f"embeddings: {encoded} images encoded, {found} found")
@@ -113,7 +114,8 @@ def _forecast(config: Config) -> None:
         f"{found.num_epochs} epochs; the largest has {found.num_prompts} prompts on a worker"
     )
     cached = found.cache_bytes
-    print(f"cache           {f'{_gib(cached)} GiB' if cached else 'none: all blocks learn'}")
+    size = f"{cached / 2**20:.1f} MiB" if cached < 2**30 else f"{_gib(cached)} GiB"
+    print(f"cache           {size if cached else 'none: all blocks learn'}")
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(found.memory).items())
     print(f"memory          {_gib(found.memory.total)} GiB a worker, estimated ({parts})")
     if found.peak is not None:
@@ -131,14 +133,15 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _best_epoch(state: dict[str, Any]) -> str:
+def _best_epoch(state: dict[str, Any], stopped: bool) -> str:
     from samray.sam.checkpoint import best_epoch
 
     base, epochs, number = state.get("base_metrics") or {}, state["epochs"], best_epoch(state)
     if number is None:
+        patience = "more patience (train.patience), " if stopped else ""
         return (
             f"the base, val_iou {base['val_iou']:.3f}: no epoch was better without losing on a "
-            "kind of prompt; try more images, more epochs or another learning rate (--lr)"
+            f"kind of prompt; try {patience}more images, more epochs or another learning rate"
         )
     iou = epochs[number - 1]["val_iou"]
     before = f" ({base['val_iou']:.3f} before)" if base else ""
@@ -303,6 +306,12 @@ def _print_scores(figures: dict[str, Any], images: str, checkpoint: str) -> None
             f"every object: {everything['found']} found, {everything['true']} annotated, mean "
             f"segmentation accuracy {everything['msa']:.3f}, at IoU 0.5 {everything['sa50']:.3f}"
         )
+        if change := figures.get("change", {}).get("instances"):
+            before = figures["base"]["instances"]
+            print(
+                f"before tuning: {before['found']} found, mean segmentation accuracy "
+                f"{before['msa']:.3f}; change {change['msa']:+.3f}, {change['verdict']}"
+            )
     base = figures["base"]["iou"]["strategy"]
     clicks = [figures[m].get("clicks_to_iou") for m in ("base", "tuned") if m in figures]
     means = [f"{found['90']['mean']:.1f}" for found in clicks if found]

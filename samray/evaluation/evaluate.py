@@ -24,7 +24,7 @@ from samray.evaluation.metrics import Score
 from samray.evaluation.objects import compare_objects, draw_objects, num_errors
 from samray.evaluation.report import instance_rows, report_page
 from samray.evaluation.scoring import embedding_of, evaluation_prompt, score_image
-from samray.evaluation.summary import changes, summary
+from samray.evaluation.summary import changes, objects_change, summary
 from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
 from samray.instances.metrics import ImageObjects, score_instances
@@ -110,7 +110,7 @@ def _evaluate(
         "seed": settings.seed,
         "dataset_digest": dataset.digest,
         **judged.described(dataset.digest),
-        **_figures(outcomes),
+        **_figures(outcomes, records),
     }
     if other is not None:
         evaluation["other"] = _score_other(config, other, judged.checkpoints)
@@ -159,13 +159,13 @@ def _score_other(
     config: Config, other: Other, checkpoints: dict[str, Place | None]
 ) -> dict[str, Any]:
     """Return `other` of evaluation.json."""
-    outcomes = score_models(config, other.dataset, other.records, checkpoints)
+    outcomes = score_models(config, other.dataset, other.records, checkpoints, find_objects=True)
     return {
         "data_dir": str(other.dataset.folder),
         "dataset_digest": other.dataset.digest,
         "split": other.split,
         **_numbers(other.records),
-        **_figures(outcomes),
+        **_figures(outcomes, other.records),
     }
 
 
@@ -237,7 +237,7 @@ class Outcome:
     objects: list[ImageObjects] = field(default_factory=list)
 
 
-def _figures(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def _figures(outcomes: dict[str, Outcome], records: Sequence[ImageRecord]) -> dict[str, Any]:
     """The figures of each model, and of two models their change."""
     figures: dict[str, Any] = {}
     for model, outcome in outcomes.items():
@@ -251,6 +251,9 @@ def _figures(outcomes: dict[str, Outcome]) -> dict[str, Any]:
         figures["change"] = changes(base.scores, tuned.scores)
         if base.clicks:
             figures["change"]["clicks_to_iou"] = clicks_change(base.clicks, tuned.clicks)
+        if base.objects and tuned.objects:
+            sources = [record.source for record in records]
+            figures["change"]["instances"] = objects_change(sources, base.objects, tuned.objects)
     return figures
 
 

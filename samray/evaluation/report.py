@@ -52,7 +52,9 @@ def report_page(
         curves=curves_svg(run.state["epochs"]) if run else "",
         worst=[p for p in pictures if p["kind"] == "worst"],
         best=[p for p in pictures if p["kind"] == "best"],
-        everything=evaluation[models[-1]].get("instances"),
+        everything=(everything := evaluation[models[-1]].get("instances")),
+        labels_known=everything is not None
+        and any(row["true"] and row["found"] for row in everything["labels"].values()),
         everything_before=evaluation["base"].get("instances") if len(models) > 1 else None,
         objects=[p for p in pictures if p["kind"] == "objects"],
     )

@@ -1,6 +1,7 @@
 """Figures about a model's scores, and about their change from base to tuned."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from samray.evaluation.metrics import (
     mean_by,
     verdict,
 )
+from samray.instances.metrics import ImageObjects, segmentation_accuracy
 
 VALUES = ("iou", "dice", "boundary_iou")
 NUM_BINS = 10
@@ -94,6 +96,31 @@ def calibration(scores: list[Score]) -> dict[str, Any]:
         "mean_absolute_error": float(np.abs(predicted - true).mean()),
         "bias": float((predicted - true).mean()),
         "bins": bins,
+    }
+
+
+def objects_change(
+    sources: Sequence[str], base: Sequence[ImageObjects], tuned: Sequence[ImageObjects]
+) -> dict[str, Any]:
+    """Return the change of the mean segmentation accuracy of all objects from base to tuned.
+
+    Args:
+        sources: photo of each image.
+        base, tuned: of the same images, in the same order.
+
+    Returns:
+        `msa`, `ci95` and `verdict`, paired by image; see `changes`.
+    """
+    before, after = (
+        [float(np.mean(segmentation_accuracy(image.ious()))) for image in images]
+        for images in (base, tuned)
+    )
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    interval = bootstrap_interval(sources, differences)
+    return {
+        "msa": float(np.mean(differences)),
+        "ci95": interval,
+        "verdict": verdict(interval, sources),
     }
 
 

@@ -93,7 +93,8 @@ def size_from_header(raw: bytes) -> tuple[int, int]:
                 "format", "is no JPEG, PNG, BMP, TIFF or WebP file by its content"
             ) from exc
         except Image.DecompressionBombError as exc:
-            raise AnnotationError("size", f"has more than {MAX_MEGAPIXELS:g} megapixels") from exc
+            reason = f"has more than {MAX_MEGAPIXELS:g} megapixels, the most that can be allowed"
+            raise AnnotationError("size", reason) from exc
         # Pillow's parsers raise almost anything on damaged files.
         except Exception as exc:
             raise AnnotationError("image", "is damaged; its header cannot be read") from exc

@@ -445,6 +445,8 @@ class Ingress:
         name: str | None = None
         if kind == "multipart/form-data":
             raw, name, text = await _multipart(request)
+            if text is None and model is SegmentRequest:
+                text = "{}"  # every setting has a default
             if text is None:
                 message = "request: a field of this name, JSON, is missing"
                 raise ApiError("invalid_request", message, "request")

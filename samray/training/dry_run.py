@@ -40,6 +40,7 @@ from samray.training.finetuning import FineTuning, cache_entries, instance_label
 from samray.training.loop import Worker, prompted_sam, train_step
 from samray.training.optimizer import Optimizer
 from samray.training.step import Batch, PromptedSam
+from samray.training.train import base_checkpoint
 
 SAMPLE = 2  # prompts whose decoding is measured; memory grows in proportion to their number
 FREE_SHARE = 0.8  # of the memory that a measured step may take
@@ -101,14 +102,18 @@ class Forecast:
 def dry_run(config: Config) -> Forecast:
     """Return what `samray train` would do and need with a config; nothing is written.
 
-    The model has random weights of the same shapes, so that none are downloaded.
+    The model has random weights of the same shapes, so that none are downloaded; weights that the
+    config names are read, to see that they can be.
 
     Raises:
         SamrayError: a setting, the data or the cluster do not allow the run.
     """
     (data_dir,) = required(config, "train.data_dir")
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    config = resolve_model(config, weights_given=config.model.checkpoint != "none")
+    if config.model.checkpoint in (None, "none"):
+        config = resolve_model(config, weights_given=config.model.checkpoint is None)
+    else:
+        _, config = base_checkpoint(config)  # they may be missing, or of another model
     cluster.start()
     resources = cluster.plan_resources(config.scaling)
     gpus = config.scaling.gpus_per_worker if resources.use_gpu else 0

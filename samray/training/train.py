@@ -188,6 +188,8 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         if dist.is_initialized():  # the other workers of this node have ended
             threads = arguments["threads"] * ray.train.get_context().get_local_world_size()
             torch.set_num_threads(min(threads, os.cpu_count() or 1))
+            text = "the epochs are done; the instance decoder is finished, which has no bar"
+            arguments["report"]({"event": "finishing", "text": text})
         finish_instances(config, RunFolder(run.path), dataset, cache, worker.device)
 
 
@@ -219,6 +221,11 @@ def _read_weights(model_type: str, source: str | None) -> tuple[str, dict[str, T
         path = fetch_official(model_type)
         return str(path), load_state_dict(path)
     place = resolve(source, "--checkpoint")
+    if source in ENCODER_BLOCKS and not place.exists():
+        raise CheckpointError(
+            f"--checkpoint {source}: no such file; the published weights of a model are used "
+            f"without it: --model-type {source}"
+        )
     if not place.is_dir():
         return str(place), load_state_dict(place)
     checkpoint = load_checkpoint(place)
@@ -308,7 +315,7 @@ def _train(
     except KeyboardInterrupt:
         print("interrupted: stopping the workers", file=sys.stderr, flush=True)  # takes seconds
         trainer.abort()
-        raise
+        raise KeyboardInterrupt("the same command with --resume continues") from None
     finally:
         done.set()
         viewer.join()

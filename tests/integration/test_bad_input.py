@@ -662,6 +662,10 @@ def test_more_than_there_is(prepared, tmp_path, run_cli, ray_cluster):
     refused(
         run_cli(*words, "train.precision=float16"), "train.precision", "needs a GPU", "bfloat16"
     )
+    for dry_run in ([], ["--dry-run"]):
+        weights = [*words, *dry_run, "--checkpoint"]
+        refused(run_cli(*weights, "vit_b"), "--checkpoint vit_b", "--model-type vit_b")
+        refused(run_cli(*weights, tmp_path / "no.pth"), "no.pth", "no such file")
     assert not (tmp_path / "run").exists()
 
 

@@ -181,6 +181,9 @@ def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cl
         assert evaluation["num_images"] == 4
         assert change["verdict"] == "too few images"
         assert "too few images" in out
+    for figures in (evaluation, evaluation["other"]):
+        assert 0 <= figures["tuned"]["instances"]["msa"] <= 1
+        assert "instances" not in {**figures["base"], **figures["change"]}  # random weights
     assert evaluation["other"]["split"] == "all"
     assert evaluation["other"]["num_images"] == len(PreparedDataset(other).images)
     assert set(evaluation["other"]["change"]["strategy"]) == set(evaluation["change"]["strategy"])
@@ -306,7 +309,9 @@ def check_interruption(process, again, run, log, run_cli):
     assert f"in use by process {process.pid} on {socket.gethostname()}" in err
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
-    assert log.read_text().endswith("samray train: interrupted\n")
+    assert log.read_text().endswith(
+        "samray train: interrupted; the same command with --resume continues\n"
+    )
     assert "Traceback" not in log.read_text()
     state = state_of(run)
     assert state["status"] == "interrupted"
@@ -355,7 +360,7 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(prepared, tmp_path, 
     num_images = len(PreparedDataset(prepared).split("train"))
     assert f"an epoch of {num_images} images" in out
     assert re.search(r"mask_decoder +0\.7\d of 0\.7\d million parameters learn", out)
-    assert re.search(r"cache +0\.\d\d GiB\nmemory +0\.\d\d GiB a worker, estimated", out)
+    assert re.search(r"cache +\d+\.\d MiB\nmemory +0\.\d\d GiB a worker, estimated", out)
     assert re.search(r"time +\d+\.\d\d s for the largest step on CPU: at most", out)
     assert sorted(prepared.rglob("*")) == before
     assert not (tmp_path / "run").exists()

@@ -334,6 +334,8 @@ def test_all_objects_come_in_every_way_and_format(url, photo):
     shapes = [shape for one in labelme["objects"] for shape in one["shapes"]]
     assert labelme["labelme"]["shapes"] == shapes
     assert {shape["label"] for shape in shapes} == {"thing"}
+    form.pop("request")
+    assert call(url, "POST", "/v1/segment", files=form).json()["found_by"] == labelme["found_by"]
     png = segment(url, photo, mask_format="png", label="leaf").json()["objects"]
     polygons = segment(url, photo).json()["objects"]
     for one, other, drawn in zip(labelme["objects"], png, polygons, strict=True):

@@ -10,7 +10,7 @@ from samray.evaluation.clicks import ClickCount, clicks_change, clicks_summary
 from samray.evaluation.metrics import Score
 from samray.evaluation.report import instance_rows, report_page
 from samray.evaluation.scoring import MATRIX
-from samray.evaluation.summary import changes, summary
+from samray.evaluation.summary import changes, objects_change, summary
 from samray.geometry.masks import CroppedMask, encode_rle
 from samray.instances.metrics import ImageObjects, score_instances
 from samray.sam.checkpoint import RunFolder
@@ -72,6 +72,7 @@ def test_a_comparison_has_every_section(run):
         "data_dir": "/data/<other>", "split": "all", "num_images": 8, "num_instances": 40,
         **figures(base, drawn_scores(-0.1)),
     }  # fmt: skip
+    content["other"]["tuned"]["instances"] = {"msa": 0.25, "found": 7, "true": 9}
     page = report_page(content, run, [])
     titles = [title.split(" <")[0] for title in re.findall("<h2>(.*?)</h2>", page)]
     assert titles == [
@@ -83,6 +84,7 @@ def test_a_comparison_has_every_section(run):
     assert ">100 %</td><td>0 %</td>" in page
     assert "/data/&lt;other&gt;" in page
     assert 'class="loss">worse' in page.partition("On another dataset")[2]
+    assert "tuned 0.250, 7 found where 9 are annotated." in page
 
 
 def test_every_object_has_a_section_of_its_own(run):
@@ -108,6 +110,22 @@ def test_every_object_has_a_section_of_its_own(run):
     before = report_page(content, run, []).partition("Before tuning")[2].partition("</p>")[0]
     assert "the decoder that ships with samray" in before
     assert "at IoU 0.5 0.333, 2 found" in before  # one right, one false, one missed
+    sources = [f"{number}.jpg" for number in range(6)]
+    change = objects_change(sources, [found.only([0, 2], [0, 1])] * 6, [found] * 6)
+    assert change == {"msa": pytest.approx(1 / 3), "ci95": pytest.approx((1 / 3, 1 / 3)),
+                      "verdict": "better"}  # fmt: skip
+    content["change"]["instances"] = change
+    page = report_page(content, run, [])
+    assert "<b>+0.333</b> (+0.333 to +0.333), better" in page
+    assert "The model knows none of these labels" not in page
+
+
+def test_objects_of_a_model_that_does_not_know_the_labels_are_explained(run):
+    box = encode_rle(CroppedMask(np.ones((9, 9), bool), (0, 4)), (20, 60))
+    found = ImageObjects((20, 60), (box,), ("object",), (0.9,), (box,), ("fig",))
+    content = evaluation(**figures(drawn_scores(0)))
+    content["base"]["instances"] = score_instances([found])
+    assert "The model knows none of these labels" in report_page(content, None, [])
 
 
 def test_the_scores_of_one_model_speak_of_no_change():

@@ -193,10 +193,18 @@ def test_settings_that_are_unset_follow_from_the_others(settings, weights_given,
     assert resolve_model(config, weights_given) == config
 
 
-def test_settings_that_contradict_are_refused():
-    options = {"model.adapt": "full", "model.freeze_image_encoder": True}
-    with pytest.raises(ConfigError, match=r"is true, but model.adapt is full"):
-        resolve_model(load_config(options=options), weights_given=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapt": "full", "freeze_image_encoder": True}, "is true, but model.adapt is full"),
+        ({"adapt": "none", "adapt_blocks": 2}, "adapt_blocks: 2, but .* no block learns"),
+        ({"freeze_image_encoder": True, "adapt_blocks": "all"}, "adapt_blocks: all, but"),
+    ],
+)
+def test_settings_that_contradict_are_refused(options, message):
+    words = {f"model.{key}": value for key, value in options.items()}
+    with pytest.raises(ConfigError, match=message):
+        resolve_model(load_config(options=words), weights_given=True)
 
 
 @pytest.mark.slow
