@@ -36,6 +36,9 @@ def run_prepare(config: Config) -> None:
             f"{tiles['num_tiles']} tiles with an instance; {tiles['num_instances_cut']} instances "
             "are cut by their tile"
         )
+    if others := manifest["not_instances"]:
+        listed = ", ".join(f"{_short(kind)} {number}" for kind, number in others.items())
+        print(f"shapes that are no single object: {listed}")
     kinds = ("unlabelled", "empty", "warnings", "rejected")
     print(", ".join(f"{len(manifest[kind])} {kind}" for kind in kinds))
     _print_rejected(manifest["rejected"], "manifest.json")

@@ -430,8 +430,9 @@ class Evaluator:
 
     def draw_objects(self, name: str, objects: ImageObjects) -> list[bytes]:
         """Return JPEGs of all objects of an image: the true ones, and those that were found."""
-        image = decode_image(self.dataset.image_bytes(self.dataset.images[name]))
-        panels = draw_objects(image, objects)
+        record = self.dataset.images[name]
+        image = decode_image(self.dataset.image_bytes(record))
+        panels = draw_objects(image, objects, record.decode_ignored())
         return [encode_picture(shrink(panel, OBJECTS_SIDE), ".jpg") for panel in panels]
 
     def draw(self, name: str, number: int) -> list[bytes]:

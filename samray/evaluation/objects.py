@@ -48,13 +48,18 @@ def compare_objects(
     )
 
 
-def draw_objects(image: np.ndarray, objects: ImageObjects) -> list[np.ndarray]:
+def draw_objects(
+    image: np.ndarray, objects: ImageObjects, ignored: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Return two pictures: the true objects, found ones in HIT and the others in MISSED; and what
     was found, true ones in HIT, several in one in MERGED and the others in FALSE.
 
     Args:
         image: H x W x 3 uint8 RGB.
+        ignored: H x W bool, the region in which not every object is annotated: shown in grey.
     """
+    if ignored is not None:
+        image = np.where(ignored[..., None], image // 4 + 96, image).astype(np.uint8)
     pairs = match(objects.ious(), THRESHOLDS[0])
     merged = dict.fromkeys(merging(objects), MERGED)
     panels = []

@@ -433,6 +433,8 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
                     workers = _say(event, config, workers)
                     continue
                 if event["event"] == "base":
+                    if bar.disable:
+                        print(f"base  val_iou {event['val_iou']:.3f}", flush=True)
                     continue
                 if event["event"] == "step":
                     bar.n = event["epoch"] - 1 + event["step"] / event["steps"]

@@ -719,7 +719,8 @@ def test_few_photos_and_split_folders_are_prepared_and_reported(tmp_path, run_cl
     data = tmp_path / "data"
     for number, seed in enumerate((0, 1, 2, 4, 6)):  # whose hashes leave test empty
         draw(data / f"{number}.png", seed)
-        annotate(data / f"{number}.json", f"{number}.png", [shape("a", SQUARE)])
+        shapes = [shape("a", SQUARE)] + [shape("__ignore__", SQUARE)] * (number == 4)
+        annotate(data / f"{number}.json", f"{number}.png", shapes)
         if number in (0, 4):
             output = tmp_path / f"few{number}"
             status, out, err = run_cli("prepare", "--data-dir", data, "--output-dir", output)
@@ -728,6 +729,8 @@ def test_few_photos_and_split_folders_are_prepared_and_reported(tmp_path, run_cl
             assert sizes == ([1, 0, 0] if number == 0 else [3, 1, 1])
             assert ("`samray train` needs val photos" in out) == (number == 0)
             assert ("filled in the order of the hashes" in out) == (number == 4)
+            ignored = "shapes that are no single object: __ignore__ 1"
+            assert (ignored in out) == (number == 4)
     with pytest.raises(DatasetError, match="the val split has no instance; prepare more images"):
         PreparedDataset(tmp_path / "few0").split("val")
 

@@ -43,6 +43,12 @@ def test_hits_misses_and_false_objects_are_told_apart():
     assert outlines(truth, 0, 20) == [0, 1]
     assert outlines(found, 0, 40) == [0, 2]
     assert num_errors(objects) == 2
+    ignored = np.zeros(SIZE, bool)
+    ignored[:2] = True
+    truth, found = draw_objects(np.zeros((*SIZE, 3), np.uint8), objects, ignored)
+    assert (truth[:2] == 96).all()
+    assert (found[:2] == 96).all()
+    assert not found[26:].any()
 
 
 def test_an_object_that_is_two_true_ones_is_shown_as_merged():
