@@ -10,6 +10,8 @@ from samray.prediction.requests import ErrorAnswer, ImageRequest, PredictRequest
 
 def request_body(model: type[ImageRequest]) -> dict[str, Any]:
     """Return what `describe_api` needs of a route whose request may bring its image."""
+    # Of `SegmentRequest` every field has a default, so that a form may bring the image alone.
+    fields = ["image", "request"] if model is SegmentRequest else ["request"]
     return {
         "requestBody": {
             "required": True,
@@ -18,7 +20,7 @@ def request_body(model: type[ImageRequest]) -> dict[str, Any]:
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "required": ["request"],
+                        "anyOf": [{"required": [field]} for field in fields],
                         "properties": {
                             "image": {"type": "string", "format": "binary"},
                             "request": {
