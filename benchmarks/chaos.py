@@ -13,8 +13,8 @@ weights and metrics are compared with those of a run that nothing disturbed. The
     slow      the second command did not end within --seconds
     missed    the first ended before the strike
 
-Disks that fill up are tmpfs mounts, which need root. `hang` stops a worker with SIGSTOP. A line of
-JSON a try goes to --out, the table to stdout.
+Disks that fill up are tmpfs mounts, which need root. `hang` stops a worker with SIGSTOP. `clock`
+needs Debian's package libfaketime. A line of JSON a try goes to --out, the table to stdout.
 """
 
 import argparse
@@ -202,6 +202,19 @@ def add_node(site: Site) -> None:
         site.cluster.add_node()
 
 
+def wrong_clock(site: Site, pid: int) -> None:
+    """The node of a worker is killed, and a new one's clock is two hours ahead."""
+    kill_node(site, pid)
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    site.cluster.add_node(before=f"export LD_PRELOAD={library} FAKETIME=+2h")
+
+
+def right_clock(site: Site) -> None:
+    """Replace it."""
+    site.cluster.kill_node(len(site.cluster.nodes) - 1)
+    site.cluster.add_node()
+
+
 def kill_head(site: Site, pid: int) -> None:
     """The head, and the driver, which runs on it."""
     assert site.driver is not None
@@ -281,6 +294,7 @@ FAULTS = {
     "train-worker": Fault("train", WORKER, kill),
     "train-controller": Fault("train", CONTROLLER, kill),
     "node": Fault("train", WORKER, kill_node, add_node),
+    "clock": Fault("train", WORKER, wrong_clock, right_clock),
     "disk-output": Fault("train", WORKER, fill_disk, free_disk, place="disk"),
     "head": Fault("train", WORKER, kill_head, new_cluster),
     "hang": Fault("train", WORKER, stop_process),
