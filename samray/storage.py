@@ -43,6 +43,8 @@ from samray.errors import AnnotationError, ConfigError, DatasetError, StorageErr
 Place = Path | S3Path
 FULL_DISK = 2**16  # free bytes, below which a failed write is due to that
 LOCK = ".samray.lock"  # in an output folder: the process that writes to it
+# What a killed process may leave: a lock, a probe of `cluster`, a temporary file of `whole_file`.
+_LEFT = re.compile(r"\.(samray\.lock|samray-[0-9a-f]{32}|.+\.[0-9a-f]{8}\.tmp)")
 
 # Ray sets this in the driver of `ray job submit`, whose working directory is Ray's own copy.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -118,14 +120,15 @@ def make_folder(path: Place, what: str) -> Place:
 
 
 def is_used(path: Place) -> bool:
-    """Return whether the path is a file, or a folder that holds more than a lock."""
+    """Return whether the path is a file, or a folder with more than a killed process may leave."""
     with plain_errors(str(path)):
-        if isinstance(path, Path):
-            return path.exists() and (
-                not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())
-            )
-        # S3 has no empty folders
-        return path.is_file() or any(name != LOCK for name, _, _ in list_objects(path))
+        if isinstance(path, Path) and path.is_dir():
+            names = [entry.name for entry in path.iterdir()]
+        elif isinstance(path, Path) or path.is_file():
+            return path.exists()
+        else:
+            names = [name for name, _, _ in list_objects(path)]  # S3 has no empty folders
+        return not all(_LEFT.fullmatch(name) for name in names)
 
 
 @contextlib.contextmanager

@@ -232,9 +232,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Place, config: Config, dataset_digest: str) -> "RunFolder":
-        """Start a run in an empty folder."""
+        """Start a run in an unused folder."""
         path.mkdir(parents=True, exist_ok=True)
-        save_config(config, path / "config.yaml")
         state = {
             "format": RUN_FORMAT,
             "status": "running",
@@ -247,6 +246,7 @@ class RunFolder:
             "embeddings": None,
         }
         write_json(path / "run.json", state)
+        save_config(config, path / "config.yaml")  # last: a run without it has not begun
         return cls(path)
 
     @property
@@ -352,7 +352,7 @@ def _beats(metrics: dict[str, Any], base: dict[str, Any]) -> bool:
 
 
 def open_run(output: Place, resume: bool) -> RunFolder | None:
-    """Return the run to resume, or None for a new one in an unused folder.
+    """Return the run to resume, or None for a new one.
 
     Raises:
         ConfigError: the folder is in use, and `resume` is unset or it holds no run.
@@ -369,7 +369,10 @@ def open_run(output: Place, resume: bool) -> RunFolder | None:
         return None
     if not (output / "run.json").exists():
         raise ConfigError(f"--resume: {output} holds no run of samray; choose another --output-dir")
-    return RunFolder(output)
+    run = RunFolder(output)
+    if run.latest is None and not (output / "config.yaml").exists():
+        return None  # killed as it began
+    return run
 
 
 def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> None:

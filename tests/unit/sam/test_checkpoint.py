@@ -15,6 +15,7 @@ from samray.sam.checkpoint import (
     find_tuned,
     load_checkpoint,
     load_optimizer,
+    open_run,
     require_same_run,
     save_checkpoint,
 )
@@ -52,6 +53,27 @@ def test_consumers_take_the_best_and_only_best_and_latest_are_kept(run):
     for name in ("best", "latest"):
         assert (run.path / name).resolve() == run.path / run.state[name]
         assert (run.path / name / "weights.pth").is_file()
+
+
+@pytest.mark.parametrize("left", [(), ("run.json",), ("run.json", "config.yaml")])
+def test_a_run_killed_as_it_began_is_begun_again(left, tmp_path):
+    folder = tmp_path / "run"
+    RunFolder.create(folder, load_config(), "d1")
+    for name in {"run.json", "config.yaml"} - set(left):
+        (folder / name).unlink()
+    (folder / f".samray-{'0' * 32}").write_text("a probe")
+    (folder / ".config.yaml.0123abcd.tmp").write_text("half")
+    found = open_run(folder, resume=True)
+    assert (found is not None) == ("config.yaml" in left)
+    if left:
+        with pytest.raises(ConfigError, match="add --resume"):
+            open_run(folder, resume=False)
+    else:
+        assert open_run(folder, resume=False) is None
+    (folder / "mine.txt").write_text("somebody's")
+    if not left:
+        with pytest.raises(ConfigError, match="holds no run of samray"):
+            open_run(folder, resume=True)
 
 
 def test_the_base_is_the_best_until_an_epoch_beats_it_without_losing_on_a_row(tmp_path, tiny):
