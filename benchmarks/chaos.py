@@ -137,12 +137,12 @@ class Site:
             ],
             "train": [
                 f"train.data_dir={prepared}", f"train.output_dir={folder}/run",
-                f"embeddings.cache_dir={folder}/cache", "train.num_epochs=3", "train.resume=true",
+                f"embeddings.cache_dir={folder}/train-cache", "train.num_epochs=3", "train.resume=true",
                 "scaling.num_workers=2", "scaling.hang_minutes=1", *SMALL,
             ],
             "tune": [
                 f"tune.data_dir={prepared}", f"tune.output_dir={folder}/sweep",
-                f"embeddings.cache_dir={folder}/cache", "train.num_epochs=2", "tune.num_trials=2",
+                f"embeddings.cache_dir={folder}/tune-cache", "train.num_epochs=2", "tune.num_trials=2",
                 "tune.scheduler=none", *SMALL,
             ],
         }  # fmt: skip
@@ -384,7 +384,8 @@ def _try_fault(
     site: Site, name: str, fault: Fault, folder: str, moment: float, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     if fault.stage != "prepare" and fault.victim != ENCODER:  # spare the time of encoding
-        shutil.copytree(site.root / "undisturbed" / "cache", Path(folder, "cache"))
+        cache = f"{fault.stage}-cache"
+        shutil.copytree(site.root / "undisturbed" / cache, Path(folder, cache))
     log, began = site.root / f"{folder.rpartition('/')[2]}.log", time.monotonic()
     with site.running(fault.stage, folder, log) as driver:
         struck = strike_when_it_lives(site, fault, moment * site.lives[fault.victim], driver)
@@ -457,7 +458,7 @@ def result(stage: str, folder: str) -> dict[str, str]:
     if stage == "prepare":
         manifest = read_json(resolve(f"{folder}/prepared/manifest.json", "chaos"))
         return {"prepared": manifest["digest"], "splits": digest(manifest["splits"])}
-    made = {"embeddings": digest(sorted(embeddings(folder).items()))}
+    made = {"embeddings": digest(sorted(embeddings(folder, stage).items()))}
     if stage == "train":
         run = resolve(f"{folder}/run", "chaos")
         state = read_json(run / "run.json")
@@ -478,9 +479,9 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def embeddings(folder: str) -> dict[str, str]:
+def embeddings(folder: str, stage: str) -> dict[str, str]:
     """sha256 of each embedding, by name."""
-    files = Path(folder, "cache").rglob("*.npy")
+    files = Path(folder, f"{stage}-cache").rglob("*.npy")
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -489,7 +490,7 @@ def finished_items(folder: str) -> dict[str, Any]:
     if folder.startswith("s3:"):
         found = list_objects(resolve(f"{folder}/prepared", "chaos"))
         return {name: tag for name, _, tag in found if name.endswith(".parquet")}
-    files = [*Path(folder).rglob("part-*.json"), *Path(folder, "cache").rglob("*.npy")]
+    files = [*Path(folder).rglob("part-*.json"), *Path(folder).rglob("*.npy")]
     return {str(path): path.stat().st_mtime_ns for path in files if not path.name.startswith(".")}
 
 
