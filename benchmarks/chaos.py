@@ -137,13 +137,13 @@ class Site:
             ],
             "train": [
                 f"train.data_dir={prepared}", f"train.output_dir={folder}/run",
-                f"embeddings.cache_dir={folder}/train-cache", "train.num_epochs=3", "train.resume=true",
-                "scaling.num_workers=2", "scaling.hang_minutes=1", *SMALL,
+                f"embeddings.cache_dir={folder}/train-cache", "train.num_epochs=3",
+                "train.resume=true", "scaling.num_workers=2", "scaling.hang_minutes=1", *SMALL,
             ],
             "tune": [
                 f"tune.data_dir={prepared}", f"tune.output_dir={folder}/sweep",
-                f"embeddings.cache_dir={folder}/tune-cache", "train.num_epochs=2", "tune.num_trials=2",
-                "tune.scheduler=none", *SMALL,
+                f"embeddings.cache_dir={folder}/tune-cache", "train.num_epochs=2",
+                "tune.num_trials=2", "tune.scheduler=none", *SMALL,
             ],
         }  # fmt: skip
         return [sys.executable, "-m", f"jobs.{stage}", *words[stage]]
