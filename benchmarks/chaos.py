@@ -60,6 +60,7 @@ WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 TRIAL = r"ray::(ImplicitFunc|run_trial)"
 SMALL = ["train.batch_size=4", "train.warmup_steps=1", "train.instances=false"]
 SMALL += ["scaling.cpus_per_worker=1", "model.type=tiny", "model.freeze_image_encoder=true"]
+SMALL += ["embeddings.reserve_gb=0"]  # of a small disk
 
 
 @dataclass(frozen=True)
