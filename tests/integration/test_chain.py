@@ -109,6 +109,7 @@ def test_training_moves_the_encoder_from_random_weights_and_not_when_frozen(firs
     assert not torch.equal(before[decoder], after[decoder])
 
 
+@pytest.mark.slow
 def test_each_image_is_encoded_once_for_all_epochs_and_runs(
     tuned_run, first_run, prepared, tmp_path, run_cli
 ):
@@ -202,6 +203,7 @@ def test_evaluate_compares_base_with_tuned(first_run, prepared, tmp_path, run_cl
     assert not outside, "the report must need no other file"
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_model_of_no_run_alone(tuned_run, prepared, tmp_path, run_cli):
     """`tiny` as it ships, and a checkpoint folder copied out of its run."""
     copied = tmp_path / "copied"

@@ -171,6 +171,7 @@ def test_promote_list_and_roll_back(swept, tmp_path, run_cli):
         assert 0 <= figures["instances"]["msa"] <= 1
 
 
+@pytest.mark.slow
 def test_a_bad_checkpoint_is_refused_unless_forced(swept, tmp_path, run_cli):
     output, _, _ = swept
     state = json.loads((output / "sweep.json").read_text())

@@ -29,6 +29,7 @@ def test_what_autograd_keeps_is_counted_once_and_without_parameters():
     assert saved_bytes(layer, lambda: layer(x) + layer(x)) == x.nbytes
 
 
+@pytest.mark.slow
 def test_memory_by_how_the_encoder_learns():
     """ViT-B at 1024 pixels: less of it for fewer blocks, for bfloat16 and for recomputed blocks."""
     vit = "model.type=vit_b"
