@@ -6,8 +6,8 @@ Random weights and images; both ways alternate in one process. One JSON line a m
 (median), size of the cache an image, and the largest difference of the embeddings, as a share of
 their largest value, due to the cache's float16.
 
-With --epoch, a whole epoch of `samray train` on a prepared dataset instead: seconds of training and
-of validation, losses and scores of both ways, and the seconds that filling the cache takes once.
+With --epoch, a whole epoch of `samray train` on a prepared dataset instead: its seconds with
+validation, losses and scores of both ways, and the seconds that filling the cache takes once.
 """
 
 import argparse

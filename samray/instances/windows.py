@@ -52,12 +52,13 @@ def find_in_windows(
         find: returns the objects of a window, in the window's frame.
     """
     windows = tile_windows(size, tile, overlap)
+    sides = np.array([(w.x, w.y, w.x + w.width, w.y + w.height) for w in windows]).T
     parts: list[_Part] = []
     for number, window in enumerate(windows):
         for found in find(window):
             x, y = found.mask.origin
             mask = CroppedMask(found.mask.pixels, (x + window.x, y + window.y))
-            depths = _depths(mask, windows, size)
+            depths = _depths(mask, sides, size)
             # The first of equals; what all windows cut off is put together from its parts.
             if depths.max() == 0 or depths.argmax() == number:
                 moved = replace(found, mask=mask)
@@ -66,18 +67,20 @@ def find_in_windows(
     return sorted(objects, key=lambda one: -one.score)
 
 
-def _depths(mask: CroppedMask, windows: Sequence[Window], size: tuple[int, int]) -> np.ndarray:
+def _depths(mask: CroppedMask, sides: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """How many pixels lie between a mask and the nearest border of each window.
 
     0 of a mask that reaches to the border or beyond. A border of a window that is one of the
     picture does not count: without any other, the depth is infinite.
 
+    Args:
+        sides: 4 x windows: left, top, right and bottom of each.
+
     Returns:
         One float64 a window.
     """
     x1, y1, x2, y2 = _box(mask)
-    left, top, width, height = np.array([(w.x, w.y, w.width, w.height) for w in windows]).T
-    right, bottom = left + width, top + height
+    left, top, right, bottom = sides
     distances = np.stack([x1 - left, y1 - top, right - x2, bottom - y2])
     inner = np.stack([left > 0, top > 0, right < size[1], bottom < size[0]])
     depths: np.ndarray = np.where(inner, distances, np.inf).min(axis=0)

@@ -188,7 +188,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         if dist.is_initialized():  # the other workers of this node have ended
             threads = arguments["threads"] * ray.train.get_context().get_local_world_size()
             torch.set_num_threads(min(threads, os.cpu_count() or 1))
-            text = "the epochs are done; the instance decoder is finished, which has no bar"
+            text = "the epochs are done; now the instance decoder learns alone, which has no bar"
             arguments["report"]({"event": "finishing", "text": text})
         finish_instances(config, RunFolder(run.path), dataset, cache, worker.device)
 
