@@ -15,6 +15,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# In two processes, each with whole files. The others use Ray, of which one runs at a time.
+UNIT_TESTS := -n 2 --dist loadfile tests/unit tests/test_docs.py tests/test_readme.py
 RUN := --config configs/demo.yaml
 # labelme 7 needs Python 3.12 or newer.
 PYTHON_LABELME_7 ?= $(PYTHON)
@@ -41,10 +43,12 @@ demo: $(STAMP)
 	@echo "  demo/prediction/sample_00000_overlay.png    one click, one mask"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(UNIT_TESTS)
+	$(BIN)/python -m pytest -q -m "not slow" tests/integration
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(UNIT_TESTS)
+	$(BIN)/python -m pytest -q tests/integration
 
 check: $(STAMP)
 	$(BIN)/ruff check .
