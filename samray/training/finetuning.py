@@ -3,7 +3,7 @@
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -173,18 +173,21 @@ def finish_instances(
     dataset: PreparedDataset,
     cache: EmbeddingCache | None,
     device: torch.device,
+    announce: Callable[[], None] = lambda: None,
 ) -> None:
     """Finish the best checkpoint's instance decoder, and find how its maps become objects.
 
     Until now the image encoder changed under it and the images were flipped and recoloured. Now it
     learns from the embeddings and images that it will see, for half as many epochs; it is kept as
     it was where that does not help on the val split. What is finished once stays as it is.
+    `announce` is called before it learns, which takes minutes; not where there is nothing to do.
     """
     checkpoint = load_checkpoint(run.path)
     sam = checkpoint.model().to(device)
     model = load_instances(checkpoint, sam)
     if model is None or is_finished(checkpoint.path, model):  # None: the base is the best
         return
+    announce()
     val = dataset.split("val")
     records = [val[place] for place in evenly(len(val), MAX_IMAGES)]
 

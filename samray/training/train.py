@@ -185,12 +185,16 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
             config, run, open_source, worker, tracker.report, labels=labels, wanted=elastic.wanted
         )
     if worker.rank == 0 and config.train.instances:
+
+        def announce() -> None:
+            if dist.is_initialized():
+                text = "the epochs are done; now the instance decoder learns alone, without a bar"
+                arguments["report"]({"event": "finishing", "text": text})
+
         if dist.is_initialized():  # the other workers of this node have ended
             threads = arguments["threads"] * ray.train.get_context().get_local_world_size()
             torch.set_num_threads(min(threads, os.cpu_count() or 1))
-            text = "the epochs are done; now the instance decoder learns alone, which has no bar"
-            arguments["report"]({"event": "finishing", "text": text})
-        finish_instances(config, RunFolder(run.path), dataset, cache, worker.device)
+        finish_instances(config, RunFolder(run.path), dataset, cache, worker.device, announce)
 
 
 def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:

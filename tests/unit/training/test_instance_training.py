@@ -163,13 +163,16 @@ def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(run, dataset, 
     description.write_text(json.dumps(unfinished))
     torch.save(new_decoder(load_shipped().model(), 2, seed=0).state_dict(), weights)
     before = weights.read_bytes()
-    finish_instances(config_of(copy), copy, dataset, cache, CPU)
+    begun: list[bytes] = []
+    arguments = config_of(copy), copy, dataset, cache, CPU
+    finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     whole = weights.read_bytes()
-    finish_instances(config_of(copy), copy, dataset, cache, CPU)
+    finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     assert weights.read_bytes() == whole
     weights.write_bytes(before)
-    finish_instances(config_of(copy), copy, dataset, cache, CPU)
+    finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     assert weights.read_bytes() == whole != before
+    assert begun == [before, before]
 
 
 def test_an_ignored_region_counts_in_no_loss_however_the_image_is_turned(dataset):
@@ -203,7 +206,9 @@ def test_an_ignored_region_counts_in_no_loss_however_the_image_is_turned(dataset
 
 def test_a_base_that_is_the_best_has_no_decoder_and_needs_no_choice(run, dataset, cache):
     run.update(best="base")
-    finish_instances(config_of(run), run, dataset, cache, CPU)
+    begun: list[bool] = []
+    finish_instances(config_of(run), run, dataset, cache, CPU, lambda: begun.append(True))
+    assert not begun
     checkpoint = load_checkpoint(run.path)
     assert load_instances(checkpoint, checkpoint.model()) is None
     assert instances_of(checkpoint, checkpoint.model()).labels == ("object",)  # the shipped one
