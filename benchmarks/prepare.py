@@ -8,7 +8,8 @@ It uses drawn sample images, or those of `--data FOLDER` (JSON and JPEG of one s
 are copies whose last bytes differ, so that each is a distinct image. Each measured call follows a
 small one that starts Ray's workers, and the two sides of a ratio alternate `--rounds` times; the
 figures are medians. `s3` needs a server: run `make s3` in another terminal and export the variables
-that it prints.
+that it prints. To leave a core to the server: `taskset -c 1 make s3` there, and `--cores 0` here,
+which keeps both sides on that core.
 """
 
 import argparse
@@ -50,8 +51,13 @@ def main() -> None:
     parser.add_argument("what", choices=["cpus", "s3", "scale"])
     parser.add_argument("--num-images", type=int, nargs="+", metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cores", type=int, nargs="+", metavar="CORE", help="to run on; unset: all"
+    )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="real photos to copy")
     arguments = parser.parse_args()
+    if arguments.cores:  # the commands that it starts inherit them
+        os.sched_setaffinity(0, arguments.cores)
     with tempfile.TemporaryDirectory(prefix="samray-benchmark-") as folder:
         root = Path(folder)
         drawn = pairs_in(arguments.data or write_sample_data(root / "drawn", NUM_DRAWN, 0))
@@ -67,7 +73,8 @@ def main() -> None:
             bucket = resolve("s3://samray/benchmark", "bucket")
             remove_folder(bucket)
             copy_images(drawn, bucket / "data", number)
-            sides = {"disk": (root / "data", root, 2), "S3": (bucket / "data", bucket, 2)}
+            cpus = len(os.sched_getaffinity(0))
+            sides = {"disk": (root / "data", root, cpus), "S3": (bucket / "data", bucket, cpus)}
         compare(root, sides, number, arguments.rounds)
 
 

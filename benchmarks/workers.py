@@ -2,15 +2,18 @@
 
     python benchmarks/workers.py --data PREPARED [--rounds 2] [--num-epochs 4] [--set KEY=VALUE ...]
 
-Ways, in turn: `bare`, the training loop in this process without Ray; `1` and `2`, `samray train`
-with that many workers. A worker has one thread, and the batch is the same for all. The last line is
-JSON: median seconds of an epoch, validation included and without each run's first, which warms up;
-their least and most; and the ratios. The machine must be idle, with two cores or more.
+Ways, in turn: `bare`, the training loop in a process without Ray; `both`, two of those at once,
+which share the machine as two workers do; `1` and `2`, `samray train` with that many workers. A
+worker has one thread, and the batch is the same for all. The last line is JSON: median seconds of
+an epoch, validation included and without each run's first, which warms up; their least and most;
+and the ratios. `limit` is what two workers could reach on this machine: twice the speed of `bare`,
+less what two processes cost each other. The machine must be idle, with two cores or more.
 """
 
 import argparse
 import functools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -26,7 +29,7 @@ from samray.training.finetuning import FineTuning, instance_labels
 from samray.training.loop import Worker, train_loop
 from samray.training.train import base_checkpoint
 
-WAYS = ("bare", "1", "2")
+WAYS = ("bare", "both", "1", "2")
 
 
 def main() -> None:
@@ -45,14 +48,16 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for way in WAYS:
             with tempfile.TemporaryDirectory(prefix="samray-benchmark-") as folder:
-                run = Path(folder) / "run"
-                if way == "bare":
-                    bare(PreparedDataset(arguments.data), words, run)
+                runs = [Path(folder) / "run", Path(folder) / "other"][: 2 if way == "both" else 1]
+                if way in ("bare", "both"):
+                    with multiprocessing.get_context("spawn").Pool(len(runs)) as pool:
+                        pool.starmap(bare, [(arguments.data, words, run) for run in runs])
                 else:
-                    with_ray(arguments.data, [*words, f"scaling.num_workers={way}"], run)
-                seconds = [epoch["seconds"] for epoch in RunFolder(run).state["epochs"]][1:]
-                print(way, seconds, flush=True)
-                taken[way] += seconds
+                    with_ray(arguments.data, [*words, f"scaling.num_workers={way}"], runs[0])
+                for run in runs:
+                    seconds = [epoch["seconds"] for epoch in RunFolder(run).state["epochs"]][1:]
+                    print(way, seconds, flush=True)
+                    taken[way] += seconds
     medians = {way: statistics.median(seconds) for way, seconds in taken.items()}
     figures = {
         **{
@@ -61,13 +66,15 @@ def main() -> None:
         },
         "1 to bare": round(medians["1"] / medians["bare"], 3),
         "1 to 2": round(medians["1"] / medians["2"], 2),
+        "limit": round(2 * medians["bare"] / medians["both"], 2),
     }
     print(json.dumps(figures))
 
 
-def bare(dataset: PreparedDataset, words: list[str], folder: Path) -> None:
+def bare(data: Path, words: list[str], folder: Path) -> None:
     """Train without Ray."""
     torch.set_num_threads(1)
+    dataset = PreparedDataset(data)
     base, config = base_checkpoint(load_config(overrides=words))
     run = RunFolder.create(folder, config, dataset.digest)
     save_checkpoint(run.base, base.weights, config, base.progress)
