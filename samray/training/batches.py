@@ -4,6 +4,7 @@ The order of an epoch depends on (seed, epoch) only. Every worker computes the s
 image is dropped or repeated, and the number of workers does not change the result.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -33,9 +34,25 @@ def epoch_steps(num_images: int, batch_size: int, seed: int, epoch: int) -> list
     return [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
 
 
-def share_of(step: list[int], rank: int, world_size: int) -> list[int]:
-    """Return one worker's images of a step; may be empty."""
-    return step[rank::world_size]
+def share_of(work: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """Return which of some images are one worker's, ascending; may be empty.
+
+    All workers wait for the slowest, so each gets about the same work: the images with most are
+    given out first, each to the worker with the least so far (Graham, 1969). As memory grows with
+    the images, none has more than an equal share, rounded up.
+
+    Args:
+        work: of each image, such as its number of prompts.
+    """
+    room = math.ceil(len(work) / world_size)
+    total = [0] * world_size
+    mine: list[list[int]] = [[] for _ in range(world_size)]
+    for place in sorted(range(len(work)), key=lambda place: -work[place]):
+        free = (worker for worker in range(world_size) if len(mine[worker]) < room)
+        worker = min(free, key=lambda worker: (total[worker], len(mine[worker])))
+        total[worker] += work[place]
+        mine[worker].append(place)
+    return sorted(mine[rank])
 
 
 class ImageFiles(Protocol):
@@ -81,19 +98,24 @@ class BatchLoader:
         self.prompts, self.seed, self.cache = prompts, seed, cache
         self.img_size, self.low_res_size = img_size, low_res_size
 
+    def share(self, step: list[int], rank: int, world_size: int) -> list[int]:
+        """Return a worker's images of a step; may be empty."""
+        work = [self._count(index) for index in step]
+        return [step[place] for place in share_of(work, rank, world_size)]
+
     def load(self, step: list[int], rank: int, world_size: int, epoch: int) -> list[Batch]:
         """Return a worker's part of a step with newly drawn prompts; empty if it has no image.
 
         An instance's prompt depends on (seed, epoch, image, instance) and not on the worker.
         """
-        mine = share_of(step, rank, world_size)
+        mine = self.share(step, rank, world_size)
         plan: tuple[bool, ...] = ()
         if self.prompts.point_selection == "interactive":
             rng = np.random.default_rng([self.seed, epoch, step[0], 1])  # the same for all workers
             plan = draw_correction_plan(self.prompts.num_clicks, rng)
         size = self.images_at_once or max(1, len(mine))
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        weight = self.num_prompts(step, epoch) / len(step)
+        weight = self.num_prompts(step) / len(step)
         return [self._batch(part, plan, epoch, weight) for part in parts]
 
     def _batch(self, part: list[int], plan: tuple[bool, ...], epoch: int, weight: float) -> Batch:
@@ -170,9 +192,14 @@ class BatchLoader:
             maps.append(map_targets(view.turn(whole), classes, frame // CELL))
         return SceneTargets(self._inputs(shown, frame), TargetMaps.of(maps), weight)
 
-    def num_prompts(self, step: list[int], epoch: int) -> int:
+    def num_prompts(self, step: list[int]) -> int:
         """Return the number of prompts of a step, over all workers."""
-        return self.prompts.per_object * sum(len(self.chosen(index, epoch)) for index in step)
+        return self.prompts.per_object * sum(self._count(index) for index in step)
+
+    def _count(self, index: int) -> int:
+        """Return the number of instances of an image to train on in an epoch."""
+        count = self.records[index].num_instances
+        return count if self.max_objects is None else min(count, self.max_objects)
 
     def chosen(self, index: int, epoch: int) -> list[int]:
         """Return the instances of an image to train on in an epoch, in turn over the epochs."""

@@ -35,7 +35,6 @@ from samray.sam.decode import ImageTokens
 from samray.sam.embeddings import EmbeddingCache, entry_bytes, entry_shape
 from samray.sam.model import PARTS, build_model
 from samray.storage import Place, require_folder, resolve
-from samray.training.batches import share_of
 from samray.training.finetuning import FineTuning, cache_entries, instance_labels
 from samray.training.loop import Worker, prompted_sam, train_step
 from samray.training.optimizer import Optimizer
@@ -147,8 +146,8 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         source = FineTuning(config, dataset, cache, module)
         steps = source.steps(0)
         world = config.scaling.min_workers  # the fewest have the largest parts
-        shares = [share_of(step, 0, world) for step in steps]
-        largest = max(shares, key=lambda share: source.loader.num_prompts(share, 0))
+        shares = [source.loader.share(step, rank, world) for step in steps for rank in range(world)]
+        largest = max(shares, key=source.loader.num_prompts)
         if cache is not None:
             _fill_with_zeros(cache, sam, source, largest)
         batches, num_prompts = source.load(largest, 0, 1, 0)

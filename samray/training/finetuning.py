@@ -27,7 +27,7 @@ from samray.sam.checkpoint import RunFolder, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
-from samray.training.batches import BatchLoader, cached_entry, epoch_steps
+from samray.training.batches import BatchLoader, cached_entry, epoch_steps, share_of
 from samray.training.loop import Worker
 from samray.training.optimizer import INSTANCE_LEARNING_RATE
 from samray.training.step import Batch, PromptedSam
@@ -71,7 +71,7 @@ class FineTuning:
         self, step: list[int], rank: int, world_size: int, epoch: int
     ) -> tuple[list[Batch], int]:
         """Return a worker's part of a step, and the number of prompts of the whole step."""
-        num_prompts = self.loader.num_prompts(step, epoch)
+        num_prompts = self.loader.num_prompts(step)
         return self.loader.load(step, rank, world_size, epoch), num_prompts
 
     def names(self, step: list[int]) -> list[str]:
@@ -87,7 +87,11 @@ class FineTuning:
             instance decoder `val_msa`, the mean segmentation accuracy of its watershed.
         """
         sums = torch.zeros(len(MATRIX) + 1, 3, dtype=torch.float64)  # IoU, Dice, count
-        for record in self.dataset.split("val")[worker.rank :: worker.world_size]:
+        val = self.dataset.split("val")
+        counts = [record.num_instances for record in val]
+        work = [min(count, self.max_objects or count) for count in counts]
+        for place in share_of(work, worker.rank, worker.world_size):
+            record = val[place]
             embedding = self._embedding(record)
             for score in score_image(self.sam, embedding, record, 0, self.max_objects):
                 row = MATRIX.index(score.strategy)

@@ -26,7 +26,28 @@ def test_an_epoch_has_every_image_once(num_images, batch_size):
 def test_workers_share_a_step_without_drop_or_repeat(world_size):
     for step in epoch_steps(11, 4, seed=0, epoch=0):
         shares = [share_of(step, rank, world_size) for rank in range(world_size)]
-        assert sorted(index for share in shares for index in share) == sorted(step)
+        assert sorted(place for share in shares for place in share) == list(range(len(step)))
+
+
+@pytest.mark.parametrize(
+    ("work", "world_size", "expected"),
+    [
+        ([9, 1, 8, 2], 2, [[0, 1], [2, 3]]),
+        ([5, 5, 5, 1, 1], 2, [[0, 2], [1, 3, 4]]),
+        ([90, 1, 1, 1, 1, 1], 2, [[0, 4, 5], [1, 2, 3]]),  # three images each, however little
+        ([0, 0, 7], 3, [[2], [0], [1]]),
+        ([3], 3, [[0], [], []]),
+    ],
+)
+def test_workers_get_about_the_same_work(work, world_size, expected):
+    assert [share_of(work, rank, world_size) for rank in range(world_size)] == expected
+
+
+def test_a_worker_has_the_images_that_its_share_names(loader):
+    """1, 4 and 7 objects: two workers have 7, and 4 with 1."""
+    assert [loader.share([0, 1, 2], rank, 2) for rank in (0, 1)] == [[2], [0, 1]]
+    loaded = [loader.load([0, 1, 2], rank, 2, epoch=0) for rank in (0, 1)]
+    assert [[len(batch) for batch in batches] for batches in loaded] == [[7], [5]]
 
 
 def test_order_changes_with_epoch_and_seed_and_repeats_with_both():
@@ -108,14 +129,14 @@ def test_many_objects_are_trained_on_in_turn(loader):
     seen = [loader.chosen(2, epoch) for epoch in range(7)]
     assert all(len(set(chosen)) == 3 for chosen in seen)
     assert sorted(number for chosen in seen for number in chosen) == sorted(3 * list(range(7)))
-    assert loader.num_prompts([0, 1, 2], epoch=0) == 1 + 3 + 3
+    assert loader.num_prompts([0, 1, 2]) == 1 + 3 + 3
     assert len(loader.load([0, 1, 2], 0, 1, epoch=0)[0]) == 7
 
 
 def test_several_prompts_of_an_object_share_its_target(loader):
     loader.prompts = PromptConfig(point_selection="mixed", per_object=3)
     (batch,) = loader.load([1], 0, 1, epoch=0)
-    assert len(batch) == loader.num_prompts([1], epoch=0) == 12
+    assert len(batch) == loader.num_prompts([1]) == 12
     areas = sorted(area for _, area in everything_in(batch))
     assert [areas[number] for number in range(0, 12, 3)] == sorted(set(areas))
 

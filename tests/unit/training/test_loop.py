@@ -405,7 +405,7 @@ def ddp_worker(rank, world_size, folder):
         loader, module = shared_step(f"{folder}/cache {rank}", name)
         optimizer = optimizer_of(module, learning_rate=1e-9, clip_grad_norm=1e9)
         ddp = DistributedDataParallel(module)
-        num_prompts = loader.num_prompts(step, epoch=0)
+        num_prompts = loader.num_prompts(step)
         loader.images_at_once = 1  # one worker adds up two batches, the other may have none
         batches = loader.load(step, rank, world_size, epoch=0)
         train_step(ddp, optimizer, batches, num_prompts, Worker(rank, world_size, CPU))
