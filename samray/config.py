@@ -297,7 +297,7 @@ class TrainConfig(Section):
     """RUN folder to write."""
     batch_size: int = Field(2, ge=1)
     """Images per optimiser step, over all workers, so their number does not change the result."""
-    num_epochs: int = Field(10, ge=1)
+    num_epochs: int = Field(20, ge=1)
     """Number of epochs. An epoch is one pass over the training split, or
     `pretrain.scenes_per_epoch` scenes."""
     learning_rate: float | None = Field(None, gt=0)
