@@ -55,6 +55,7 @@ from s3 import S3Server  # noqa: E402
 
 NUM_IMAGES = 16
 SECONDS = 600  # for a command, before it counts as hung
+BRIEF = 1.0  # seconds that a process lives that nobody saw
 MAP, ENCODER = r"ray::\S*Map", "ray::ImageEncoder"
 WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
 TRIAL = r"ray::(ImplicitFunc|run_trial)"
@@ -389,7 +390,8 @@ def _try_fault(
         shutil.copytree(site.root / "undisturbed" / cache, Path(folder, cache))
     log, began = site.root / f"{folder.rpartition('/')[2]}.log", time.monotonic()
     with site.running(fault.stage, folder, log) as driver:
-        struck = strike_when_it_lives(site, fault, moment * site.lives[fault.victim], driver)
+        life = site.lives.get(fault.victim, BRIEF)
+        struck = strike_when_it_lives(site, fault, moment * life, driver)
         try:
             status: int | None = driver.wait(arguments.seconds)
         except subprocess.TimeoutExpired:
