@@ -4,6 +4,7 @@ The order of an epoch depends on (seed, epoch) only. Every worker computes the s
 image is dropped or repeated, and the number of workers does not change the result.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,8 +35,8 @@ def epoch_steps(num_images: int, batch_size: int, seed: int, epoch: int) -> list
     return [order[start : start + batch_size] for start in range(0, num_images, batch_size)]
 
 
-def share_of(work: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """Return which of some images are one worker's, ascending; may be empty.
+def share_work(work: Sequence[int], world_size: int) -> list[list[int]]:
+    """Return which of some images are each worker's, ascending; may be empty.
 
     All workers wait for the slowest, so each gets about the same work: the images with most are
     given out first, each to the worker with the least so far (Graham, 1969). As memory grows with
@@ -45,14 +46,14 @@ def share_of(work: Sequence[int], rank: int, world_size: int) -> list[int]:
         work: of each image, such as its number of prompts.
     """
     room = math.ceil(len(work) / world_size)
-    total = [0] * world_size
-    mine: list[list[int]] = [[] for _ in range(world_size)]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    free = [(0, 0, worker) for worker in range(world_size)]  # a heap: work, images, worker
     for place in sorted(range(len(work)), key=lambda place: -work[place]):
-        free = (worker for worker in range(world_size) if len(mine[worker]) < room)
-        worker = min(free, key=lambda worker: (total[worker], len(mine[worker])))
-        total[worker] += work[place]
-        mine[worker].append(place)
-    return sorted(mine[rank])
+        total, count, worker = heapq.heappop(free)
+        shares[worker].append(place)
+        if count + 1 < room:
+            heapq.heappush(free, (total + work[place], count + 1, worker))
+    return [sorted(share) for share in shares]
 
 
 class ImageFiles(Protocol):
@@ -98,17 +99,17 @@ class BatchLoader:
         self.prompts, self.seed, self.cache = prompts, seed, cache
         self.img_size, self.low_res_size = img_size, low_res_size
 
-    def share(self, step: list[int], rank: int, world_size: int) -> list[int]:
-        """Return a worker's images of a step; may be empty."""
+    def shares(self, step: list[int], world_size: int) -> list[list[int]]:
+        """Return each worker's images of a step; may be empty."""
         work = [self._count(index) for index in step]
-        return [step[place] for place in share_of(work, rank, world_size)]
+        return [[step[place] for place in share] for share in share_work(work, world_size)]
 
     def load(self, step: list[int], rank: int, world_size: int, epoch: int) -> list[Batch]:
         """Return a worker's part of a step with newly drawn prompts; empty if it has no image.
 
         An instance's prompt depends on (seed, epoch, image, instance) and not on the worker.
         """
-        mine = self.share(step, rank, world_size)
+        mine = self.shares(step, world_size)[rank]
         plan: tuple[bool, ...] = ()
         if self.prompts.point_selection == "interactive":
             rng = np.random.default_rng([self.seed, epoch, step[0], 1])  # the same for all workers

@@ -146,7 +146,7 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         source = FineTuning(config, dataset, cache, module)
         steps = source.steps(0)
         world = config.scaling.min_workers  # the fewest have the largest parts
-        shares = [source.loader.share(step, rank, world) for step in steps for rank in range(world)]
+        shares = [share for step in steps for share in source.loader.shares(step, world)]
         largest = max(shares, key=source.loader.num_prompts)
         if cache is not None:
             _fill_with_zeros(cache, sam, source, largest)

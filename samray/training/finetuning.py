@@ -27,7 +27,7 @@ from samray.sam.checkpoint import RunFolder, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
-from samray.training.batches import BatchLoader, cached_entry, epoch_steps, share_of
+from samray.training.batches import BatchLoader, cached_entry, epoch_steps, share_work
 from samray.training.loop import Worker
 from samray.training.optimizer import INSTANCE_LEARNING_RATE
 from samray.training.step import Batch, PromptedSam
@@ -62,6 +62,9 @@ class FineTuning:
         self.batch_size, self.seed = config.train.batch_size, config.train.seed
         self.max_objects = config.train.max_objects
         self.loader = train_loader(config, dataset, cache, sam)
+        self.val = dataset.split("val")
+        counts = [record.num_instances for record in self.val]
+        self.val_work = [min(count, self.max_objects or count) for count in counts]
 
     def steps(self, epoch: int) -> list[list[int]]:
         """Return the images of each step."""
@@ -87,11 +90,8 @@ class FineTuning:
             instance decoder `val_msa`, the mean segmentation accuracy of its watershed.
         """
         sums = torch.zeros(len(MATRIX) + 1, 3, dtype=torch.float64)  # IoU, Dice, count
-        val = self.dataset.split("val")
-        counts = [record.num_instances for record in val]
-        work = [min(count, self.max_objects or count) for count in counts]
-        for place in share_of(work, worker.rank, worker.world_size):
-            record = val[place]
+        for place in share_work(self.val_work, worker.world_size)[worker.rank]:
+            record = self.val[place]
             embedding = self._embedding(record)
             for score in score_image(self.sam, embedding, record, 0, self.max_objects):
                 row = MATRIX.index(score.strategy)
@@ -119,7 +119,7 @@ class FineTuning:
             Name -> H x W x 3 uint8, truth on the left, answers on the right.
         """
         drawn = {}
-        for number, record in enumerate(self.dataset.split("val")[:NUM_PICTURES]):
+        for number, record in enumerate(self.val[:NUM_PICTURES]):
             image = decode_image(self.dataset.image_bytes(record))
             gt_masks = [record.decode(instance) for instance in record.instances[:MAX_DRAWN]]
             prompts = [

@@ -11,7 +11,7 @@ from samray.geometry.prompts import Prompt
 from samray.geometry.views import View, cached_view
 from samray.sam.decode import group_prompts
 from samray.sam.embeddings import EmbeddingCache
-from samray.training.batches import BatchLoader, epoch_steps, share_of, valid_region
+from samray.training.batches import BatchLoader, epoch_steps, share_work, valid_region
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 12])
@@ -25,7 +25,7 @@ def test_an_epoch_has_every_image_once(num_images, batch_size):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_workers_share_a_step_without_drop_or_repeat(world_size):
     for step in epoch_steps(11, 4, seed=0, epoch=0):
-        shares = [share_of(step, rank, world_size) for rank in range(world_size)]
+        shares = share_work(step, world_size)
         assert sorted(place for share in shares for place in share) == list(range(len(step)))
 
 
@@ -40,12 +40,12 @@ def test_workers_share_a_step_without_drop_or_repeat(world_size):
     ],
 )
 def test_workers_get_about_the_same_work(work, world_size, expected):
-    assert [share_of(work, rank, world_size) for rank in range(world_size)] == expected
+    assert share_work(work, world_size) == expected
 
 
 def test_a_worker_has_the_images_that_its_share_names(loader):
     """1, 4 and 7 objects: two workers have 7, and 4 with 1."""
-    assert [loader.share([0, 1, 2], rank, 2) for rank in (0, 1)] == [[2], [0, 1]]
+    assert loader.shares([0, 1, 2], 2) == [[2], [0, 1]]
     loaded = [loader.load([0, 1, 2], rank, 2, epoch=0) for rank in (0, 1)]
     assert [[len(batch) for batch in batches] for batches in loaded] == [[7], [5]]
 
