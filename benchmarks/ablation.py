@@ -1,7 +1,7 @@
 """Which recipe helps every kind of prompt: trainings that differ in a few settings, scored alike.
 
     python benchmarks/ablation.py --data PREPARED [PREPARED ...] --recipe NAME=SETTING,SETTING ...
-        [--seeds 0 1 2] [--output FILE.jsonl] [--runs FOLDER]
+        [--seeds 0 1 2] [--device cpu|cuda] [--output FILE.jsonl] [--runs FOLDER]
 
 For example: --recipe frozen=model.adapt=none all=model.adapt=full,train.augment=true
 
@@ -45,9 +45,11 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--recipe", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--output", default="/dev/stdout")
     parser.add_argument("--runs", type=Path)
     arguments = parser.parse_args()
+    device = arguments.device
     torch.set_num_threads(1)
     for data in arguments.data:
         dataset = PreparedDataset(Path(data))
@@ -57,8 +59,8 @@ def main() -> None:
                 words = [*(word for word in settings.split(",") if word), f"train.seed={seed}"]
                 line = {"data": Path(data).name, "recipe": name, "seed": seed}
                 with tempfile.TemporaryDirectory(prefix="samray-ablation-") as folder:
-                    run, minutes = train(dataset, words, Path(folder))
-                    line |= {**compare(dataset, run), "minutes": minutes}
+                    run, minutes = train(dataset, words, Path(folder), device)
+                    line |= {**compare(dataset, run, device), "minutes": minutes}
                     if arguments.runs:
                         kept = arguments.runs / f"{line['data']}-{name}-{seed}"
                         shutil.copytree(run.path, kept)
@@ -67,22 +69,25 @@ def main() -> None:
                 print(name, line["data"], seed, line["change"], file=sys.stderr, flush=True)
 
 
-def train(dataset: PreparedDataset, words: list[str], folder: Path) -> tuple[RunFolder, float]:
+def train(
+    dataset: PreparedDataset, words: list[str], folder: Path, device: torch.device
+) -> tuple[RunFolder, float]:
     """Train one recipe; return its run, and how many minutes it took."""
     base, config = base_checkpoint(load_config(overrides=words))
     run = RunFolder.create(folder / "run", config, dataset.digest)
     save_checkpoint(run.base, base.weights, config, base.progress)
     started = time.perf_counter()
-    sam = load_checkpoint(run.base).model()
+    sam = load_checkpoint(run.base).model().to(device)
     frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
     cache = None
     if frozen:
-        cache = EmbeddingCache(folder / "cache", sam, frozen)
+        full = device.type == "cpu"
+        cache = EmbeddingCache(folder / "cache", sam, frozen, full_precision=full)
         for record, view in cache_entries(config, dataset):
             image = decode_image(dataset.image_bytes(record))
             shown = cached_view(record.digest, view).show(image)
-            cache.save(record.digest, encode_images(sam, [shown], frozen)[0].numpy(), view)
-    worker = Worker(0, 1, torch.device("cpu"))
+            cache.save(record.digest, encode_images(sam, [shown], frozen)[0].cpu().numpy(), view)
+    worker = Worker(0, 1, device)
     labels = instance_labels(config, dataset)
     source = functools.partial(FineTuning, config, dataset, cache)
     train_loop(config, run, source, worker, labels=labels)
@@ -92,10 +97,10 @@ def train(dataset: PreparedDataset, words: list[str], folder: Path) -> tuple[Run
     return run, round((time.perf_counter() - started) / 60, 2)
 
 
-def compare(dataset: PreparedDataset, run: RunFolder) -> dict[str, Any]:
+def compare(dataset: PreparedDataset, run: RunFolder, device: torch.device) -> dict[str, Any]:
     """Return the IoU of base and tuned on the test split."""
-    before = score(dataset, load_checkpoint(run.base).model())
-    after = score(dataset, load_checkpoint(run.path).model())
+    before = score(dataset, load_checkpoint(run.base).model().to(device))
+    after = score(dataset, load_checkpoint(run.path).model().to(device))
     return {
         "base": mean_by(before, "strategy", "iou"),
         "tuned": mean_by(after, "strategy", "iou"),

@@ -1,145 +1,176 @@
 """ViT encoders, training steps and clicks on a GPU, samray's beside segment_anything's.
 
-    python benchmarks/gpu.py [--model-type vit_b vit_l vit_h] [--device cuda]
+    python benchmarks/gpu.py --data PREPARED [--model-type vit_b vit_l vit_h] [--part encode ...]
 
-Random weights, which do not change the time. One JSON line a model: images a second through the
-stock encoder in float32 and in bfloat16, one image at a time as `SamPredictor` does, and through
-samray's, with and without decoded photos on their way to the GPU; each one's peak memory; the share
-of the rate that a large matrix product reaches in bfloat16. Then seconds of a training step of one
-image with 8 prompts, its frozen blocks cached, and clicks a second on one embedding.
+Random weights, which do not change the time. JSON lines. *encode*: images a second, peak memory and
+share of the rate that a large matrix product reaches in bfloat16, of the stock encoder in float32
+and in bfloat16, one image at a time as `SamPredictor` does, and of samray's. *train*: seconds and
+peak memory of the largest step of a fine-tune, and the peak that `train --dry-run` estimates; ViT-L
+is left out. *click*: clicks a second on one embedding, masks at 1024 x 1024, beside
+`SamPredictor.predict_torch`.
 """
 
 import argparse
 import functools
+import gc
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from segment_anything import sam_model_registry
+from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor
 
 from samray.benchmark import encoder_flops, matrix_rate, seconds_of
 from samray.config import load_config, resolve_model, with_learning_rate
+from samray.data.dataset import PreparedDataset
 from samray.geometry.prompts import Prompt
-from samray.sam.adapt import num_blocks, num_frozen_blocks
-from samray.sam.decode import PromptGroup, predict_masks
-from samray.sam.embeddings import encode_many, entry_shape
-from samray.sam.model import build_model, low_res_size
-from samray.training.loop import Worker, prompted_sam, train_step
-from samray.training.optimizer import Optimizer
-from samray.training.step import Batch
+from samray.sam.adapt import num_blocks
+from samray.sam.decode import predict_masks
+from samray.sam.embeddings import (
+    MAX_IMAGES,
+    compile_encoder,
+    encode_images,
+    encode_many,
+    entry_shape,
+)
+from samray.sam.model import build_model
+from samray.training.dry_run import forecast
 
-TOGETHER, PHOTOS, PROMPTS, CLICKS = 8, 64, 8, (1, 32, 256)
-WAYS = {  # of training: words of the command line
-    "frozen": ["model.adapt=none"],
-    "late LoRA": ["model.adapt=lora"],
-    "full": ["model.adapt=full", "model.adapt_blocks=all", "train.recompute_encoder=true"],
-}
+DEVICE, PHOTOS, CLICKS = torch.device("cuda"), 64, (1, 32, 256)
 
 
 def main() -> None:
-    """Print one line of figures for each model."""
+    """Print a line of figures for each model and part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model-type", nargs="+", default=["vit_b", "vit_l", "vit_h"])
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--part", nargs="+", default=["encode", "train", "click"])
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    rate = matrix_rate(device, torch.bfloat16)
-    print(json.dumps({"device": name, "bfloat16_tflops": round(rate / 1e12, 2)}), flush=True)
+    rates = {
+        str(dtype).removeprefix("torch."): round(matrix_rate(DEVICE, dtype) / 1e12, 1)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    show({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tflops": rates})
     for model_type in arguments.model_type:
-        print(json.dumps({"model": model_type, "encoder": encoders(model_type, device, rate)}))
-        steps = {way: step(model_type, words, device) for way, words in WAYS.items()}
-        figures = {"step": steps, "clicks_a_second": clicks(model_type, device)}
-        print(json.dumps({"model": model_type, **figures}), flush=True)
+        if "encode" in arguments.part:
+            encoders(model_type, rates["bfloat16"] * 1e12)
+        if "click" in arguments.part:
+            show({"model": model_type, "clicks a second": clicks(model_type)})
+        if "train" in arguments.part and model_type != "vit_l":
+            steps(model_type, PreparedDataset(arguments.data))
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print a JSON line."""
+    print(json.dumps(line), flush=True)
 
 
 @torch.inference_mode()
-def encoders(model_type: str, device: torch.device, rate: float) -> dict[str, Any]:
+def encoders(model_type: str, rate: float) -> None:
     """Images a second, peak memory and share of the rate of each way."""
-    ours: Any = build_model(model_type).to(device)
-    stock = sam_model_registry[model_type]().image_encoder.eval().to(device)
+    ours: Any = build_model(model_type).to(DEVICE)
+    stock = sam_model_registry[model_type]().image_encoder.eval().to(DEVICE)
     flops, side = encoder_flops(ours), ours.image_encoder.img_size
-    one, some = (torch.randn(count, 3, side, side, device=device) for count in (1, TOGETHER))
+    one = torch.randn(1, 3, side, side, device=DEVICE)
     photo = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     loads = [functools.partial(np.copy, photo)] * PHOTOS
-    half = functools.partial(torch.autocast, device.type, torch.bfloat16)
 
-    def in_half(encoder: Any, pixels: Tensor) -> None:
-        with half():
-            encoder(pixels)
+    def stock_in_half() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            stock(one)
 
     ways: dict[str, tuple[int, Callable[[], Any]]] = {
         "stock float32": (1, lambda: stock(one)),
-        "stock bfloat16": (1, lambda: in_half(stock, one)),
-        "samray, 1 image": (1, lambda: in_half(ours.image_encoder, one)),
-        f"samray, {TOGETHER} images": (TOGETHER, lambda: in_half(ours.image_encoder, some)),
-        "samray, photos": (PHOTOS, lambda: list(encode_many(ours, loads))),
+        "stock bfloat16": (1, stock_in_half),
+        "samray, 1 image": (1, lambda: encode_images(ours, [photo])),
+        "samray float32": (PHOTOS, lambda: list(encode_many(ours, loads, full_precision=True))),
+        "samray": (PHOTOS, lambda: list(encode_many(ours, loads))),
+        "samray, compiled": (PHOTOS, lambda: list(encode_many(ours, loads))),
     }
-    figures: dict[str, Any] = {}
     for way, (count, work) in ways.items():
-        peak, seconds = measured(work, device)
-        figures[way] = {
-            "images_a_second": round(count / seconds, 2),
-            "share_of_rate": round(count * flops / seconds / rate, 3),
-            "gib": peak,
+        if way == "samray, compiled":
+            compile_encoder(ours.image_encoder)
+        peak, seconds = measured(work)
+        figures = {
+            "images a second": round(count / seconds, 2),
+            "share of the rate": round(count * flops / seconds / rate, 3),
+            "GiB": peak,
         }
-    return figures
+        show({"model": model_type, "way": way, "at once": min(count, MAX_IMAGES), **figures})
 
 
-def step(model_type: str, words: list[str], device: torch.device) -> dict[str, float]:
-    """Seconds and peak memory of a training step."""
-    words = [f"model.type={model_type}", *words]
-    config = with_learning_rate(resolve_model(load_config(overrides=words), weights_given=True))
-    sam: Any = build_model(model_type)
-    num_frozen = num_frozen_blocks(num_blocks(sam.image_encoder), config.model)
-    side, cells = sam.image_encoder.img_size, low_res_size(sam)
-    shape = entry_shape(sam, num_frozen) if num_frozen else (3, side, side)
-    given = torch.randn(1, *shape)
-    batch = Batch(
-        images=None if num_frozen else given,
-        encoded=given if num_frozen else None,
-        groups=[
-            PromptGroup(
-                torch.zeros(PROMPTS, dtype=torch.int64),
-                side * torch.rand(PROMPTS, 1, 2),
-                torch.ones(PROMPTS, 1, dtype=torch.int64),
+def steps(model_type: str, dataset: PreparedDataset) -> None:
+    """Seconds and peak memory of a training step, by what learns and by precision."""
+    there = num_blocks(build_model(model_type).image_encoder)
+    ways = {
+        "none": ["model.adapt=none"],
+        "lora, last quarter": ["model.adapt=lora", f"model.adapt_blocks={there // 4}"],
+        "lora, last half": ["model.adapt=lora", f"model.adapt_blocks={there // 2}"],
+        "full": ["model.adapt=full", "model.adapt_blocks=all"],
+    }
+    for precision in ("bfloat16", "float16"):
+        for way, words in ways.items():
+            given = [f"model.type={model_type}", f"train.precision={precision}", *words]
+            config = with_learning_rate(resolve_model(load_config(overrides=given), True))
+            gc.collect()  # a model refers to itself
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            found = forecast(config, dataset, DEVICE)
+            assert found.peak is not None, "more memory than the GPU has"
+            show(
+                {
+                    "model": model_type,
+                    "learns": way,
+                    "precision": precision,
+                    "prompts": found.num_prompts,
+                    "seconds": found.seconds,
+                    "GiB": round(found.peak / 2**30, 2),
+                    "estimated GiB": round(found.memory.total / 2**30, 2),
+                }
             )
-        ],
-        targets=[torch.rand(PROMPTS, 1, cells, cells).round()],
-        valid=torch.ones(1, 1, cells, cells),
-    )
-    module = prompted_sam(config, sam).to(device)
-    optimizer, worker = Optimizer(module.sam, config.train, device), Worker(0, 1, device)
-    work = functools.partial(train_step, module, optimizer, [batch], PROMPTS, worker)
-    peak, seconds = measured(work, device)
-    return {"seconds": round(seconds, 4), "gib": peak}
 
 
-def clicks(model_type: str, device: torch.device) -> dict[int, float]:
+@torch.inference_mode()
+def clicks(model_type: str) -> dict[str, dict[int, float]]:
     """Clicks a second on one embedding, by the number decoded together."""
-    sam: Any = build_model(model_type).to(device)
-    embedding = torch.randn(*entry_shape(sam, num_blocks(sam.image_encoder)), device=device)
-    rng, figures = np.random.default_rng(0), {}
+    ours: Any = build_model(model_type).to(DEVICE)
+    stock = sam_model_registry[model_type]().eval().to(DEVICE)
+    embedding = torch.randn(*entry_shape(ours, num_blocks(ours.image_encoder)), device=DEVICE)
+    predictor = SamPredictor(stock)
+    predictor.features, predictor.is_image_set = embedding[None], True
+    predictor.original_size = predictor.input_size = (1024, 1024)
+    rng = np.random.default_rng(0)
+    found: dict[str, dict[int, float]] = {"samray": {}, "predict_torch": {}}
     for count in CLICKS:
         points = rng.uniform(0, 1000, (count, 1, 2)).astype(np.float32)
         prompts = [Prompt(point, np.ones(1, np.int64)) for point in points]
-        work = functools.partial(predict_masks, sam, embedding, prompts, (1024, 1024))
-        figures[count] = round(count / seconds_of(lambda: list(work()), device), 1)  # noqa: B023
-    return figures
+        at, labels = torch.from_numpy(points).to(DEVICE), torch.ones(count, 1, device=DEVICE)
+        ways: dict[str, Callable[[], Any]] = {
+            "samray": functools.partial(masks_of, ours, embedding, prompts),
+            "predict_torch": functools.partial(predictor.predict_torch, at, labels),
+        }
+        for way, work in ways.items():
+            found[way][count] = round(count / seconds_of(work, DEVICE), 1)
+    return found
 
 
-def measured(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Peak GPU memory in GiB, 0 on a CPU, and seconds of some work."""
-    if device.type != "cuda":
-        return 0.0, seconds_of(work, device)
+def masks_of(sam: Any, embedding: Tensor, prompts: list[Prompt]) -> list[np.ndarray]:
+    """Decode clicks to full-size masks, as the endpoint does."""
+    answers = predict_masks(sam, embedding, prompts, (1024, 1024))
+    return [masks.mask(number) for _, masks in answers for number in range(3)]
+
+
+def measured(work: Callable[[], Any]) -> tuple[float, float]:
+    """Peak GPU memory in GiB, and seconds of some work."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    seconds = seconds_of(work, device)
+    seconds = seconds_of(work, DEVICE)
     return round(torch.cuda.max_memory_allocated() / 2**30, 2), seconds
 
 

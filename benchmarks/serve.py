@@ -9,10 +9,11 @@
     python benchmarks/serve.py beside     clicks of two clients beside one expensive request
     python benchmarks/serve.py memory     by process, idle and over 3,000 clicks on 1200 x 900
 
-All use the same weights on the same machine, one torch thread per process. `naive` is FastAPI
-around `SamPredictor`, the image in every request. `lru` keeps 100 embeddings behind a lock in one
-process. With encode time E and decode time D, measured here, and c clicks an image, no server
-that encodes once can beat the naive one by more than (E + D) / (E / c + D).
+All use the same weights on the same machine, on its GPU if it has one, and one torch thread per
+process. `naive` is FastAPI around `SamPredictor`, the image in every request. `lru` keeps 100
+embeddings behind a lock in one process. With encode time E and decode time D, measured here, and c
+clicks an image, no server that encodes once can beat the naive one by more than
+(E + D) / (E / c + D).
 """
 
 import argparse
@@ -523,7 +524,8 @@ def load_sam(weights: str | None) -> Any:
     from samray.prediction.predictor import Predictor
 
     torch.set_num_threads(1)
-    return Predictor.from_checkpoint(weights).sam
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Predictor.from_checkpoint(weights).sam.to(device)
 
 
 def in_process(weights: str | None, raw: bytes, number: int) -> dict[str, float]:
@@ -602,8 +604,11 @@ def other_command(kind: str, weights: str | None) -> list[str]:
 
 def samray_command(weights: str | None, decoders: int = 1) -> list[str]:
     """Start the endpoint."""
+    import torch
+
     words = [f"serve.decoder_replicas={decoders}", "serve.cpus_per_replica=0.2"]
     words += [f"serve.checkpoint={weights}"] if weights else []
+    words += ["serve.gpus_per_replica=0.1"] if torch.cuda.is_available() else []
     return [sys.executable, "-m", "jobs.serve", *words]
 
 

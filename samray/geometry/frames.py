@@ -31,10 +31,20 @@ def image_to_input(image: np.ndarray, img_size: int) -> torch.Tensor:
     Returns:
         3 x img_size x img_size float32.
     """
+    return normalize(resize(image, img_size), img_size)
+
+
+def resize(image: np.ndarray, img_size: int) -> torch.Tensor:
+    """Return an image, H x W x 3 uint8 RGB, with its longest side scaled to `img_size`."""
     resized = ResizeLongestSide(img_size).apply_image(image)
-    pixels = torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1).float()
-    mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD).view(3, 1, 1)
+    return torch.from_numpy(np.ascontiguousarray(resized))
+
+
+def normalize(resized: torch.Tensor, img_size: int) -> torch.Tensor:
+    """Return the model's input from what `resize` returns, on the same device."""
+    pixels = resized.permute(2, 0, 1).float()
+    mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=pixels.device).view(3, 1, 1)
     height, width = resized.shape[:2]
     return F.pad((pixels - mean) / std, (0, img_size - width, 0, img_size - height))
 

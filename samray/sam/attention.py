@@ -3,7 +3,7 @@
 The ViT's: `segment_anything` writes the whole matrix of weights to memory several times, 800 MB
 each for one image in a global block of ViT-B, and the system clears every page of it. Without
 gradients, on a CPU, a block goes through an image in strips that stay in the processor's cache;
-elsewhere torch's fused attention gets the relative position as its bias.
+elsewhere torch's fused attention sees the relative positions as channels of queries and keys.
 
 The mask decoder's, between few tokens and the many cells of an image: the stock module projects all
 cells. (x W) q equals x (W q), so here the few tokens are projected twice and the cells not at all.
@@ -18,9 +18,8 @@ from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
 from segment_anything.modeling.transformer import Attention as CrossAttention
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-BIAS_BYTES = 256 * 2**20  # of the fused kernel's bias at once, which bounds memory
 SCORES_BYTES = 16 * 2**20  # of one head's scores on a CPU: more and fewer took longer
 STRIP_ROWS = 8  # of an image in a global block: 512 tokens of a ViT at 1024 pixels
 
@@ -125,30 +124,45 @@ def _bias(query: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
-    """Stock attention with relative positions; fused where no gradient is needed."""
+    """Stock attention with relative positions, by torch's fused kernels.
+
+    As their bias, the relative positions would be a matrix of all pairs of cells for each head. A
+    score is q k + r[row of the key] + s[column of the key], though, which is one product of longer
+    vectors: of [q, r, s] with [k, the row as one-hot vector, the column as one-hot vector]. So
+    there is no matrix in memory, and a gradient needs none.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """B x H x W x C -> the same shape."""
-        # Fused kernels need a bias without gradient.
-        if torch.is_grad_enabled() or not self.use_rel_pos:
+        if not self.use_rel_pos:
             stock: Tensor = super().forward(x)
             return stock
-        batch, height, width, _ = x.shape
-        # 3 x B heads x H x W x C'
+        height, width = x.shape[1:3]
+        # 3 x B x heads x H x W x C'
         split = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        query, key, value = split.flatten(1, 2)
-        keys, values = key.flatten(1, 2)[:, None], value.flatten(1, 2)[:, None]
-        of_rows, of_columns = (of.to(query.dtype) for of in _positions(self, height, width))
-        row_bytes = query.element_size() * len(query) * height * width**2
-        size = max(1, BIAS_BYTES // row_bytes)
-        found = []
-        for start in range(0, height, size):
-            rows, relative = query[:, start : start + size], of_rows[start : start + size]
-            bias = _bias(rows, relative, of_columns)[:, None]
-            rows = rows.flatten(1, 2)[:, None]
-            found.append(scaled_dot_product_attention(rows, keys, values, bias, scale=self.scale))
-        seen = torch.cat(found, dim=2).view(batch, self.num_heads, height, width, -1)
-        projected: Tensor = self.proj(seen.permute(0, 2, 3, 1, 4).flatten(3))
+        query, key, value = split
+        # The kernel scales the whole product.
+        of_rows, of_columns = (
+            (of / self.scale).to(query.dtype) for of in _positions(self, height, width)
+        )
+        on_row = torch.einsum("bnhwc,hkc->bnhwk", query, of_rows)
+        on_column = torch.einsum("bnhwc,wkc->bnhwk", query, of_columns)
+        eye = functools.partial(torch.eye, dtype=query.dtype, device=query.device)
+        places = [
+            eye(height)[:, None].expand(height, width, height),
+            eye(width)[None].expand(height, width, width),
+        ]
+        channels = key.shape[-1]
+        zeros = -(channels + height + width) % 8  # fused kernels need multiples of 8
+        place = pad(torch.cat(places, dim=-1), (0, zeros)).expand(*key.shape[:-1], -1)
+        query = pad(torch.cat([query, on_row, on_column], dim=-1), (0, zeros))
+        key = torch.cat([key, place], dim=-1)
+        value = pad(value, (0, query.shape[-1] - channels))  # some need equal lengths
+        query, key, value = (tensor.flatten(2, 3) for tensor in (query, key, value))
+        seen = scaled_dot_product_attention(query, key, value, scale=self.scale)[..., :channels]
+        projected: Tensor = self.proj(
+            seen.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4).flatten(3)
+        )
         return projected
 
 

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from samray.config import Config
 from samray.data.dataset import PreparedDataset
-from samray.geometry.frames import TRANSFORM_VERSION, image_to_input
+from samray.errors import ConfigError
+from samray.geometry.frames import TRANSFORM_VERSION, normalize, resize
 from samray.geometry.views import VIEWS_VERSION
-from samray.sam.adapt import num_blocks, prefix, prefix_digest
+from samray.sam.adapt import blocks, num_blocks, prefix, prefix_digest
 from samray.storage import Place, free_bytes, list_objects, read_bytes, resolve, whole_file
 
 Item = TypeVar("Item")
@@ -150,8 +151,8 @@ def encode_images(
     Returns:
         B x C x h x w float32, on the model's device; see `samray.sam.adapt.prefix`.
     """
-    inputs = [image_to_input(image, sam.image_encoder.img_size) for image in images]
-    return _encode(sam, torch.stack(inputs), num_frozen, full_precision)
+    side = sam.image_encoder.img_size
+    return _encode(sam, [resize(image, side) for image in images], num_frozen, full_precision)
 
 
 def encode_many(
@@ -170,23 +171,36 @@ def encode_many(
         num_frozen, full_precision: as in `encode_images`.
 
     Yields:
-        C x h x w float32.
+        C x h x w float16, as the cache holds it.
     """
     if sam.device.type == "cpu":
         for load in images:
-            yield encode_images(sam, [load()], num_frozen, full_precision)[0].numpy()
+            yield encode_images(sam, [load()], num_frozen, full_precision)[0].half().numpy()
         return
     side, size = sam.image_encoder.img_size, _images_at_once(sam.device)
     frames = ahead((functools.partial(_frame, load, side) for load in images), 2 * size)
     running: Tensor | None = None
     while batch := list(itertools.islice(frames, size)):
-        pixels = torch.stack(batch)
-        started = _encode(sam, pixels, num_frozen, full_precision)
+        number = len(batch)
+        if is_compiled(sam.image_encoder):  # for so many images; compiling for others takes a while
+            batch += batch[-1:] * (size - number)
+        started = _encode(sam, batch, num_frozen, full_precision)[:number].half()
         if running is not None:  # what waits for it overlaps with the batch just started
             yield from running.cpu().numpy()
         running = started
     if running is not None:
         yield from running.cpu().numpy()
+
+
+def compile_encoder(encoder: Any) -> None:
+    """Let torch compile an image encoder's blocks when they are first used on a GPU, in place."""
+    for block in blocks(encoder):
+        block.compile(dynamic=False)
+
+
+def is_compiled(encoder: Any) -> bool:
+    """Whether `compile_encoder` was called."""
+    return blocks(encoder)[0]._compiled_call_impl is not None
 
 
 def ahead(calls: Iterable[Callable[[], Item]], number: int) -> Iterator[Item]:
@@ -205,7 +219,7 @@ def ahead(calls: Iterable[Callable[[], Item]], number: int) -> Iterator[Item]:
 
 
 def _frame(load: Callable[[], np.ndarray], side: int) -> Tensor:
-    return image_to_input(load(), side)
+    return resize(load(), side)
 
 
 def _images_at_once(device: torch.device) -> int:
@@ -215,19 +229,32 @@ def _images_at_once(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def _encode(sam: Any, pixels: Tensor, num_frozen: int | None, full_precision: bool) -> Tensor:
-    """Encode B x 3 x S x S; arguments and result as in `encode_images`."""
+def _encode(
+    sam: Any, resized: Sequence[Tensor], num_frozen: int | None, full_precision: bool
+) -> Tensor:
+    """Encode what `resize` returns; other arguments and result as in `encode_images`."""
     device, encoder = sam.device, sam.image_encoder
+    if device.type != "cpu":
+        # A byte a value, and copying from pageable memory would wait for the GPU.
+        resized = [frame.pin_memory().to(device, non_blocking=True) for frame in resized]
+    pixels = torch.stack([normalize(frame, encoder.img_size) for frame in resized])
     if num_frozen is None:
         num_frozen = num_blocks(encoder)
     if device.type == "cpu":  # where bfloat16 would be slower, unless the caller's autocast asks
         return prefix(encoder, pixels, num_frozen).float()
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if native else torch.float16
-    # Copying from pageable memory would wait for the GPU.
-    pixels = pixels.pin_memory().to(device, non_blocking=True)
-    with torch.autocast(device.type, dtype, enabled=not full_precision):
-        return prefix(encoder, pixels, num_frozen).float()
+    try:
+        with torch.autocast(device.type, dtype, enabled=not full_precision):
+            return prefix(encoder, pixels, num_frozen).float()
+    except RuntimeError as exc:
+        # Importing the class of the exception would take two seconds in each process.
+        if not type(exc).__module__.startswith("torch._dynamo"):
+            raise
+        raise ConfigError(
+            f"embeddings.compile: torch cannot compile the image encoder here ({exc}); it needs a "
+            "C compiler on each node; set embeddings.compile=false"
+        ) from exc
 
 
 def entry_shape(sam: Any, num_frozen: int) -> tuple[int, ...]:

@@ -19,7 +19,12 @@ from samray.errors import ConfigError
 from samray.geometry.images import decode_image
 from samray.geometry.views import cached_view
 from samray.sam.checkpoint import load_checkpoint
-from samray.sam.embeddings import EmbeddingCache, encode_many, entry_bytes
+from samray.sam.embeddings import (
+    EmbeddingCache,
+    compile_encoder,
+    encode_many,
+    entry_bytes,
+)
 from samray.storage import Place, free_bytes
 
 GPU_CHUNK = 64  # images of one call to an actor that has a GPU
@@ -55,11 +60,14 @@ class ImageEncoder:
         cache: Place,
         num_frozen: int | None,
         full_precision: bool,
+        compiled: bool,
     ) -> None:
         self.dataset = PreparedDataset(dataset)
         self.sam = load_checkpoint(checkpoint).model()
         self.cache = EmbeddingCache(cache, self.sam, num_frozen, full_precision=full_precision)
         self.sam.to(cluster.actor_device())
+        if compiled:
+            compile_encoder(self.sam.image_encoder)
 
     def encode(self, views: Sequence[tuple[str, int]]) -> None:
         """Encode views of images, by name, into the cache."""
@@ -125,9 +133,9 @@ def encode_missing(
             f"embeddings: {statement}; they do not fit beside the {reserve_gb} GB of "
             "embeddings.reserve_gb; free some space or set embeddings.cache_dir to a larger disk"
         )
-    of_cache = cache_dir, cache.num_frozen, full
+    settings = cache_dir, cache.num_frozen, full, config.embeddings.compile
     pool = cluster.start_pool(
-        ImageEncoder, device, len(missing), dataset.folder, checkpoint, *of_cache
+        ImageEncoder, device, len(missing), dataset.folder, checkpoint, *settings
     )
     started = time.perf_counter()
     _encode_first(pool, missing[0], len(missing), statement)

@@ -10,7 +10,14 @@ from sam_parts import small_sam, small_vit
 from samray.geometry.prompts import Prompt
 from samray.sam.attention import fuse_attention
 from samray.sam.decode import predict_masks
-from samray.sam.embeddings import EmbeddingCache, ahead, encode_image, encode_images, encode_many
+from samray.sam.embeddings import (
+    EmbeddingCache,
+    ahead,
+    compile_encoder,
+    encode_image,
+    encode_images,
+    encode_many,
+)
 
 
 def photos(count):
@@ -44,7 +51,7 @@ def test_many_images_on_a_cpu_are_the_bits_of_each():
     sam, images = small_sam(), photos(3)
     loads = [functools.partial(np.copy, image) for image in images]
     for image, found in zip(images, encode_many(sam, loads), strict=True):
-        assert np.array_equal(found, encode_image(sam, image).numpy())
+        assert np.array_equal(found, encode_image(sam, image).numpy().astype(np.float16))
 
 
 def test_embeddings_of_another_precision_have_another_key(tmp_path):
@@ -84,14 +91,18 @@ def test_masks_of_bfloat16_embeddings():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_many_images_on_a_gpu():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_many_images_on_a_gpu(compiled):
     sam, images = small_vit(), photos(5)
     fuse_attention(sam.image_encoder)
     expected = torch.stack([encode_image(sam, image) for image in images])
     sam.cuda()
+    if compiled:
+        compile_encoder(sam.image_encoder)
     loads = [functools.partial(np.copy, image) for image in images]
     for full, tolerance in ((True, 1e-3), (False, 0.03)):
-        found = torch.from_numpy(np.stack(list(encode_many(sam, loads, full_precision=full))))
+        many = np.stack(list(encode_many(sam, loads, full_precision=full)))
+        found = torch.from_numpy(many).float()
         together = encode_images(sam, images, full_precision=full).cpu()
         largest = float(expected.abs().max())
         for some in (found, together):

@@ -35,9 +35,9 @@ def test_memory_by_how_the_encoder_learns():
     vit = "model.type=vit_b"
     quarter, whole = needed(vit), needed(vit, "model.adapt=full", "model.adapt_blocks=all")
     assert needed(vit, "model.adapt=none") == 0
-    assert 2**30 < quarter < whole / 3
+    assert 2**28 < quarter < whole / 3
     assert needed(vit, num_images=2) == pytest.approx(2 * quarter, rel=0.05)
-    assert needed(vit, dtype=torch.bfloat16) < 0.6 * quarter
+    assert needed(vit, dtype=torch.bfloat16) < 0.7 * quarter
     again = needed(
         vit, "model.adapt=full", "model.adapt_blocks=all", "train.recompute_encoder=true"
     )
