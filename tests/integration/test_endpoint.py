@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from ports import free_port
 from pycocotools import mask as coco_mask
+from ray import serve
 from serving import TOKEN, serving, wait_until_ready
 
 from samray.config import ServeConfig, load_config
@@ -696,6 +697,19 @@ def test_a_killed_decoder_costs_no_answer(url, photo):
     assert {response.status_code for response in answers} == {200}
     masks = [response.json()["results"][0]["masks"][0]["rle"] for response in answers]
     assert masks == [before] * 100
+    wait_for_decoders(2)
+
+
+def wait_for_decoders(number):
+    """Until so many serve: one more later would take over images that another has encoded."""
+    deadline = time.monotonic() + 120
+    while True:
+        states = serve.status().applications["samray"].deployments["Decoder"].replica_states
+        if states == {"RUNNING": number}:
+            time.sleep(1)  # until the Ingress has heard of it
+            return
+        assert time.monotonic() < deadline, states
+        time.sleep(0.5)
 
 
 @pytest.mark.slow
