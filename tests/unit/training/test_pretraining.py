@@ -54,10 +54,12 @@ def test_a_step_is_reproducible_and_another_step_differs(source):
 
 
 def test_points_lie_in_their_region_and_boxes_around_it(source):
-    for first in range(0, 40, 2):
+    seen = set()
+    for first in range(0, 16, 2):
         (batch,), _ = source.load([first, first + 1], 0, 1, epoch=0)
         for group, targets in zip(batch.groups, batch.targets, strict=True):
             assert float(targets.amax(dim=(1, 2, 3)).min()) > 0
+            seen.add(group.point_coords is None)
             if group.point_coords is not None:
                 x, y = (group.point_coords[:, 0] // 4).long().T
                 assert (targets[torch.arange(len(group)), 0, y, x] > 0).all()
@@ -68,6 +70,7 @@ def test_points_lie_in_their_region_and_boxes_around_it(source):
                 height = (last - rows.int().argmax(dim=1)) * 4
                 given = group.boxes[:, 3] - group.boxes[:, 1]
                 assert ((given - height).abs() <= 0.7 * height + 8).all()
+    assert seen == {True, False}, "points and boxes"
 
 
 @pytest.mark.slow
