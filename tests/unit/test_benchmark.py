@@ -8,6 +8,7 @@ import torch
 from samray import benchmark
 from samray.config import load_config
 from samray.errors import ConfigError
+from samray.sam.attention import fuse_attention
 from samray.sam.embeddings import encode_images
 from samray.storage import list_objects, resolve
 
@@ -42,6 +43,15 @@ def test_the_operations_of_an_encoder_are_counted():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         encode_images(sam, [torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()])
     assert counted == counter.get_total_flops()
+
+
+def test_the_longer_vectors_of_fused_attention_are_not_counted():
+    from sam_parts import small_vit
+
+    sam = small_vit()
+    counted = benchmark.encoder_flops(sam)
+    fuse_attention(sam.image_encoder)
+    assert benchmark.encoder_flops(sam) == counted
 
 
 def test_storage_that_is_missing_is_refused_and_not_created(tmp_path):
