@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 PRECISION = "float16"
 # Of the GPU's free memory, for each image that is encoded together with others: more than a ViT-H
-# needs beside the bias of `samray.sam.attention`.
+# needs.
 IMAGE_BYTES = 2**30
 MAX_IMAGES = 16
 THREADS = 8  # that decode and resize images while a GPU encodes others
