@@ -39,7 +39,12 @@ from samray.geometry.images import decode_image
 from samray.geometry.masks import CroppedMask, encode_rle
 from samray.geometry.views import draw_view
 from samray.instances.choice import evenly
-from samray.instances.metrics import ImageObjects, score_instances, segmentation_accuracy
+from samray.instances.metrics import (
+    ImageObjects,
+    outside_region,
+    score_instances,
+    segmentation_accuracy,
+)
 from samray.instances.saved import load_instances
 from samray.instances.segment import find_objects, maps_of
 from samray.prediction.segmentation import find_everything, generator_settings
@@ -116,13 +121,18 @@ def finder(way: str, run: RunFolder, dataset: PreparedDataset, minutes: float) -
 
 
 def objects(dataset: PreparedDataset, record: ImageRecord, find: Finder) -> ImageObjects:
-    """Return found and true objects of an image."""
+    """Return found and true objects of an image, but those found in its ignored region.
+
+    Tiles have such a region where they cut an object off.
+    """
     found = find(decode_image(dataset.image_bytes(record)))
+    rles = [encode_rle(mask, record.size) for mask, _, _ in found]
+    judged = outside_region(rles, record.ignored, record.size)
     return ImageObjects(
         size=record.size,
-        found=tuple(encode_rle(mask, record.size) for mask, _, _ in found),
-        found_labels=tuple(label for _, _, label in found),
-        scores=tuple(score for _, score, _ in found),
+        found=tuple(rles[place] for place in judged),
+        found_labels=tuple(found[place][2] for place in judged),
+        scores=tuple(found[place][1] for place in judged),
         true=tuple(instance.rle for instance in record.instances),
         true_labels=tuple(instance.label for instance in record.instances),
     )
@@ -262,6 +272,11 @@ def example(
     height, width = input_size_of((image.shape[0], image.shape[1]), SIDE)
     classes = np.full((SIDE, SIDE), -1, np.int64)  # the padding counts nowhere
     classes[:height, :width] = 0
+    if (ignored := record.decode_ignored()) is not None:  # and neither what nobody annotated
+        region = cv2.resize(
+            view.turn(ignored).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST
+        )
+        classes[:height, :width][region > 0] = -1
     for instance in record.instances:
         mask = view.turn(record.decode(instance)).astype(np.uint8)
         small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
