@@ -37,6 +37,7 @@ PICTURE_SIDE = 320  # pixels
 # Of the instance decoder alone, after the training: epochs for each of the training's.
 FINISH_SHARE, FINISH_BATCH = 0.5, 2
 FINISH_STEPS = 1000  # at most, on large datasets: one worker does them, and the others have ended
+KEPT_BYTES = 2**30  # of embeddings kept meanwhile: 256 images of a ViT, 4,096 of `tiny`
 
 
 class FineTuning:
@@ -194,31 +195,46 @@ def finish_instances(
     announce()
     val = dataset.split("val")
     records = [val[place] for place in evenly(len(val), MAX_IMAGES)]
+    embed = _computed_once(lambda record: _embedding(dataset, cache, sam, record))
 
     def examples(decoder: InstanceDecoder) -> list[Example]:
-        return [
-            _example(dataset, decoder, _embedding(dataset, cache, sam, record), record)
-            for record in records
-        ]
+        return [_example(dataset, decoder, embed(record), record) for record in records]
 
     before = model.decoder.to(device)
     after = copy.deepcopy(before)
-    _train_decoder(after, sam, config, dataset, cache)
+    _train_decoder(after, config, dataset, train_loader(config, dataset, cache, sam), embed)
     found = {decoder: examples(decoder) for decoder in (before, after)}
     better = max(found, key=lambda decoder: mean_accuracy(sam, found[decoder], Way()))
     way, accuracies = choose_way(sam, found[better])
     write_finished(checkpoint.path, InstanceModel(better, model.labels, way), accuracies)
 
 
+def _computed_once(embed: Callable[[ImageRecord], Tensor]) -> Callable[[ImageRecord], Tensor]:
+    """Return a function that keeps what `embed` gives for an image, while KEPT_BYTES have room."""
+    kept: dict[str, Tensor] = {}
+    room = KEPT_BYTES
+
+    def remembered(record: ImageRecord) -> Tensor:
+        nonlocal room
+        if record.name in kept:
+            return kept[record.name]
+        found = embed(record)
+        if found.nbytes <= room:
+            room -= found.nbytes
+            kept[record.name] = found
+        return found
+
+    return remembered
+
+
 def _train_decoder(
     decoder: InstanceDecoder,
-    sam: Any,
     config: Config,
     dataset: PreparedDataset,
-    cache: EmbeddingCache | None,
+    loader: BatchLoader,
+    embed: Callable[[ImageRecord], Tensor],
 ) -> None:
     """Train an instance decoder alone, in place, on the images as they are."""
-    loader = train_loader(config, dataset, cache, sam)
     count, seed = len(loader.records), config.train.seed
     begin = config.train.num_epochs
     steps = [
@@ -235,10 +251,9 @@ def _train_decoder(
         records = [loader.records[index] for index in step]
         images = [decode_image(dataset.image_bytes(record)) for record in records]
         scene = loader.scene(records, [AS_IT_IS] * len(step), images, 1.0)
-        found = torch.stack([_embedding(dataset, cache, sam, record) for record in records])
-        loss = instance_loss(
-            decoder(found, scene.pixels.to(sam.device)), scene.maps.to(sam.device)
-        ).mean()
+        found = torch.stack([embed(record) for record in records])
+        maps = decoder(found, scene.pixels.to(found.device))
+        loss = instance_loss(maps, scene.maps.to(found.device)).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), config.train.clip_grad_norm)

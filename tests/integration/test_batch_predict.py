@@ -103,7 +103,8 @@ def test_a_second_call_does_only_what_is_left(folder, predict, tmp_path):
     for number in (3, 4, 5):
         (folder / f"two/photo {number}.jpg").unlink()
     out = tmp_path / "out"
-    words = ("--image-path", folder, "--output-dir", out)
+    grid = ("predict.points_per_side=6", "predict.pred_iou_thresh=0.3")
+    words = ("--image-path", folder, "--output-dir", out, *grid)
     predict(*words)
     kept, gone = out / "one/photo 0.json", out / "two/photo 2.csv"
     before = kept.stat().st_mtime_ns

@@ -27,7 +27,7 @@ from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "3", "train.warmup_steps=2"]
-FROZEN = [*SMALL, "--freeze-image-encoder"]
+FROZEN = [*SMALL, "train.max_objects=2", "--freeze-image-encoder"]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def first_run(prepared, tmp_path_factory, run_cli):
     status, out, err = run_cli(
         "train", "--data-dir", prepared, "--output-dir", run, "--model-type", "tiny",
         "--checkpoint", "none", "--num-workers", 2, "--num-epochs", 2, "--lr", 1e-3, *SMALL,
+        "train.max_objects=2",
     )  # fmt: skip
     assert status == 0, err
     assert "run.json" in out
@@ -111,18 +112,26 @@ def test_training_moves_the_encoder_from_random_weights_and_not_when_frozen(firs
 
 @pytest.mark.slow
 def test_each_image_is_encoded_once_for_all_epochs_and_runs(
-    tuned_run, first_run, prepared, tmp_path, run_cli
+    tuned_run, first_run, prepared, tmp_path, run_cli, monkeypatch
 ):
+    """The second run names the dataset by a relative path, which it saves as an absolute one."""
     dataset = PreparedDataset(prepared)
     images = len(dataset.split("train")) + len(dataset.split("val"))
     assert state_of(tuned_run)["embeddings"]["encoded"] == images
     assert state_of(tuned_run)["embeddings"]["found"] == 0
+    again = tmp_path / "again"
+    monkeypatch.chdir(prepared.parent)
     status, out, err = run_cli(
-        "train", "--data-dir", prepared, "--output-dir", tmp_path / "again", "--checkpoint",
-        first_run, "--num-epochs", 1, *FROZEN,
+        "train", "--data-dir", prepared.name, "--output-dir", again, "--checkpoint", first_run,
+        "--num-epochs", 1, *FROZEN,
     )  # fmt: skip
     assert status == 0, err
     assert f"0 images encoded, {images} found" in out
+    monkeypatch.chdir(tmp_path)
+    saved = load_config(again / "config.yaml").train
+    assert (saved.data_dir, saved.output_dir) == (str(prepared), str(again))
+    status, _, err = run_cli("promote", "again", "--name", "nuts", "--store", "store", "--force")
+    assert status == 0, err
 
 
 def untested(prepared, folder):
@@ -243,15 +252,15 @@ def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
     best = state_of(run)["best"]
     assert best != latest
     for given, expected in (("", best), ("/latest", latest), (f"/{best}", best)):
-        output = tmp_path / f"report{given.replace('/', '_')}"
-        status, _, err = run_cli(
-            "evaluate", "--data-dir", prepared, "--checkpoint", f"{run}{given}", "--output-dir",
-            output, "evaluate.noc_objects=0",
-        )  # fmt: skip
-        assert status == 0, err
-        evaluation = json.loads((output / "evaluation.json").read_text())
-        assert evaluation["checkpoint"] == expected
-        assert expected.endswith(f"{evaluation['epoch']:04d}")
+        assert load_checkpoint(Path(f"{run}{given}")).path.samefile(run / expected)
+    status, _, err = run_cli(
+        "evaluate", "--data-dir", prepared, "--checkpoint", run / "latest", "--output-dir",
+        tmp_path / "report", "evaluate.noc_objects=0",
+    )  # fmt: skip
+    assert status == 0, err
+    evaluation = json.loads((tmp_path / "report/evaluation.json").read_text())
+    assert evaluation["checkpoint"] == latest
+    assert latest.endswith(f"{evaluation['epoch']:04d}")
     status, _, err = run_cli(
         "promote", run / "latest", "--name", "nuts", "--store", tmp_path / "store", "--force"
     )
@@ -259,21 +268,6 @@ def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
     stored = load_checkpoint(tmp_path / "store" / "nuts").weights
     for name, value in load_checkpoint(run / "latest").weights.items():
         assert torch.equal(stored[name], value)
-
-
-@pytest.mark.slow
-def test_a_relative_data_dir_is_saved_as_an_absolute_one(
-    tuned_run, prepared, tmp_path, run_cli, monkeypatch
-):
-    monkeypatch.chdir(prepared.parent)
-    words = ["--data-dir", prepared.name, "--output-dir", tmp_path / "run", "--num-epochs", 1]
-    status, _, err = run_cli("train", *words, "--checkpoint", tuned_run, *SMALL)
-    assert status == 0, err
-    monkeypatch.chdir(tmp_path)
-    saved = load_config(tmp_path / "run" / "config.yaml").train
-    assert (saved.data_dir, saved.output_dir) == (str(prepared), str(tmp_path / "run"))
-    status, _, err = run_cli("promote", "run", "--name", "nuts", "--store", "store", "--force")
-    assert status == 0, err
 
 
 @pytest.mark.slow

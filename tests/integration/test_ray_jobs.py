@@ -125,7 +125,7 @@ def test_a_training_job_is_stopped_and_submitted_again(cluster, prepared_on_two_
         "jobs.train", "--config", "configs/demo.yaml", f"train.data_dir={prepared_on_two_nodes}",
         f"train.output_dir={run}", "train.resume=true", "scaling.num_workers=2",
         "scaling.cpus_per_worker=2", "train.num_epochs=200",  # none of which has to wait for us
-        "train.instances=false", f"train.mlflow_uri={tmp_path / 'mlflow'}",
+        "train.max_objects=2", "train.instances=false", f"train.mlflow_uri={tmp_path / 'mlflow'}",
     ]  # fmt: skip
     status, log = submit(environment, *words, wait=False)
     assert status == 0, log

@@ -86,7 +86,7 @@ def test_all_stages_in_s3(done, data, bucket, prepared):
     assert "nothing to do" in done("prepare", "--data-dir", data, "--output-dir", folder)
     dataset = PreparedDataset(resolve(folder, "x"))
     assert dataset.digest == PreparedDataset(prepared).digest
-    frozen = ["train.warmup_steps=2", "--freeze-image-encoder"]
+    frozen = ["train.warmup_steps=2", "train.max_objects=2", "--freeze-image-encoder"]
     done("train", "--data-dir", folder, "--output-dir", f"{bucket}/run", *frozen, "--num-epochs", 1)
     more = ["--resume", "--num-epochs", 2, "--num-workers", 2, *frozen]
     out = done("train", "--data-dir", folder, "--output-dir", f"{bucket}/run", *more)

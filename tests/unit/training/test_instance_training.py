@@ -21,6 +21,7 @@ from samray.instances.segment import Way
 from samray.sam.checkpoint import Checkpoint, RunFolder, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.shipped import load_shipped
+from samray.training import finetuning
 from samray.training.batches import BatchLoader
 from samray.training.finetuning import FineTuning, finish_instances, instance_labels
 from samray.training.loop import Worker, train_loop
@@ -152,8 +153,21 @@ def test_the_best_decoder_is_finished_on_its_encoder_and_its_way_chosen(run, dat
     assert all(not torch.equal(before[name], value) for name, value in after.items())
 
 
-def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(run, dataset, cache, tmp_path):
-    """Interrupted between its two files: the weights are written last."""
+def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(
+    run, dataset, cache, tmp_path, monkeypatch
+):
+    """Interrupted between its two files: the weights are written last.
+
+    The repetition, which may keep no embedding, learns the same weights.
+    """
+    embedded: list[str] = []
+
+    def count(*arguments):
+        embedded.append(arguments[-1].name)
+        return embed(*arguments)
+
+    embed = finetuning._embedding
+    monkeypatch.setattr(finetuning, "_embedding", count)
     shutil.copytree(run.path, tmp_path / "run", symlinks=True)
     copy = RunFolder(tmp_path / "run")
     copy.update(best=copy.state["latest"])
@@ -169,6 +183,8 @@ def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(run, dataset, 
     whole = weights.read_bytes()
     finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     assert weights.read_bytes() == whole
+    assert len(embedded) == len(set(embedded)) > 0
+    monkeypatch.setattr(finetuning, "KEPT_BYTES", 0)
     weights.write_bytes(before)
     finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     assert weights.read_bytes() == whole != before
