@@ -84,10 +84,15 @@ class Fault:
 
 
 class Site:
-    """The cluster, the S3 server, the photos, and the results of undisturbed runs."""
+    """The cluster, the S3 server, the photos, and the results of undisturbed runs.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: folder for all files.
+        num_cpus: of each of the three nodes.
+    """
+
+    def __init__(self, root: Path, num_cpus: int = 1) -> None:
+        self.root, self.num_cpus = root, num_cpus
         self.s3 = S3Server(root / "s3")
         self.s3.start()
         self.proxy = FailingProxy(self.s3.ports["s3"][0])
@@ -108,12 +113,12 @@ class Site:
         self.start_cluster()
 
     def start_cluster(self) -> None:
-        """Start three nodes of one CPU each."""
+        """Start three nodes."""
         # Others may use this machine too: Ray would kill workers for their use of memory, and its
         # workers, with a niceness of 15, would hardly run beside them.
         calm = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "5"}
         calm["OMP_NUM_THREADS"] = "1"
-        self.cluster = LocalCluster(3, 1, {**self.variables, **calm})
+        self.cluster = LocalCluster(3, self.num_cpus, {**self.variables, **calm})
         self.cluster.start()
 
     def close(self) -> None:

@@ -50,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory(prefix="samray-soak-") as folder:
-        site = Site(Path(folder))
+        # Two CPUs a node: the endpoint's replicas may take a share of one on two of the nodes.
+        site = Site(Path(folder), num_cpus=2)
         try:
             with endpoint(site) as url:
                 rows = []

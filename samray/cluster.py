@@ -339,7 +339,8 @@ def wait_for_room(count: int, num_cpus: float, num_gpus: float) -> None:
     try:
         if group.wait(SAY_SECONDS):
             return
-        need = " and ".join(f"{count * number:g} free {name}" for name, number in wanted.items())
+        times = f"{count} x " if count > 1 else ""  # each on one node
+        need = " and ".join(f"{times}{number:g} free {name}" for name, number in wanted.items())
         print(
             f"samray: waiting up to {FREE_SECONDS:.0f} s for {need}; {_occupied(wanted)}",
             file=sys.stderr,
@@ -367,7 +368,7 @@ def _occupied(names: Iterable[str]) -> str:
             if any((actor.required_resources or {}).get(name) for name in names):
                 held[actor.class_name.rpartition(".")[2]] += 1
     actors = ", ".join(f"{number} {name}" for name, number in held.most_common(5))
-    return f"{shown}, the others are held by {actors or 'tasks or other jobs'}"
+    return f"{shown} on all nodes, the others are held by {actors or 'tasks or other jobs'}"
 
 
 def gpus_per_actor(device: str) -> int:

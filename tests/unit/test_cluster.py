@@ -187,7 +187,8 @@ def test_a_busy_cluster_is_waited_for_in_words_and_given_up(hold, monkeypatch, c
     with pytest.raises(ClusterError) as caught:
         cluster.start_pool(Doubler, "cpu", 10)
     assert str(caught.value).startswith(
-        "the cluster had no 1 free CPU for 1 s: 0.5 of 4 CPU are free, the others are held by "
+        "the cluster had no 1 free CPU for 1 s: 0.5 of 4 CPU are free on all nodes, the others are "
+        "held by "
     )
     assert capsys.readouterr().err.startswith(
         "samray: waiting up to 1 s for 1 free CPU; 0.5 of 4 CPU are free"
@@ -195,4 +196,4 @@ def test_a_busy_cluster_is_waited_for_in_words_and_given_up(hold, monkeypatch, c
     monkeypatch.setattr(cluster, "FREE_SECONDS", 60.0)
     threading.Timer(1, ray.kill, [holder]).start()
     cluster.wait_for_room(2, 2, 0)
-    assert "waiting up to 60 s for 4 free CPU" in capsys.readouterr().err
+    assert "waiting up to 60 s for 2 x 2 free CPU; " in capsys.readouterr().err
