@@ -16,6 +16,7 @@ from samray.data.dataset import ImageRecord
 from samray.evaluation.metrics import bootstrap_interval, iou_and_dice, verdict
 from samray.evaluation.scoring import click_through
 from samray.geometry.prompts import draw_prompt
+from samray.sam.decode import prompt_chunks
 
 MAX_CLICKS = 20
 TARGETS = (85, 90)  # IoU in percent
@@ -70,19 +71,21 @@ def count_clicks(
         image_embedding: C x h x w float32, on the model's device.
         places: of the instances in the record.
     """
-    gt_masks = [record.decode(record.instances[place]) for place in places]
     rng = np.random.default_rng(0)  # the centre is not drawn
-    first = [draw_prompt("center", mask, 1, rng) for mask in gt_masks]
     enough = max(TARGETS) / 100
-    clicked = click_through(sam, image_embedding, gt_masks, first, MAX_CLICKS, enough)
     counts = []
-    for place, gt_mask, answers in zip(places, gt_masks, clicked, strict=True):
-        ious: list[float] = []
-        for mask, _ in answers:
-            ious.append(iou_and_dice(mask, gt_mask)[0])
-            if ious[-1] >= enough:
-                break
-        counts.append(ClickCount(record.name, record.source, place, tuple(ious)))
+    for chunk in prompt_chunks(len(places), record.size):  # all masks may not fit the memory
+        some = [places[number] for number in chunk]
+        gt_masks = [record.decode(record.instances[place]) for place in some]
+        first = [draw_prompt("center", mask, 1, rng) for mask in gt_masks]
+        clicked = click_through(sam, image_embedding, gt_masks, first, MAX_CLICKS, enough)
+        for place, gt_mask, answers in zip(some, gt_masks, clicked, strict=True):
+            ious: list[float] = []
+            for mask, _ in answers:
+                ious.append(iou_and_dice(mask, gt_mask)[0])
+                if ious[-1] >= enough:
+                    break
+            counts.append(ClickCount(record.name, record.source, place, tuple(ious)))
     return counts
 
 

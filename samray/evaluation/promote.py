@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from samray import __version__, cluster
-from samray.config import Config, load_config, required
+from samray.config import Config, PromptConfig, load_config, required
 from samray.data.dataset import PreparedDataset
 from samray.errors import ConfigError, GuardError
 from samray.evaluation.evaluate import Outcome, score_models
 from samray.evaluation.metrics import MIN_IMAGES, Score, bootstrap_interval
-from samray.evaluation.scoring import MATRIX
+from samray.evaluation.scoring import CLICKS, MATRIX
 from samray.evaluation.summary import summary
+from samray.geometry.prompts import STRATEGIES
 from samray.instances.metrics import image_accuracy, score_instances
 from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
 from samray.sam.store import ModelStore, Version, require_name, require_store
@@ -26,6 +27,16 @@ ON_TARGET = {
     "mixed": {"center", "random", "bbox"},
     "interactive": {"center", "random", "bbox", "clicks"},
 }
+
+
+def off_target(prompts: PromptConfig) -> list[str]:
+    """Return the rows of the prompt matrix that training with these settings never draws."""
+    drawn = set(ON_TARGET[prompts.point_selection])
+    if prompts.point_selection in ("mixed", "interactive"):
+        drawn -= {name for name in STRATEGIES if not getattr(prompts.mixture, name)}
+    if prompts.num_clicks == 0:
+        drawn.discard(CLICKS)
+    return [row for row in MATRIX if row not in drawn]
 
 
 def promote(config: Config) -> Version:
@@ -60,8 +71,7 @@ def promote(config: Config) -> Version:
     current = store.current(name)
     outcomes = _outcomes(config, dataset, run, tuned, current)
     scores = {model: outcome.scores for model, outcome in outcomes.items()}
-    off_target = [row for row in MATRIX if row not in ON_TARGET[trained.prompts.point_selection]]
-    reasons = guard(scores, off_target, settings.max_forgetting)
+    reasons = guard(scores, off_target(trained.prompts), settings.max_forgetting)
     accuracies = {
         model: [image_accuracy(objects) for objects in outcome.objects]
         for model, outcome in outcomes.items()

@@ -47,9 +47,23 @@ def score_image(
         max_objects: score so many of the image's instances, the same for every model; None: all.
     """
     instances = _some(record, max_objects)
+    scores: dict[str, list[Score]] = {row: [] for row in MATRIX}
+    for chunk in prompt_chunks(len(instances), record.size):  # all masks may not fit the memory
+        _score_some(sam, image_embedding, record, seed, [instances[n] for n in chunk], scores)
+    return [score for row in MATRIX for score in scores[row]]
+
+
+def _score_some(
+    sam: Any,
+    image_embedding: torch.Tensor,
+    record: ImageRecord,
+    seed: int,
+    instances: Sequence[int],
+    scores: dict[str, list[Score]],
+) -> None:
+    """Add the scores of some instances of an image under every row of the prompt matrix."""
     gt_masks = [record.decode(record.instances[number]) for number in instances]
     scale = sam.image_encoder.img_size / max(record.size)
-    scores: dict[str, list[Score]] = {row: [] for row in MATRIX}
 
     def add(row: str, place: int, mask: np.ndarray, predicted_iou: float) -> None:
         number = instances[place]
@@ -85,7 +99,6 @@ def score_image(
         else:
             for place, masks in predict_masks(sam, image_embedding, prompts, record.size):
                 add(row, place, masks.mask(masks.best), masks.predicted_iou)
-    return [score for row in MATRIX for score in scores[row]]
 
 
 def _some(record: ImageRecord, max_objects: int | None) -> list[int]:

@@ -140,7 +140,10 @@ def decode_rle(counts: bytes, size: tuple[int, int]) -> np.ndarray:
     """
     runs = decompress_runs(counts, size)
     inside = np.arange(len(runs)) % 2 == 1  # runs alternate between outside and inside
-    return np.repeat(inside, runs).reshape(size[1], size[0]).T
+    columns = np.repeat(inside, runs).reshape(size[1], size[0])
+    # By rows in memory, as the masks that it is compared with: many times as fast.
+    mask: np.ndarray = cv2.transpose(columns.view(np.uint8)).view(bool)
+    return mask
 
 
 def decompress_runs(counts: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -255,7 +258,10 @@ def enlarge_mask(
     )
     part = np.zeros((y2 - y1, x2 - x1), np.uint8)
     part[y - y1 : y - y1 + h, x - x1 : x - x1 + w][tight.pixels] = 255
-    large = cv2.resize(part, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR) >= 128
+    sides = (right - left, bottom - top)
+    large = cv2.resize(part, sides, interpolation=cv2.INTER_LINEAR) >= 128
+    if not large.any():  # a single pixel, smoothed away
+        large = cv2.resize(part, sides, interpolation=cv2.INTER_NEAREST) > 0
     cropped = crop_mask(large)
     return CroppedMask(cropped.pixels, (left + cropped.origin[0], top + cropped.origin[1]))
 

@@ -10,11 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-from samray.geometry.masks import encode_rle, mask_ious
+from samray.geometry.masks import CroppedMask, encode_rle, mask_ious
 from samray.instances.metrics import outside_region, segmentation_accuracy
-from samray.instances.segment import KINDS, ImageMaps, Way, find_objects
+from samray.instances.segment import (
+    KINDS,
+    FoundObject,
+    ImageMaps,
+    Way,
+    ask,
+    find_objects,
+    flood,
+    objects_of_answers,
+)
 
-MAX_IMAGES = 24  # evenly from the val split; more would add minutes and decide the same
+# Evenly from the val split; more would add minutes and decide the same.
+MAX_IMAGES, MAX_OBJECTS = 24, 3000
 # Below, a decoder that has not learned yet finds dozens of false objects for each true one, and to
 # prompt for all of them would take many minutes.
 MIN_ACCURACY = 0.02
@@ -61,10 +71,24 @@ def choose_way(sam: Any, examples: Sequence[Example]) -> tuple[Way, dict[str, fl
         examples: at least one.
     """
     seen: dict[Way, float] = {}
+    answers: dict[Way, list[list[tuple[CroppedMask, float]]]] = {}
+
+    def asked_once(way: Way) -> list[list[FoundObject]]:
+        """Objects by prompts; ASKING's settings choose among answers, and need no new ones."""
+        same = replace(way, max_iou=1.0, min_score=0.0)
+        if same not in answers:
+            answers[same] = [
+                ask(sam, e.maps, e.embedding, flood(e.maps, way), way.kind) for e in examples
+            ]
+        return [
+            objects_of_answers(given, example.maps, way)
+            for given, example in zip(answers[same], examples, strict=True)
+        ]
 
     def score(way: Way) -> float:
         if way not in seen:
-            seen[way] = mean_accuracy(sam, examples, way)
+            found = None if way.kind == "watershed" else asked_once(way)
+            seen[way] = mean_accuracy(sam, examples, way, found)
         return seen[way]
 
     if score(Way()) < MIN_ACCURACY:
@@ -77,6 +101,14 @@ def choose_way(sam: Any, examples: Sequence[Example]) -> tuple[Way, dict[str, fl
     return max((best, asked), key=score), kinds
 
 
+def some_images(numbers: Sequence[int]) -> list[int]:
+    """Return places of images to choose on, by their numbers of objects: evenly, at least one."""
+    most = min(len(numbers), MAX_IMAGES)
+    while most > 1 and sum(numbers[place] for place in evenly(len(numbers), most)) > MAX_OBJECTS:
+        most -= 1
+    return evenly(len(numbers), most)
+
+
 def evenly(count: int, most: int) -> list[int]:
     """Return at most so many places of 0 .. count - 1, evenly spread."""
     if count <= most:
@@ -84,11 +116,23 @@ def evenly(count: int, most: int) -> list[int]:
     return [number * count // most for number in range(most)]
 
 
-def mean_accuracy(sam: Any, examples: Sequence[Example], way: Way) -> float:
-    """Mean segmentation accuracy of a way over images; see `outside_region`."""
+def mean_accuracy(
+    sam: Any,
+    examples: Sequence[Example],
+    way: Way,
+    objects: Sequence[list[FoundObject]] | None = None,
+) -> float:
+    """Mean segmentation accuracy of a way over images; see `outside_region`.
+
+    Args:
+        objects: that the way finds in each; None: they are searched for.
+    """
     total = 0.0
-    for example in examples:
-        found = find_objects(sam, example.maps, example.embedding, way)
+    for number, example in enumerate(examples):
+        if objects is not None:
+            found = objects[number]
+        else:
+            found = find_objects(sam, example.maps, example.embedding, way)
         rles = [encode_rle(one.mask, example.size) for one in found]
         judged = outside_region(rles, example.ignored, example.size)
         rles = [rles[place] for place in judged]

@@ -68,6 +68,27 @@ class ImageObjects:
         )
 
 
+@dataclass(frozen=True)
+class _Matches:
+    """What is kept of an image's table of IoUs, which may have millions of cells.
+
+    Attributes:
+        num_found, num_true: numbers of objects.
+        pairs: (found, true, IoU) matched at IoU 0.5.
+    """
+
+    num_found: int
+    num_true: int
+    pairs: tuple[tuple[int, int, float], ...]
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> "_Matches":
+        """Match the objects of a table, N x M."""
+        matched = match(table, THRESHOLDS[0])
+        pairs = tuple((found, true, float(table[found, true])) for found, true in matched)
+        return cls(table.shape[0], table.shape[1], pairs)
+
+
 def label_map_ious(found: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Return the IoU of the objects of two label maps.
 
@@ -166,39 +187,40 @@ def score_instances(images: Sequence[ImageObjects]) -> dict[str, Any]:
         `labels`: for each label `true`, `found`, `f1`, `pq`, `ap`, `ap50`; an object of another
         label is no match. `confusion`: {true label: {found label: objects matched at IoU 0.5}}.
     """
-    tables = [image.ious() for image in images]
-    accuracies = np.array([segmentation_accuracy(table) for table in tables])
+    accuracies: list[list[float]] = []
+    matches: list[_Matches] = []
+    parts: list[ImageObjects] = []
+    for image in images:  # one table at a time
+        table = image.ious()
+        accuracies.append(segmentation_accuracy(table))
+        matches.append(_Matches.of(table))
+        parts += _apart(image, table) if table.size > MAX_TABLE else [image]
     labels = sorted({label for image in images for label in image.true_labels + image.found_labels})
-    parts = [
-        part
-        for image, table in zip(images, tables, strict=True)
-        for part in (_apart(image, table) if table.size > MAX_TABLE else [image])
-    ]
     precision = _average_precision(parts, labels)
     by_label = {}
     for label in labels:
-        own = [image.of_label(label).ious() for image in images]
+        own = [_Matches.of(image.of_label(label).ious()) for image in images]
         by_label[label] = {**_counts(own), **precision[label]}
     return {
-        "msa": float(accuracies.mean()),
-        "sa50": float(accuracies[:, 0].mean()),
-        **_counts(tables),
+        "msa": float(np.mean(accuracies)),
+        "sa50": float(np.mean([values[0] for values in accuracies])),
+        **_counts(matches),
         "count_error": _ratio(
-            sum(abs(table.shape[0] - table.shape[1]) for table in tables),
-            sum(table.shape[1] for table in tables),
+            sum(abs(one.num_found - one.num_true) for one in matches),
+            sum(one.num_true for one in matches),
         ),
         "ap": _mean([values["ap"] for values in precision.values()]),
         "ap50": _mean([values["ap50"] for values in precision.values()]),
         "labels": by_label,
-        "confusion": _confusion(images, tables),
+        "confusion": _confusion(images, matches),
     }
 
 
-def _counts(tables: Sequence[np.ndarray]) -> dict[str, Any]:
+def _counts(matches: Sequence[_Matches]) -> dict[str, Any]:
     """Numbers of objects, F1 at 0.5 and panoptic quality (Kirillov et al. 2019)."""
-    found = sum(table.shape[0] for table in tables)
-    true = sum(table.shape[1] for table in tables)
-    hits = [float(table[pair]) for table in tables for pair in match(table, THRESHOLDS[0])]
+    found = sum(one.num_found for one in matches)
+    true = sum(one.num_true for one in matches)
+    hits = [iou for one in matches for _, _, iou in one.pairs]
     return {
         "found": found,
         "true": true,
@@ -218,11 +240,11 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _confusion(
-    images: Sequence[ImageObjects], tables: Sequence[np.ndarray]
+    images: Sequence[ImageObjects], matches: Sequence[_Matches]
 ) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
-    for image, table in zip(images, tables, strict=True):
-        for found, true in match(table, THRESHOLDS[0]):
+    for image, one in zip(images, matches, strict=True):
+        for found, true, _ in one.pairs:
             row = counts.setdefault(image.true_labels[true], {})
             row[image.found_labels[found]] = row.get(image.found_labels[found], 0) + 1
     return {true: dict(sorted(row.items())) for true, row in sorted(counts.items())}

@@ -7,6 +7,7 @@ found on the val split (`samray.instances.choice`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -167,6 +168,14 @@ def asked_objects(
     Args:
         numbers: h x w int32, as `flood` returns it, or with only some of its objects.
     """
+    answers = ask(sam, maps, embedding, numbers, way.kind)
+    return objects_of_answers(answers, maps, way)
+
+
+def ask(
+    sam: Any, maps: ImageMaps, embedding: Tensor, numbers: np.ndarray, kind: Kind
+) -> list[tuple[CroppedMask, float]]:
+    """Return the mask decoder's answer for each flooded object: mask, not empty, and score."""
     height, width = maps.original_size
     scale = np.array([width / numbers.shape[1], height / numbers.shape[0]], np.float32)
     prompts = []
@@ -178,25 +187,34 @@ def asked_objects(
         corners = np.array([columns.start, rows.start, columns.stop, rows.stop], np.float32)
         prompts.append(
             Prompt(
-                point_coords=None if way.kind == "box" else point - 0.5,
-                point_labels=None if way.kind == "box" else np.ones(1, np.int64),
-                box=None if way.kind == "point" else corners * np.tile(scale, 2),
+                point_coords=None if kind == "box" else point - 0.5,
+                point_labels=None if kind == "box" else np.ones(1, np.int64),
+                box=None if kind == "point" else corners * np.tile(scale, 2),
             )
         )
     answers = []
     for _, masks in predict_masks(sam, embedding, prompts, maps.original_size):
         mask = masks.mask(masks.best)
-        score = masks.predicted_iou
-        if score >= way.min_score and mask.any():
-            answers.append((crop_mask(mask), score))
+        if mask.any():
+            answers.append((crop_mask(mask), masks.predicted_iou))
+    return answers
+
+
+def objects_of_answers(
+    answers: Sequence[tuple[CroppedMask, float]], maps: ImageMaps, way: Way
+) -> list[FoundObject]:
+    """Return the objects of the mask decoder's answers, the surest first, without doubles."""
+    (height, width), (rows, columns) = maps.original_size, maps.foreground.shape
+    scale = np.array([width / columns, height / rows], np.float32)
+    sure = [(mask, score) for mask, score in answers if score >= way.min_score]
     return [
         FoundObject(mask, _class_of(_shrunk(mask, scale), maps), min(1.0, max(0.0, score)))
-        for mask, score in suppress(answers, maps.original_size, way.max_iou)
+        for mask, score in suppress(sure, maps.original_size, way.max_iou)
     ]
 
 
 def suppress(
-    answers: list[tuple[CroppedMask, float]], size: tuple[int, int], max_iou: float
+    answers: Sequence[tuple[CroppedMask, float]], size: tuple[int, int], max_iou: float
 ) -> list[tuple[CroppedMask, float]]:
     """Return the masks that overlap no surer one by more than `max_iou`, the surest first.
 

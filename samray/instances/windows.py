@@ -20,6 +20,7 @@ from samray.geometry.tiles import Window, tile_windows
 from samray.instances.segment import FoundObject
 
 MIN_AGREEMENT = 0.5  # IoU of two parts of one object in the region that both windows show
+JITTER = 8  # pixels by which the masks of two windows may differ
 MAX_COVERED = 0.5  # share of an object's pixels that an object of another window may have, too
 
 
@@ -54,16 +55,19 @@ def find_in_windows(
     windows = tile_windows(size, tile, overlap)
     sides = np.array([(w.x, w.y, w.x + w.width, w.y + w.height) for w in windows]).T
     parts: list[_Part] = []
+    spare: list[_Part] = []
     for number, window in enumerate(windows):
         for found in find(window):
             x, y = found.mask.origin
             mask = CroppedMask(found.mask.pixels, (x + window.x, y + window.y))
             depths = _depths(mask, sides, size)
+            part = _Part(replace(found, mask=mask), frozenset([number]), float(depths[number]))
             # The first of equals; what all windows cut off is put together from its parts.
             if depths.max() == 0 or depths.argmax() == number:
-                moved = replace(found, mask=mask)
-                parts.append(_Part(moved, frozenset([number]), float(depths[number])))
-    objects = _deepest(_joined(parts, windows))
+                parts.append(part)
+            elif 0 < depths.max() - depths[number] <= JITTER:
+                spare.append(part)
+    objects = _deepest(_joined(_with_uncovered(parts, spare), windows))
     return sorted(objects, key=lambda one: -one.score)
 
 
@@ -85,6 +89,25 @@ def _depths(mask: CroppedMask, sides: np.ndarray, size: tuple[int, int]) -> np.n
     inner = np.stack([left > 0, top > 0, right < size[1], bottom < size[0]])
     depths: np.ndarray = np.where(inner, distances, np.inf).min(axis=0)
     return np.where(distances.min(axis=0) < 0, 0, depths)
+
+
+def _with_uncovered(parts: Sequence[_Part], spare: Sequence[_Part]) -> list[_Part]:
+    """Return the parts, and those to spare that are no object of another window.
+
+    The masks of two windows differ by a few pixels, so that each may take the other for the
+    deeper one, and leave the object to it.
+    """
+    kept = list(parts)
+    boxes = np.array([_box(part.found.mask) for part in [*kept, *spare]]).reshape(-1, 4)
+    for part in sorted(spare, key=lambda part: -part.depth):
+        mask = part.found.mask
+        near = np.flatnonzero(_overlapping(_box(mask), boxes[: len(kept)]))
+        area = np.count_nonzero(mask.pixels)
+        shares = (_shared(mask, kept[place].found.mask) / area for place in near)
+        if not any(share > MAX_COVERED for share in shares):
+            boxes[len(kept)] = _box(mask)
+            kept.append(part)
+    return kept
 
 
 def _joined(parts: Sequence[_Part], windows: Sequence[Window]) -> list[_Part]:
@@ -132,12 +155,19 @@ def _crossing(parts: Sequence[_Part]) -> Iterator[tuple[int, int]]:
     """Yield the pairs, first place below second, whose boxes overlap and that share no window."""
     boxes = np.array([_box(part.found.mask) for part in parts]).reshape(-1, 4)
     for place, part in enumerate(parts):
-        x1, y1, x2, y2 = boxes[place]
-        later = boxes[place + 1 :]
-        near = (later[:, 0] < x2) & (later[:, 2] > x1) & (later[:, 1] < y2) & (later[:, 3] > y1)
+        near = _overlapping(boxes[place], boxes[place + 1 :])
         for other in (place + 1 + np.flatnonzero(near)).tolist():
             if not part.windows & parts[other].windows:
                 yield place, other
+
+
+def _overlapping(box: Sequence[int], boxes: np.ndarray) -> np.ndarray:
+    """Which of N x 4 boxes, XYXY, overlap a box: N bool."""
+    x1, y1, x2, y2 = box
+    found: np.ndarray = (
+        (boxes[:, 0] < x2) & (boxes[:, 2] > x1) & (boxes[:, 1] < y2) & (boxes[:, 3] > y1)
+    )
+    return found
 
 
 def _agree(one: _Part, other: _Part, windows: Sequence[Window]) -> bool:

@@ -151,6 +151,8 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         if cache is not None:
             _fill_with_zeros(cache, sam, source, largest)
         batches, num_prompts = source.load(largest, 0, 1, 0)
+        if config.prompts.point_selection == "interactive":  # else the seed would decide how many
+            batches = [_with_all_clicks(batch, config.prompts.num_clicks) for batch in batches]
         learning = {part: _count(getattr(sam, part)) for part in PARTS}
         if module.instances is not None:
             learning["instance_decoder"] = _count(module.instances)
@@ -179,6 +181,12 @@ def forecast(config: Config, dataset: PreparedDataset, device: torch.device) -> 
         seconds=seconds,
         peak=peak,
     )
+
+
+def _with_all_clicks(batch: Batch, num_clicks: int) -> Batch:
+    """A batch with as many correction clicks as a step may draw."""
+    draws = [torch.full((len(group), num_clicks), 0.5) for group in batch.groups]
+    return replace(batch, corrections=(True,) * num_clicks, click_draws=draws)
 
 
 def encoder_bytes(config: Config, dtype: torch.dtype, num_images: int) -> int:

@@ -17,7 +17,7 @@ from samray.evaluation.scoring import MATRIX, evaluation_prompt, score_image
 from samray.geometry.drawing import draw_masks, shrink
 from samray.geometry.images import decode_image
 from samray.geometry.views import AS_IT_IS
-from samray.instances.choice import MAX_IMAGES, Example, choose_way, evenly, mean_accuracy
+from samray.instances.choice import Example, choose_way, mean_accuracy, some_images
 from samray.instances.decoder import InstanceDecoder
 from samray.instances.losses import instance_loss
 from samray.instances.saved import InstanceModel, is_finished, load_instances, write_finished
@@ -194,7 +194,7 @@ def finish_instances(
         return
     announce()
     val = dataset.split("val")
-    records = [val[place] for place in evenly(len(val), MAX_IMAGES)]
+    records = [val[place] for place in some_images([record.num_instances for record in val])]
     embed = _computed_once(lambda record: _embedding(dataset, cache, sam, record))
 
     def examples(decoder: InstanceDecoder) -> list[Example]:

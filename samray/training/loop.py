@@ -42,6 +42,8 @@ from samray.sam.weights import digest_of
 from samray.training.optimizer import Optimizer
 from samray.training.step import LOSSES, Batch, PromptedSam
 
+INSTANCES = "instances."  # before the names of the instance decoder's weights in optimizer.pth
+
 
 @dataclass(frozen=True)
 class EpochPart:
@@ -143,7 +145,10 @@ def train_loop(
         module.sam.load_state_dict(trained, strict=False)  # the others are the base's
         latest = load_checkpoint(run.resume_from)
         if module.instances is not None:
-            module.instances.load_state_dict(_saved_instances(latest))
+            # Not those of instances.pth, which may have been finished since.
+            own = {name: trained[name] for name in trained if name.startswith(INSTANCES)}
+            own = {name.removeprefix(INSTANCES): value for name, value in own.items()}
+            module.instances.load_state_dict(own or _saved_instances(latest))
         optimizer.load_state_dict(state)
         epoch, step = latest.progress["epoch"], latest.progress["step"]
         part = EpochPart(**latest.progress.get("part", {}))
@@ -361,7 +366,7 @@ def prompted_sam(config: Config, sam: Sam, labels: tuple[str, ...] | None = None
 
 
 def _saved_instances(latest: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint's instance decoder."""
+    """The weights of the instance decoder beside a checkpoint, written without those to resume."""
     saved = load_instances(latest, latest.model())
     if saved is None:
         raise CheckpointError(
@@ -405,17 +410,19 @@ def _write(
     progress: dict[str, Any],
 ) -> None:
     """Write a checkpoint; it does not count until it is registered."""
-    weights = merged_weights(module.sam)
+    weights, trained = merged_weights(module.sam), trained_state(module.sam)
     files = None
     if module.instances is not None and labels is not None:
         model = InstanceModel(module.instances, labels, Way())
         files = instance_files(model, digest_of(weights, prefix="image_encoder."))
+        own = module.instances.state_dict()
+        trained |= {INSTANCES + key: value.detach().cpu() for key, value in own.items()}
     save_checkpoint(
         run.path / "checkpoints" / name,
         weights,
         config,
         {**progress, **origin},
-        (trained_state(module.sam), optimizer.state_dict()),
+        (trained, optimizer.state_dict()),
         files,
     )
 

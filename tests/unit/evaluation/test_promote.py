@@ -5,9 +5,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from samray.config import PointSelection
+from samray.config import PointSelection, load_config
 from samray.evaluation.metrics import Score
-from samray.evaluation.promote import ON_TARGET, guard, guard_objects
+from samray.evaluation.promote import ON_TARGET, guard, guard_objects, off_target
 from samray.evaluation.scoring import MATRIX
 
 
@@ -85,6 +85,22 @@ def test_forgetting_is_checked_in_every_row(row):
 def test_every_prompt_strategy_has_rows_that_it_trains_for():
     """Or `promote` would fail after training with a strategy that was added later."""
     assert set(ON_TARGET) == set(get_args(PointSelection))
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ((), []),
+        (("prompts.num_clicks=0",), ["clicks"]),
+        (("prompts.num_clicks=0", "prompts.mixture.bbox=0"), ["bbox", "clicks"]),
+        (("prompts.point_selection=mixed",), ["clicks"]),
+        (("prompts.point_selection=mixed", "prompts.mixture.random=0"), ["random", "clicks"]),
+        (("prompts.point_selection=bbox",), ["center", "random", "clicks"]),
+    ],
+)
+def test_what_training_never_draws_is_off_target(words, rows):
+    prompts = load_config(overrides=words).prompts
+    assert sorted(off_target(prompts)) == sorted(rows)
 
 
 SOURCES = [f"{image}.jpg" for image in range(12)]

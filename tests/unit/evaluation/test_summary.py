@@ -1,9 +1,12 @@
 """Figures of an evaluation by hand: sizes, and the change from base to tuned."""
 
+import weakref
+
 import numpy as np
 import pytest
 from sam_parts import blob_record, small_sam
 
+from samray.data.dataset import ImageRecord
 from samray.evaluation.metrics import Score
 from samray.evaluation.scoring import MATRIX, score_image
 from samray.evaluation.summary import calibration, changes, summary
@@ -82,6 +85,31 @@ def test_some_objects_are_scored_as_among_all():
     among_all = [found.iou for found in scores if found.instance in numbers]
     assert [found.iou for found in some] == pytest.approx(among_all, abs=1e-6)
     assert some == score_image(sam, embedding, record, seed=0, max_objects=2)
+
+
+def test_the_masks_of_many_objects_are_not_held_at_once(monkeypatch):
+    """The scores are the same by two objects at a time; an image may have thousands."""
+    record, sam = blob_record("a.jpg", (60, 80), 5), small_sam()
+    embedding = encode_image(sam, np.zeros((60, 80, 3), np.uint8))
+    together = score_image(sam, embedding, record, seed=0)
+    alive: list[int] = []
+    masks: list[weakref.ref] = []
+
+    def watch(self, instance):
+        mask = decode(self, instance)
+        masks.append(weakref.ref(mask))
+        alive.append(sum(one() is not None for one in masks))
+        return mask
+
+    decode = ImageRecord.decode
+    monkeypatch.setattr(ImageRecord, "decode", watch)
+    monkeypatch.setattr("samray.sam.decode.MAX_PIXELS", 2 * 60 * 80)
+    apart = score_image(sam, embedding, record, seed=0)
+    assert max(alive) == 2
+    assert [one.instance for one in apart] == [one.instance for one in together]
+    for name in ("iou", "boundary_iou", "predicted_iou"):
+        pairs = [[getattr(one, name) for one in scores] for scores in (apart, together)]
+        assert pairs[0] == pytest.approx(pairs[1], abs=1e-5)
 
 
 def test_calibration_by_hand():

@@ -23,6 +23,7 @@ from samray.geometry.masks import (
     decode_crop,
     decode_rle,
     encode_rle,
+    enlarge_mask,
     rasterize_instance,
     require_inside,
 )
@@ -501,6 +502,18 @@ def test_ragged_masks_round_trip_nearly() -> None:
 
 def test_empty_mask_has_no_shapes() -> None:
     assert mask_to_shapes(np.zeros((5, 5), bool), "cat") == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.05, 1.2, 1.37, 1.5, 2.0, 7.3])
+def test_a_single_pixel_is_enlarged_to_some(scale: float) -> None:
+    """Smoothing alone would leave none of it at scales between 1 and 2."""
+    for place in range(12):
+        pixel = CroppedMask(np.ones((1, 1), bool), (place, 11 - place))
+        large = enlarge_mask(pixel, (12, 12), (scale, scale))
+        x, y = large.origin
+        assert large.pixels.any()
+        assert abs(x / scale - place) <= 1
+        assert abs(y / scale - (11 - place)) <= 1
 
 
 def test_a_cropped_mask_does_not_keep_the_whole_one() -> None:

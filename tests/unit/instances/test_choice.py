@@ -11,7 +11,7 @@ from test_instance_segment import discs, perfect_maps
 
 from samray.geometry.masks import CroppedMask, encode_rle
 from samray.instances import choice
-from samray.instances.choice import Example, choose_way, evenly, mean_accuracy
+from samray.instances.choice import Example, choose_way, evenly, mean_accuracy, some_images
 from samray.instances.segment import Way, image_maps
 
 SIZE = (64, 64)
@@ -61,6 +61,32 @@ def test_a_decoder_that_has_not_learned_is_not_asked_thousands_of_times(monkeypa
     assert way == Way()
     assert list(kinds) == ["watershed"]
     assert kinds["watershed"] < choice.MIN_ACCURACY
+
+
+def test_the_mask_decoder_is_asked_once_for_each_kind_of_prompt(monkeypatch):
+    """Scores and overlaps only choose among its answers."""
+    kinds: list[str] = []
+
+    def count(*arguments):
+        kinds.append(arguments[-1])
+        return asked(*arguments)
+
+    asked = choice.ask
+    monkeypatch.setattr(choice, "ask", count)
+    one = example()
+    way, found = choose_way(small_sam(), [one, one])
+    assert sorted(kinds) == sorted(2 * ["point", "box", "both"])
+    for kind in ("point", "box", "both"):  # random weights: each way's value, searched anew
+        if (way.max_iou, way.min_score) == (0.5, 0.0):
+            expected = mean_accuracy(small_sam(), [one], replace(way, kind=kind))
+            assert found[kind] == pytest.approx(expected)
+
+
+def test_images_of_thousands_of_objects_are_fewer():
+    assert some_images([1] * 10) == list(range(10))
+    assert len(some_images([5] * 100)) == choice.MAX_IMAGES
+    assert some_images([1000] * 10) == [0, 3, 6]
+    assert some_images([5000, 5000]) == [0]
 
 
 def test_images_are_chosen_evenly():

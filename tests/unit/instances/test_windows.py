@@ -132,3 +132,11 @@ def test_of_rivals_that_no_window_shows_whole_the_deeper_is_kept():
 def test_an_object_inside_another_of_the_same_window_is_kept():
     find = blobs((0, (10, 10, 40, 40)), (0, (20, 20, 30, 30)))
     assert len(find_in_windows((64, 112), 64, 16, find)) == 2
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 1, 2])
+@pytest.mark.parametrize("left", range(50, 58))
+def test_masks_that_differ_by_a_few_pixels_neither_lose_nor_double_an_object(left, shift):
+    """In the middle of the overlap each window may take the other's view for the deeper one."""
+    find = blobs((0, (left, 10, left + 6, 20)), (48, (left + shift, 10, left + shift + 6, 20)))
+    assert len(find_in_windows((64, 112), 64, 16, find)) == 1

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from sam_parts import small_sam
+from small_dataset import write_dataset
 
 from samray.config import load_config, resolve_model
 from samray.sam.adapt import suffix
 from samray.sam.model import build_model
-from samray.training.dry_run import encoder_bytes, saved_bytes
+from samray.training.dry_run import encoder_bytes, forecast, saved_bytes
 
 
 def needed(*words, dtype=torch.float32, num_images=1):
@@ -27,6 +28,17 @@ def test_what_autograd_keeps_is_counted_once_and_without_parameters():
     x = torch.zeros(8, 64)
     assert saved_bytes(sam, lambda: torch.zeros(3) + 1) == 0
     assert saved_bytes(layer, lambda: layer(x) + layer(x)) == x.nbytes
+
+
+def test_the_seed_does_not_decide_how_many_clicks_are_measured(tmp_path):
+    """A step draws their number; "at most" means all of them."""
+    dataset = write_dataset(tmp_path / "prepared")
+    words = ["model.adapt=none", "prompts.mixture.random=0", "prompts.mixture.bbox=0"]
+    found = set()
+    for seed in range(4):
+        config = resolve_model(load_config(overrides=[*words, f"train.seed={seed}"]), True)
+        found.add(forecast(config, dataset, torch.device("cpu")).memory.decoder)
+    assert len(found) == 1
 
 
 @pytest.mark.slow

@@ -18,13 +18,19 @@ from samray.geometry.images import decode_image
 from samray.geometry.masks import crop_mask, encode_rle
 from samray.instances.saved import instances_of, load_instances, new_decoder
 from samray.instances.segment import Way
-from samray.sam.checkpoint import Checkpoint, RunFolder, load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+)
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.shipped import load_shipped
 from samray.training import finetuning
 from samray.training.batches import BatchLoader
 from samray.training.finetuning import FineTuning, finish_instances, instance_labels
-from samray.training.loop import Worker, train_loop
+from samray.training.loop import INSTANCES, Worker, train_loop
 
 CPU = torch.device("cpu")
 
@@ -189,6 +195,31 @@ def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(
     finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     assert weights.read_bytes() == whole != before
     assert begun == [before, before]
+
+
+def test_a_run_that_is_prolonged_goes_on_from_what_it_trained(run, dataset, cache, tmp_path):
+    """Not from the finished decoder, which is beside the weights where the best is the latest."""
+    decoders = []
+    for name in ("finished", "not"):
+        shutil.copytree(run.path, tmp_path / name, symlinks=True)
+        copy = RunFolder(tmp_path / name)
+        copy.update(best=copy.state["latest"])
+        if name == "finished":
+            finish_instances(config_of(copy), copy, dataset, cache, CPU)
+        else:  # another test may have finished it
+            trained, _ = load_optimizer(copy.latest)
+            weights = {k.removeprefix(INSTANCES): v for k, v in trained.items() if INSTANCES in k}
+            torch.save(weights, copy.latest / "instances.pth")
+        config = config_of(copy)
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"num_epochs": 3})}
+        )
+        source = functools.partial(FineTuning, config, dataset, cache)
+        labels = instance_labels(config, dataset)
+        train_loop(config, copy, source, Worker(0, 1, CPU), labels=labels)
+        decoders.append(latest(RunFolder(copy.path))[1].decoder.state_dict())
+    for name, value in decoders[0].items():
+        assert torch.equal(value, decoders[1][name]), name
 
 
 def test_an_ignored_region_counts_in_no_loss_however_the_image_is_turned(dataset):
