@@ -146,7 +146,7 @@ class PrepareConfig(Section):
     visualize: bool = False
     """Write overlays of the masks on their images to OUTPUT_DIR/overlays."""
     num_samples: int = Field(20, ge=1)
-    """Number of overlays that `visualize` writes."""
+    """`visualize` writes overlays of so many images, the first ones; of a rejected one, none."""
     strict: bool = False
     """Fail and publish nothing if any part of the input is bad."""
 

@@ -6,7 +6,9 @@ entry of `Annotation.problems`, and the other shapes are used.
 
 import base64
 import binascii
+import hashlib
 import io
+import json
 from typing import Any
 
 import cv2
@@ -115,6 +117,15 @@ def labelme_document(
         "imageHeight": size[0],
         "imageWidth": size[1],
     }
+
+
+def shapes_digest(document: dict[str, Any]) -> str:
+    """Return a digest of a LabelMe file's shapes, by which a later correction is seen.
+
+    Raises:
+        KeyError: it has no shapes.
+    """
+    return hashlib.sha256(json.dumps(document["shapes"], sort_keys=True).encode()).hexdigest()
 
 
 def labelme_shape(

@@ -89,7 +89,7 @@ class SplitRule:
             name: the image's path from the dataset's folder.
             image_digest: sha256 of its bytes.
         """
-        for key in (name, PurePosixPath(name).name):
+        for key in _keys_of(name):
             if key in self.listed:
                 return self.listed[key]
         digest = self._unit_of(name, image_digest)
@@ -107,6 +107,11 @@ class SplitRule:
         else:
             by = "file" if self.listed else "groups" if self.settings.group_by else "hashes"
             plan = {image.name: self.split_of(image.name, image.image_digest) for image in images}
+            if self.listed and (others := [name for name in plan if not self._is_listed(name)]):
+                notes.append(
+                    f"{len(others)} images are not in --split-file (the first: {others[0]}): they "
+                    "are split by hash"
+                )
             if not self.listed and self._lacking(plan, images):
                 filled = self._in_order(images, notes)
                 by, plan = ("order of hashes", filled) if filled else (by, plan)
@@ -117,6 +122,9 @@ class SplitRule:
             members[split].append(name)
         warnings = _copies(images, plan) + _near_copies(images, plan, notes)
         return Splits({split: sorted(n) for split, n in members.items()}, by, notes, warnings)
+
+    def _is_listed(self, name: str) -> bool:
+        return any(key in self.listed for key in _keys_of(name))
 
     def _by_folders(self, images: list[PreparedImage], notes: list[str]) -> dict[str, str]:
         """The plan of a dataset whose folders are the splits; empty if they are not."""
@@ -216,6 +224,11 @@ class SplitRule:
         return str(group)
 
 
+def _keys_of(name: str) -> tuple[str, str]:
+    """What a split file may call an image: its path from the dataset's folder, or its file name."""
+    return name, PurePosixPath(name).name
+
+
 def _split_folder(name: str) -> str:
     """The path of the folder that puts an image into a split, as seen from the dataset's folder."""
     folder = PurePosixPath(name).parent
@@ -282,9 +295,9 @@ def _near_copies(
             warnings.append(FileWarning(first.name, "image", reason))
     if warnings:
         notes.append(
-            f"{len(warnings)} photos have near-duplicates in another split, so scores will be too "
-            "high; keep them together with --group-by, or with the split file that `samray inspect "
-            "--report` writes"
+            f"{len(warnings)} groups of near-duplicate photos are in more than one split, so "
+            "scores will be too high; keep each together with --group-by, or with the split file "
+            "that `samray inspect --report` writes"
         )
     return warnings
 

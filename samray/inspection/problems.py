@@ -62,7 +62,8 @@ LEAK_KIND = (
     "Nearly the same image in different splits",
     "The model is evaluated on images it was trained on, so its scores are too high. Prepare again "
     "with --group-by, or with --split-file and the splits.json beside this report, which keeps "
-    "each such group together; or delete the copies.",
+    "each such group together (it is missing where that would leave a split empty); or delete the "
+    "copies.",
 )
 
 # (key, title, what to do)

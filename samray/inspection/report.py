@@ -70,7 +70,7 @@ def report(config: Config) -> dict[str, Any]:
     """Write report.html and report.json on a prepared dataset.
 
     If nearly the same image is in different splits, splits.json beside them is a split file for
-    `samray prepare` that corrects it.
+    `samray prepare` that corrects it, unless it would leave a split empty.
 
     Args:
         config: its `inspect` section.
@@ -105,8 +105,10 @@ def _write(dataset: PreparedDataset, output: Place) -> dict[str, Any]:
     instances, fingerprints = _measure(dataset, records, names)
     facts = _facts(dataset, records, names, instances, fingerprints)
     html = _page(dataset, facts)
-    if facts["leaks"]:
-        write_json(output / "splits.json", _splits_without_leaks(dataset, facts))
+    splits = _splits_without_leaks(dataset, facts) if facts["leaks"] else {}
+    emptied = [split for split in splits if dataset.manifest["splits"][split] and not splits[split]]
+    if splits and not emptied:  # `prepare` refuses an empty split
+        write_json(output / "splits.json", splits)
     else:
         (output / "splits.json").unlink(missing_ok=True)  # of an earlier report
     write_json(output / "report.json", facts)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from samray import __version__, cluster
 from samray.config import Config, PredictConfig, required
 from samray.data.discovery import RawFiles, find_files
-from samray.data.labelme import labelme_document
+from samray.data.labelme import labelme_document, shapes_digest
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.geometry.drawing import encode_picture
 from samray.geometry.images import decode_image, read_image_file
@@ -274,7 +274,7 @@ class ImageSegmenter:
         document["samray"] = {
             "digest": digest,
             "objects": len(objects),
-            "shapes": _digest(document["shapes"]),  # tells whether somebody corrects them
+            "shapes": shapes_digest(document),  # tells whether somebody corrects them
             "masks": masks,
         }
         try:
@@ -541,7 +541,7 @@ def _record(path: Place) -> dict[str, Any] | None:
         document = read_json(path)
         record = document["samray"]
         if {"digest", "objects"} <= record.keys():
-            now = _digest(document["shapes"])
+            now = shapes_digest(document)
             return {**record, "corrected": record.get("shapes", now) != now}
     except (DatasetError, KeyError, TypeError, AttributeError):
         pass

@@ -1,5 +1,6 @@
 """Masks from a checkpoint, an image and prompts; the image is encoded once for many prompts."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 
 from samray.config import Config, required
 from samray.data.annotation import UNNAMED
-from samray.data.labelme import labelme_document, mask_to_shapes
-from samray.errors import AnnotationError, ConfigError
+from samray.data.labelme import labelme_document, mask_to_shapes, shapes_digest
+from samray.errors import AnnotationError, ConfigError, DatasetError
 from samray.geometry.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, encode_picture
 from samray.geometry.images import decode_image, read_image_file
 from samray.geometry.prompts import Prompt
@@ -18,7 +19,15 @@ from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
 from samray.sam.shipped import load_shipped
-from samray.storage import Place, make_folder, relative_path, resolve, write_bytes, write_json
+from samray.storage import (
+    Place,
+    make_folder,
+    read_json,
+    relative_path,
+    resolve,
+    write_bytes,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,11 @@ def predict(config: Config) -> dict[str, Place]:
     except AnnotationError as exc:
         raise ConfigError(f"--image-path: {path} {exc.reason}") from exc
     _require_inside(prompt, image)
+    outputs = {
+        "mask": output / f"{path.stem}_mask.png",
+        "overlay": output / f"{path.stem}_overlay.png",
+        "labelme": output / f"{path.stem}.json",
+    }
     if settings.coco:
         raise ConfigError("--coco is for all objects of images; leave it out, or the prompt")
     same_folder = type(path) is type(output) and relative_path(path, output) == path.name
@@ -207,6 +221,7 @@ def predict(config: Config) -> dict[str, Place]:
             f"--output-dir: {output} holds {path.stem}.json, the annotation of this image, which "
             "would be overwritten; choose another folder"
         )
+    _require_own(outputs)
     checkpoint = settings.checkpoint
     predictor = Predictor.from_checkpoint(
         None if checkpoint is None else resolve(checkpoint, "--checkpoint")
@@ -217,19 +232,35 @@ def predict(config: Config) -> dict[str, Place]:
         predictor.set_image(image)
         mask = predictor.predict(prompt).best
     make_folder(output, "--output-dir")
-    outputs = {
-        "mask": output / f"{path.stem}_mask.png",
-        "overlay": output / f"{path.stem}_overlay.png",
-        "labelme": output / f"{path.stem}.json",
-    }
-    picture = draw_prompt_marks(draw_masks(image, [mask], [HIGHLIGHT]), prompt)
-    write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
-    write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
     size = (image.shape[0], image.shape[1])
     shapes = mask_to_shapes(mask, settings.label or UNNAMED)
     document = labelme_document(relative_path(path, output), size, shapes)
-    write_json(outputs["labelme"], document)
+    # First, as it says whose the other files are.
+    write_json(outputs["labelme"], {**document, "samray": {"shapes": shapes_digest(document)}})
+    picture = draw_prompt_marks(draw_masks(image, [mask], [HIGHLIGHT]), prompt)
+    write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
+    write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
     return outputs
+
+
+def _require_own(outputs: dict[str, Place]) -> None:
+    """Refuse to replace a file that this command has not written, or that was corrected since.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    there = [path for path in outputs.values() if path.exists()]
+    if outputs["labelme"] in there:
+        with contextlib.suppress(DatasetError, KeyError, TypeError, AttributeError):
+            document = read_json(outputs["labelme"])
+            if document["samray"]["shapes"] == shapes_digest(document):
+                return
+        there = [outputs["labelme"]]
+    if there:
+        raise ConfigError(
+            f"--output-dir: {there[0]} is there and was not written by this command, or was "
+            "corrected since; it is left as it is; choose another folder, or remove the file"
+        )
 
 
 def _prompt_from(config: Config) -> Prompt:

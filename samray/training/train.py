@@ -25,7 +25,14 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from samray import cluster, elastic
-from samray.config import ENCODER_BLOCKS, Config, required, resolve_model, with_settings
+from samray.config import (
+    ENCODER_BLOCKS,
+    Config,
+    load_config,
+    required,
+    resolve_model,
+    with_settings,
+)
 from samray.data.dataset import PreparedDataset
 from samray.errors import CheckpointError, ConfigError
 from samray.sam.adapt import num_frozen_blocks
@@ -195,6 +202,29 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
             threads = arguments["threads"] * ray.train.get_context().get_local_world_size()
             torch.set_num_threads(min(threads, os.cpu_count() or 1))
         finish_instances(config, RunFolder(run.path), dataset, cache, worker.device, announce)
+
+
+def finish_run(
+    folder: Place, dataset_folder: Place, device: torch.device, threads: int, full_precision: bool
+) -> None:
+    """Finish the instance decoder of a run that was stopped before it could do so itself.
+
+    Args:
+        full_precision: of the run's cache.
+    """
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    run, dataset = RunFolder(folder), PreparedDataset(dataset_folder)
+    config = load_config(run.path / "config.yaml")
+    config = resolve_model(config, weights_given=config.model.checkpoint != "none")
+    cache = None
+    if num_frozen := num_frozen_blocks(ENCODER_BLOCKS[config.model.type], config.model):
+        cache = EmbeddingCache(
+            embeddings_folder(config, dataset),
+            load_checkpoint(run.base).model().to(device),
+            num_frozen,
+            full_precision=full_precision,
+        )
+    finish_instances(config, run, dataset, cache, device)
 
 
 def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:

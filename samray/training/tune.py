@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+import torch
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
@@ -44,7 +46,7 @@ from samray.evaluation.summary import summary
 from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import RunFolder, best_epoch, find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder
-from samray.sam.encode import EncodingReport, encode_missing
+from samray.sam.encode import EncodingReport, encode_missing, full_precision
 from samray.storage import (
     Place,
     is_used,
@@ -67,7 +69,7 @@ from samray.training.search_space import (
     with_default_space,
 )
 from samray.training.sweep_report import importance, write_report
-from samray.training.train import Trial, base_checkpoint, fit
+from samray.training.train import Trial, base_checkpoint, finish_run, fit
 
 SWEEP_FORMAT = 1
 METRICS = ("val_iou", "val_dice", *(f"val_iou_{row}" for row in MATRIX), "val_msa")
@@ -527,6 +529,8 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
         reasons = sorted({str(trial["reason"]) for trial in trials})
         raise SweepError(f"no trial of {len(trials)} came to an end: {'; '.join(reasons)}")
     best = max(scored, key=lambda trial: (trial["kept_score"], trial["score"]))
+    if best["status"] == "stopped" and plan.config.train.instances:
+        _finish(plan, dataset, best["run"])
     return {
         "best": best["run"],
         "best_settings": best["settings"],
@@ -535,6 +539,18 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
         "test": _test_scores(plan, dataset, best["run"]),
         "status": "finished",
     }
+
+
+def _finish(plan: SweepPlan, dataset: PreparedDataset, best: str) -> None:
+    """Finish the instance decoder of a trial that the scheduler stopped before it came to that."""
+    workers = plan.resources
+    gpus = plan.config.scaling.gpus_per_worker if workers.use_gpu else 0
+    task = ray.remote(finish_run).options(
+        num_cpus=workers.cpus_per_worker, num_gpus=gpus, max_retries=0
+    )
+    device, threads = torch.device("cuda" if workers.use_gpu else "cpu"), workers.cpus_per_worker
+    precise = full_precision(plan.config)
+    ray.get(task.remote(plan.output / best, dataset.folder, device, threads, precise))
 
 
 def _cost(state: dict[str, Any], num_epochs: int) -> dict[str, float]:

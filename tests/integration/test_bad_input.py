@@ -901,3 +901,22 @@ def test_predict_does_not_overwrite_the_annotation_of_its_image(few, unfinished_
     words += ["--image-path", few / "images/sample_00000.jpg", "--output-dir", few / "images"]
     refused(run_cli(*words), "--output-dir", "sample_00000.json", "choose another folder")
     assert beside.read_bytes() == before
+
+
+def test_predict_replaces_its_own_files_and_none_that_somebody_wrote_or_corrected(
+    few, tmp_path, run_cli
+):
+    out = tmp_path / "out"
+    words = ["predict", "--image-path", few / "images/sample_00000.jpg", "--output-dir", out]
+    for point in ((120, 80), (60, 60)):
+        status, _, err = run_cli(*words, "--point", *point)
+        assert status == 0, err
+    corrected = json.loads((out / "sample_00000.json").read_text())
+    corrected["shapes"][0]["label"] = "mine"
+    (out / "sample_00000.json").write_text(json.dumps(corrected))
+    refused(run_cli(*words, "--point", 5, 5), "--output-dir", "sample_00000.json", "corrected")
+    assert json.loads((out / "sample_00000.json").read_text()) == corrected
+    (out / "sample_00000.json").unlink()
+    before = (out / "sample_00000_mask.png").read_bytes()
+    refused(run_cli(*words, "--point", 5, 5), "--output-dir", "sample_00000_mask.png")
+    assert (out / "sample_00000_mask.png").read_bytes() == before

@@ -756,7 +756,7 @@ def test_few_photos_and_split_folders_are_prepared_and_reported(tmp_path, run_cl
     assert "the folders test/, train/, valid/ are the splits" in out
     (warning,) = manifest["warnings"]
     assert {"test/0.jpg", "train/0.jpg"} <= set(warning["reason"].split()) | {warning["file"]}
-    assert "near-duplicates in another split" in out
+    assert "near-duplicate photos are in more than one split" in out
     hashed = run(roboflow, tmp_path / "hashed", "prepare.split_folders=false")
     assert hashed["splits_by"] != "folders"
 

@@ -159,6 +159,16 @@ def test_image_that_is_not_in_the_split_file_is_split_by_its_hash(tmp_path: Path
         assert given.split_of(image.name, image.image_digest) == expected
 
 
+def test_images_that_the_split_file_leaves_out_are_noted(tmp_path: Path) -> None:
+    listed = many(6)
+    names = [image.name for image in listed]
+    given = from_file(tmp_path, {"train": names[:2], "val": names[2:3], "test": names[3:4]})
+    notes = given.assign(listed).notes
+    assert f"2 images are not in --split-file (the first: {names[4]}): they are split" in notes[0]
+    whole = from_file(tmp_path, {"train": names[:4], "val": names[4:5], "test": names[5:]})
+    assert whole.assign(listed).notes == []
+
+
 def test_whole_path_wins_over_file_name(tmp_path: Path) -> None:
     given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["x/a.jpg"]})
     assert given.split_of("x/a.jpg", sha("")) == "val"
@@ -379,7 +389,7 @@ def test_near_duplicates_in_two_splits_are_warned_about(tmp_path: Path) -> None:
     (warning,) = splits.warnings
     assert warning.file == "a.jpg"
     assert warning.reason == "(train) is nearly the same photo as c.jpg (test)"
-    assert "1 photos have near-duplicates in another split" in splits.notes[0]
+    assert "1 groups of near-duplicate photos are in more than one split" in splits.notes[0]
     together = {"train": ["a.jpg", "c.jpg"], "val": ["b.jpg"]}
     settings = {"test_fraction": 0}
     assert from_file(tmp_path, together, **settings).assign(listed).warnings == []

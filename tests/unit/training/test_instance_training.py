@@ -12,11 +12,11 @@ import torch
 from sam_parts import small_sam
 from small_dataset import write_dataset
 
-from samray.config import PromptConfig, load_config, resolve_model
+from samray.config import PromptConfig, load_config, resolve_model, save_config
 from samray.errors import CheckpointError
 from samray.geometry.images import decode_image
 from samray.geometry.masks import crop_mask, encode_rle
-from samray.instances.saved import instances_of, load_instances, new_decoder
+from samray.instances.saved import instances_of, is_finished, load_instances, new_decoder
 from samray.instances.segment import Way
 from samray.sam.checkpoint import (
     Checkpoint,
@@ -31,6 +31,7 @@ from samray.training import finetuning
 from samray.training.batches import BatchLoader
 from samray.training.finetuning import FineTuning, finish_instances, instance_labels
 from samray.training.loop import INSTANCES, Worker, train_loop
+from samray.training.train import finish_run
 
 CPU = torch.device("cpu")
 
@@ -195,6 +196,20 @@ def test_an_interrupted_finish_is_repeated_and_a_whole_one_is_not(
     finish_instances(*arguments, lambda: begun.append(weights.read_bytes()))
     assert weights.read_bytes() == whole != before
     assert begun == [before, before]
+
+
+def test_a_run_that_was_stopped_is_finished_from_its_folder(run, dataset, cache, tmp_path):
+    """As the best trial of a sweep, which the scheduler may stop after any epoch."""
+    shutil.copytree(run.path, tmp_path / "run", symlinks=True)
+    copy = RunFolder(tmp_path / "run")
+    copy.update(best=copy.state["latest"])
+    description = json.loads((copy.latest / "instances.json").read_text())
+    description.pop("finished", None)
+    (copy.latest / "instances.json").write_text(json.dumps(description))
+    settings = {"embeddings.cache_dir": str(cache.folder.parent)}
+    save_config(load_config(copy.path / "config.yaml", options=settings), copy.path / "config.yaml")
+    finish_run(copy.path, dataset.folder, CPU, threads=1, full_precision=True)
+    assert is_finished(copy.latest, latest(copy)[1])
 
 
 def test_a_run_that_is_prolonged_goes_on_from_what_it_trained(run, dataset, cache, tmp_path):
