@@ -447,6 +447,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self.bar.update(len(ended) - self.bar.n)
         place = f"trial {len(ended)}/{self.num_trials} {trial.trial_id}"
         self.bar.write(f"{place}: {outcome} ({chosen}); best so far {best:.3f}", file=sys.stdout)
+        sys.stdout.flush()  # a log is read while the sweep runs
 
 
 def _short(value: Any) -> str:

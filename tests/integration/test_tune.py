@@ -223,10 +223,11 @@ def test_what_cannot_run_is_refused_at_once(prepared, tmp_path, option, value, m
 @pytest.mark.slow
 def test_a_sweep_interrupted_and_then_killed_is_resumed(own_prepared, tmp_path, run_cli):
     """Ctrl-C in the first trial, kill -9 of the driver after it; the same command each time."""
-    output, log, num_trials = tmp_path / "sweep", tmp_path / "log", 2
+    output, log, num_trials = tmp_path / "sweep", tmp_path / "log", 3
     words = ["--data-dir", str(own_prepared), "--output-dir", str(output)]
     words += ["--num-trials", str(num_trials), "tune.scheduler=none", "--num-epochs", "3"]
-    words += ["model.adapt=none", "train.instances=false"]
+    # One after the other: the second may be done before it notices the kill, the third is not.
+    words += ["model.adapt=none", "train.instances=false", "tune.max_concurrent_trials=1"]
     process = start_sweep(words, log)
     wait_for(lambda: list(output.glob("trials/*/run.json")), process, log)
     os.killpg(process.pid, signal.SIGINT)
