@@ -8,9 +8,9 @@ Ways: `chosen`, what the run chose on its val split; `watershed` and `prompts`, 
 `grid-base` and `grid-tuned`, SAM's mask generator with the defaults of `samray predict`; `otsu`,
 Otsu's threshold of the smoothed gray image and a watershed on distances; `unet`, three classes
 (background, inside, boundary) and a watershed, trained on the same images for M minutes of
-processor time. The free choices of the last two, which side of the threshold the objects are on
-and how far apart their centres, are made on the val split. One JSON line each: the measures of
-`score_instances`, and seconds an image.
+processor time, with the run's seed. The free choices of the last two, which side of the threshold
+the objects are on and how far apart their centres, are made on the val split. One JSON line each:
+the measures of `score_instances`, and seconds an image.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 from torch import Tensor, nn
 
-from samray.config import PredictConfig
+from samray.config import PredictConfig, load_config
 from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.geometry.frames import image_to_input, input_size_of
 from samray.geometry.images import decode_image
@@ -99,7 +99,8 @@ def finder(way: str, run: RunFolder, dataset: PreparedDataset, minutes: float) -
     if way == "otsu":
         return chosen_on_val(otsu, dataset)
     if way == "unet":
-        return chosen_on_val(unet(dataset, minutes), dataset)
+        seed = load_config(run.path / "config.yaml").train.seed
+        return chosen_on_val(unet(dataset, minutes, seed), dataset)
     checkpoint = load_checkpoint(run.base if way == "grid-base" else run.path)
     sam = checkpoint.model()
     if way.startswith("grid"):
@@ -230,10 +231,12 @@ def double(channels_in: int, channels: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def unet(dataset: PreparedDataset, minutes: float) -> Callable[[np.ndarray, str, int], np.ndarray]:
+def unet(
+    dataset: PreparedDataset, minutes: float, seed: int
+) -> Callable[[np.ndarray, str, int], np.ndarray]:
     """Train a U-Net on the train split; return it as a way, see `chosen_on_val`."""
-    torch.manual_seed(0)
-    net, rng = UNet(), np.random.default_rng(0)
+    torch.manual_seed(seed)
+    net, rng = UNet(), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     records, shares = dataset.split("train"), torch.tensor([1.0, 1.0, 2.0])
     began = time.process_time()
