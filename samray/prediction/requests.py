@@ -328,7 +328,7 @@ def read_request(content: bytes | str, model: type[Asked]) -> Asked:
     asked = read_body(model, small)
     if text is None or asked.image is None:
         return asked
-    whole = read_body(ImageContent, b'{"base64":"' + text + b'"}')
+    whole = read_body(ImageContent, b'{"base64":"' + text + b'"}', "image")
     return asked.model_copy(update={"image": whole})
 
 
@@ -360,8 +360,11 @@ def _require_few_keys(content: bytes) -> None:
             raise ApiError("invalid_request", message)
 
 
-def read_body(model: type[Content], content: bytes | str) -> Content:
+def read_body(model: type[Content], content: bytes | str, field: str = "") -> Content:
     """Parse and check a body.
+
+    Args:
+        field: what the body is a part of, for the places in messages.
 
     Raises:
         ApiError: bad_request if it is not JSON, invalid_request with every mistake otherwise.
@@ -371,6 +374,18 @@ def read_body(model: type[Content], content: bytes | str) -> Content:
     except ValidationError as exc:
         if exc.errors()[0]["type"] == "json_invalid":
             raise ApiError("bad_request", "the body is not JSON") from exc
+        raise mistakes_error(_mistakes_of(exc, field)) from exc
+
+
+def check_body(model: type[Content], document: Any) -> Content:
+    """Check a body that has been parsed.
+
+    Raises:
+        ApiError: invalid_request with every mistake.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as exc:
         raise mistakes_error(_mistakes_of(exc)) from exc
 
 
@@ -398,10 +413,11 @@ def mistakes_error(mistakes: list[tuple[str, str]]) -> ApiError:
     return ApiError("invalid_request", text, mistakes[0][0] or None)
 
 
-def _mistakes_of(exc: ValidationError) -> list[tuple[str, str]]:
+def _mistakes_of(exc: ValidationError, field: str = "") -> list[tuple[str, str]]:
     """(field, message) of each."""
     errors = exc.errors(include_url=False, include_input=False, include_context=False)
-    return [(_path(error["loc"]), _plain(error["msg"])) for error in errors]
+    start = (field,) if field else ()
+    return [(_path((*start, *error["loc"])), _plain(error["msg"])) for error in errors]
 
 
 def _path(location: tuple[int | str, ...]) -> str:

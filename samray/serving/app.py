@@ -197,7 +197,8 @@ def _access_log() -> Iterator[str]:
 
         def print_lines() -> None:
             while line := receiver.recv(2**16):
-                print(line.decode(errors="replace"), file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # nobody reads stderr any more
+                    print(line.decode(errors="replace"), file=sys.stderr, flush=True)
 
         threading.Thread(target=print_lines, daemon=True).start()
         yield path

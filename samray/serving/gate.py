@@ -10,14 +10,16 @@ import binascii
 import contextlib
 import json
 import logging
+import logging.handlers
 import os
+import queue
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -33,6 +35,7 @@ BODIES = 16  # of the largest size may be in memory at once; more are answered 4
 PAGE_FILES = "/page/"  # style sheet and scripts of the page
 OPEN_PATHS = ("/", "/v1/healthz", "/v1/readyz", f"{labelstudio.PREFIX}/health")  # need no token
 MAX_LOG_BYTES = 60_000  # of a record, to fit a datagram
+WAITING_RECORDS = 10_000  # for a slow reader of the log; more are dropped
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 HUNG_UP = 499  # nginx's status in the log for a client that disconnected
 ACCESS_LOG = logging.getLogger("samray.access")  # a line of JSON a request, to stderr
@@ -45,10 +48,19 @@ def open_access_log(socket_path: str | None) -> None:
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(os.fdopen(os.dup(2), "w"))]
     if socket_path is not None:
-        handlers.append(SocketHandler(socket_path))
+        waiting: queue.Queue[logging.LogRecord] = queue.Queue(WAITING_RECORDS)
+        logging.handlers.QueueListener(waiting, SocketHandler(socket_path)).start()
+        handlers.append(WaitingHandler(waiting))
     ACCESS_LOG.handlers = handlers
     ACCESS_LOG.setLevel(logging.INFO)
     ACCESS_LOG.propagate = False
+
+
+class WaitingHandler(logging.handlers.QueueHandler):
+    """Passes records on to a thread: where nobody reads, sending would hold up all requests."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+        """Drop a record for which there is no room."""
 
 
 class SocketHandler(logging.Handler):
@@ -140,7 +152,7 @@ class Policy:
         allowed = {*self.settings.allowed_hosts}
         if self.token is None:
             allowed |= {*LOOPBACK, self.settings.host}
-        host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+        host = _parts_of(f"//{headers.get(b'host', b'').decode('latin-1')}", "Host").hostname or ""
         if allowed and host not in allowed:
             raise ApiError(
                 "forbidden", f"Host {host[:100]!r} is not served; serve.allowed_hosts lists others"
@@ -151,7 +163,7 @@ class Policy:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if not origin or origin in self.settings.cors_origins:
             return
-        if urlsplit(origin).netloc != headers.get(b"host", b"").decode("latin-1"):
+        if _parts_of(origin, "Origin").netloc != headers.get(b"host", b"").decode("latin-1"):
             raise ApiError(
                 "forbidden", f"pages of {origin[:100]!r} may not ask; --cors-origin admits them"
             )
@@ -312,6 +324,13 @@ def read_token(settings: ServeConfig) -> str | None:
             "the token must have at least 16 plain characters; `openssl rand -hex 24`"
         )
     return token
+
+
+def _parts_of(address: str, header: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError as exc:
+        raise ApiError("forbidden", f"{header} {address[:100]!r} is no address") from exc
 
 
 def _basic_password(header: bytes) -> bytes:

@@ -43,7 +43,6 @@ from samray.prediction.requests import (
     PredictRequest,
     SegmentAnswer,
     SegmentRequest,
-    read_body,
     read_request,
     require_json,
 )
@@ -223,6 +222,7 @@ class Ingress:
         # Digest of a model -> of its image encoder, for all versions served since the start.
         self.encoders: dict[str, str] = {}
         self.in_flight = 0
+        self.parsing = asyncio.Lock()
         self.stuck = False
         # A pool of its own, so that a stalled Label Studio takes no threads from other requests.
         self.fetchers = concurrent.futures.ThreadPoolExecutor(FETCHES)
@@ -483,41 +483,59 @@ class Ingress:
         return {"status": "ignored"}
 
     @app.post(f"{labelstudio.PREFIX}/predict", include_in_schema=False)
-    async def label_studio_predict(self, request: Request) -> dict[str, list[dict[str, Any]]]:
+    async def label_studio_predict(self, request: Request) -> Response:
         """Answer the regions of a smart tool with one mask, whole tasks with all objects."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         require_json(kind)
         body = await request.body()
-        asked = await asyncio.to_thread(read_body, labelstudio.PredictionRequest, body)
+        async with self.parsing:  # which may take twenty times the body's memory
+            asked = await asyncio.to_thread(labelstudio.read_prediction_request, body)
         ref = self._model(None)
         version, regions = self._label_studio_version(ref), asked.regions()
         nothing = labelstudio.no_prediction(version, drawn=bool(regions))
         until = time.monotonic() + self.settings.timeout_seconds
-        results: list[dict[str, Any]] = []
+        output: labelstudio.Output | ApiError
+        try:
+            to_name = next((region.to_name for region in regions if region.to_name), None)
+            output = await asyncio.to_thread(labelstudio.read_output, asked.label_config, to_name)
+        except ApiError as exc:
+            output = exc
+        results: list[bytes] = []
         for number in range(len(asked.tasks)):
+            note = labelstudio.NO_OBJECT if regions else labelstudio.NOTHING_FOUND
+            made: dict[str, Any] | None = None
             if number and time.monotonic() > until:
-                results.append({**nothing, "note": labelstudio.NO_TIME})
-                continue
-            try:
-                made = await self._label_studio_prediction(asked, number, ref, version)
-                note = labelstudio.NO_OBJECT if regions else labelstudio.NOTHING_FOUND
-                results.append(made or {**nothing, "note": note})
-            except ApiError as exc:
-                # Label Studio drops the body of an error. This one it gives to the browser, and
-                # shows to a project's owner who sends a test request.
-                self.policy.on_refusal(exc.code)
-                error = exc.body(request.state.request_id)
-                ACCESS_LOG.warning("no mask for Label Studio: %s", json.dumps(error["error"]))
-                results.append({**nothing, **error})
-        return {"results": results}
+                note = labelstudio.NO_TIME
+            elif sum(map(len, results)) > labelstudio.MAX_ANSWER_BYTES:
+                note = labelstudio.NO_ROOM
+            else:
+                try:
+                    if isinstance(output, ApiError):
+                        raise output
+                    made = await self._label_studio_prediction(asked, number, output, ref, version)
+                except ApiError as exc:
+                    # Label Studio drops the body of an error. This one it gives to the browser,
+                    # and shows to a project's owner who sends a test request.
+                    self.policy.on_refusal(exc.code)
+                    error = exc.body(request.state.request_id)
+                    text = json.dumps(error["error"])
+                    ACCESS_LOG.warning("no mask for Label Studio: %s", text)
+                    made = {**nothing, **error}
+            made = made or {**nothing, "note": note}
+            results.append((await asyncio.to_thread(json.dumps, made)).encode())
+        content = b'{"results": [' + b", ".join(results) + b"]}"
+        return Response(content, media_type="application/json")
 
     async def _label_studio_prediction(
-        self, asked: labelstudio.PredictionRequest, number: int, ref: ModelRef, version: str
+        self,
+        asked: labelstudio.PredictionRequest,
+        number: int,
+        output: labelstudio.Output,
+        ref: ModelRef,
+        version: str,
     ) -> dict[str, Any] | None:
         """Return the prediction for a task; None if there is nothing to show."""
         regions = asked.regions()
-        to_name = next((region.to_name for region in regions if region.to_name), None)
-        output = await asyncio.to_thread(labelstudio.read_output, asked.label_config, to_name)
         field = f"tasks[{number}].data.{output.data_key}"
         address = asked.tasks[number].data.get(output.data_key)
         if not isinstance(address, str) or not address:

@@ -7,6 +7,7 @@ Coordinates are percentages (0..100) of the image as shown.
 """
 
 import math
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 from samray.geometry.masks import decode_rle
 from samray.prediction.requests import (
@@ -23,13 +25,19 @@ from samray.prediction.requests import (
     PredictRequest,
     PromptRequest,
     SegmentRequest,
+    check_body,
     mistakes_error,
 )
 
 PREFIX = "/compat/labelstudio"
 MAX_CONFIG = 1_000_000  # characters of a labelling config
+MAX_NAME = 200  # characters of the entry of a task's data that holds the address
+MAX_TASKS, MAX_REGIONS = 1000, 1000  # of a request
+MAX_JSON_BYTES = 8 * 2**20  # of a request without its pictures; it holds a task's annotations
+MAX_ANSWER_BYTES = 64 * 2**20  # of all predictions of a request
 NOTHING_FOUND = "no object was found in this picture"
 NO_TIME = "there was no time left for this task; ask for fewer at once"
+NO_ROOM = "there was no room left in the answer for this task; ask for fewer at once"
 NO_OBJECT = "click inside the object or draw a box around it; strokes are not answered"
 
 # Output tags in order of preference: a brush holds the exact mask, a polygon its outline.
@@ -80,7 +88,7 @@ class Task(_Sent):
 class PredictionRequest(_Sent):
     """`POST /predict`."""
 
-    tasks: list[Task] = Field(min_length=1)
+    tasks: list[Task] = Field(min_length=1, max_length=MAX_TASKS)
     label_config: str = Field(max_length=MAX_CONFIG)
     params: Params | None = None
 
@@ -88,6 +96,55 @@ class PredictionRequest(_Sent):
         """Return the regions drawn; none when Label Studio asks for predictions of a whole task."""
         context = self.params.context if self.params is not None else None
         return (context.result or []) if context is not None else []
+
+
+def read_prediction_request(content: bytes) -> PredictionRequest:
+    """Parse and check a request.
+
+    Pictures in `data:` addresses are cut out before parsing. What is left may have MAX_JSON_BYTES,
+    and its lists are counted before their items are checked: pydantic reports every wrong item, and
+    two million of them took 18 s and 1.6 GB.
+
+    Raises:
+        ApiError: too_large, bad_request or invalid_request.
+    """
+    pictures: dict[str, str] = {}  # what stands for a picture -> its address
+    mark = secrets.token_hex(8)
+
+    def cut(match: re.Match[bytes]) -> bytes:
+        name = f"data:{mark}{len(pictures)}"
+        pictures[name] = match[1].decode("ascii")
+        return f'"{name}"'.encode()
+
+    small = _PICTURE.sub(cut, content)
+    if len(small) > MAX_JSON_BYTES:
+        message = f"the JSON beside the pictures has {len(small)} bytes; at most {MAX_JSON_BYTES}"
+        raise ApiError("too_large", message)
+    try:
+        document = from_json(small)
+    except ValueError as exc:
+        raise ApiError("bad_request", "the body is not JSON") from exc
+    if isinstance(document, dict):
+        _require_few(document.get("tasks"), "tasks", MAX_TASKS)
+        params = document.get("params")
+        context = params.get("context") if isinstance(params, dict) else None
+        result = context.get("result") if isinstance(context, dict) else None
+        _require_few(result, "params.context.result", MAX_REGIONS)
+    asked = check_body(PredictionRequest, document)
+    for task in asked.tasks:
+        task.data = {
+            key: pictures.get(value, value) if isinstance(value, str) else value
+            for key, value in task.data.items()
+        }
+    return asked
+
+
+_PICTURE = re.compile(rb'"(data:[\x20!\x23-\x5b\x5d-\x7e]{1000,})"')
+
+
+def _require_few(items: Any, field: str, most: int) -> None:
+    if isinstance(items, list) and len(items) > most:
+        raise _refusal(field, f"has {len(items)} items; at most {most} are answered at once")
 
 
 @dataclass(frozen=True)
@@ -132,19 +189,20 @@ def read_output(label_config: str, to_name: str | None = None) -> Output:
     for wanted, kind in OUTPUTS.items():
         for tag in tags:
             name, image = tag.get("name"), tag.get("toName")
-            if tag.tag != wanted or not name or image not in images:
+            if tag.tag != wanted or not name or image is None or image not in images:
                 continue
             if to_name not in (None, image):
                 continue
             value = images[image]
-            if not value.startswith("$") or len(value) < 2:
-                raise _refusal(
-                    "label_config", f'the Image {image!r} needs value="$name", not {value!r}'
+            if not value.startswith("$") or not 1 < len(value) <= 1 + MAX_NAME:
+                message = (
+                    f'the Image {image[:100]!r} needs value="$name" with a name of at most '
+                    f"{MAX_NAME} characters, not {value[:100]!r}"
                 )
+                raise _refusal("label_config", message)
             labels = [label.get("alias") or label.get("value") for label in tag.iter("Label")]
-            assert image is not None
             return Output(name, image, value[1:], kind, tuple(label for label in labels if label))
-    where = f" for the Image {to_name!r}" if to_name is not None else " for an Image"
+    where = f" for the Image {to_name[:100]!r}" if to_name is not None else " for an Image"
     raise _refusal("label_config", f"needs a {', '.join(list(OUTPUTS)[:3])} or Polygon tag{where}")
 
 

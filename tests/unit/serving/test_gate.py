@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import socket
 
 import pytest
 
 from samray.config import ServeConfig
-from samray.serving.gate import Gate, Policy
+from samray.serving.gate import ACCESS_LOG, Gate, Policy, open_access_log
 
 TOKEN = "a token of enough letters"
 
@@ -117,6 +118,29 @@ def test_with_a_token_any_host_is_served_unless_hosts_are_listed():
     assert Client(TOKEN).ask(**given, client="10.0.0.7")[0] == 200
     assert Client(TOKEN, allowed_hosts=["samray.example"]).ask(**given)[0] == 200
     assert Client(TOKEN, allowed_hosts=["other.example"]).ask(**given)[0] == 403
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "["}, {"origin": "http://["}, {"origin": "http://[::1"}]
+)
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_malformed_host_or_origin_is_refused(headers, token):
+    settings = {"allowed_hosts": ("samray.example",)} if token else {}
+    status, _, body = Client(token, **settings).ask(**headers)
+    assert status == 403
+    assert code_of(body) == "forbidden"
+
+
+def test_a_log_that_nobody_reads_holds_up_no_request(tmp_path):
+    """The kernel keeps a few datagrams; a sender waits from then on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reader:
+        reader.bind(str(tmp_path / "log"))
+        open_access_log(str(tmp_path / "log"))
+        for number in range(1000):
+            ACCESS_LOG.info("line %d", number)
+        lines = [reader.recv(2**16).decode() for _ in range(1000)]
+    assert lines == [f"line {number}" for number in range(1000)]
+    ACCESS_LOG.handlers = []
 
 
 def test_compressed_bodies_are_refused_as_such():
