@@ -23,6 +23,8 @@ IMAGE_WORDS = frozenset((
     "frame", "frames", "jpeg", "jpg", "png", "tif", "tiff", "bmp",
 ))
 # fmt: on
+# Names that tell one folder from no other.
+COMMON_WORDS = ANNOTATION_WORDS | IMAGE_WORDS | {"data", "dataset", "default"}
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -34,7 +36,8 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     """Return the image that a LabelMe file refers to, as a path from the root.
 
     First `imagePath`, relative to the JSON's folder; if no such file exists, the same path in
-    another case, then `find_by_stem` with the JSON's own stem, then with that of `imagePath`.
+    another case, then `find_by_stem` with the JSON's own stem, then with that of `imagePath`; where
+    `imagePath` names a folder, images of another one are not taken unless they lie beside the JSON.
     A path out of the dataset is never followed; if the file it names has the JSON's stem, it is an
     old path of the annotator's machine, and the stem decides.
 
@@ -63,10 +66,10 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     for name in (named, *files.unusable_by_stem.get(fold(path.stem), [])):
         if name in files.unusable and (name == named or PurePosixPath(name).parent == path.parent):
             raise AnnotationError("imagePath", f"{name} {files.unusable[name]}")
-    if found := find_by_stem(annotation, path.stem, files):
-        return found
-    if image_path and (found := find_by_stem(annotation, PurePosixPath(image_path).stem, files)):
-        return found
+    for stem in dict.fromkeys((path.stem, PurePosixPath(image_path).stem)):
+        found = find_by_stem(annotation, stem, files) if stem else None
+        if found and not _means_another(image_path, PurePosixPath(found).parent):
+            return found
     raise AnnotationError("imagePath", _not_found(path.stem, image_path, files))
 
 
@@ -95,8 +98,9 @@ def find_by_stem(annotation: str, stem: str, files: RawFiles) -> str | None:
 def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
     """Return the image that an entry of a COCO file refers to.
 
-    The name is relative to that file's folder. If no such file exists, the image is the one of the
-    same data set whose path ends most like it; a path of another machine ends with the file name.
+    The name is relative to that file's folder, or to the images' folder of its data set. If no such
+    file exists, the image is the one of the same data set whose path ends most like it and whose
+    folders are no others than those named; a path of another machine ends with the file name.
     The data set is the JSON's folder; if that one holds annotations only, its parent. Folders
     of other COCO files, and those of another split or another clip, are not part of it.
 
@@ -117,9 +121,14 @@ def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
         for image in same_name
         if _is_below(image, scope) and not _owner(annotation, image, files)
     ]
+    in_images = [image for image in candidates if _is_in_images(image, file_name, scope)]
+    if len(in_images) == 1 and PurePosixPath(file_name).parent.name:
+        return in_images[0]
     candidates = [i for i in candidates if _may_be_listed(annotation, i, file_name, scope, files)]
     lengths = [_common_tail(image, file_name) for image in candidates]
     nearest = [i for i, n in zip(candidates, lengths, strict=True) if n == max(lengths)]
+    if len(nearest) > 1 and len(set(in_images) & set(nearest)) == 1:
+        return in_images[0]
     if len(nearest) == 1:
         return nearest[0]
     if nearest:
@@ -281,7 +290,40 @@ def _may_be_listed(
         below = (f for f in map(PurePosixPath, files.image_folders) if f.is_relative_to(scope))
         if any(_names_folder(tags, folder.relative_to(scope)) for folder in below):
             return False  # the folder that this one names is there, without the image
+    not_named = [part for part in place.parts if not _names_folder(tags, PurePosixPath(part))]
+    if _means_another(file_name, PurePosixPath(*not_named)):
+        return False
     return _common_tail(image, file_name) > 1 or not _is_elsewhere(file_name, place, scope, files)
+
+
+def _is_in_images(image: str, file_name: str, scope: PurePosixPath) -> bool:
+    """Whether an image has this path in a folder `images`, or one called alike, of a data set."""
+    first, *rest = PurePosixPath(image).relative_to(scope).parts
+    same = fold("/".join(rest)) == fold(posixpath.normpath(file_name))
+    return same and _words(first) <= IMAGE_WORDS
+
+
+def _means_another(path: str, folder: PurePosixPath) -> bool:
+    """Whether a path names another folder than the one given.
+
+    Their folders are compared from the last on, without those whose name tells nothing.
+
+    Args:
+        path: of an image, as an annotation has it.
+        folder: of an image that is there.
+    """
+    named, real = (
+        [fold(part) for part in folders.parts if part != ".." and not _words(part) <= COMMON_WORDS]
+        for folders in (PurePosixPath(posixpath.normpath(path)).parent, folder)
+    )
+    if not named or not real:
+        return False
+    last = named[-1]
+    places = [n for n, part in enumerate(real) if part == last]
+    if not places:
+        return True
+    pairs = zip(reversed(named[:-1]), reversed(real[: places[-1]]), strict=False)
+    return any(one != other for one, other in pairs)
 
 
 def _is_elsewhere(

@@ -7,9 +7,11 @@ the outcomes, assign splits, publish the manifest last.
 
 import hashlib
 import json
+import posixpath
+import re
 import sys
 import traceback
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -476,17 +478,47 @@ def _no_annotation(files: RawFiles) -> DatasetError:
 
 
 def _dropped(outcomes: list[Outcome]) -> dict[str, str]:
-    """Annotations whose image another one annotates: {annotation: that one}.
+    """Annotations of an image that another one annotates: {annotation: reason}.
 
-    The JSON beside the image with its stem is kept, else the first one.
+    The JSON beside the image with its stem is kept, else the one whose path is the image's, else
+    the first with an instance. Where different paths led to the image, and none is its own, it may
+    be the picture of none of them.
     """
-    owners: dict[str, str] = {}
-    pairs = [(o.image.name, o.annotation) for o in outcomes if o.image and o.annotation]
-    for image, annotation in pairs:
-        beside = PurePosixPath(image).with_suffix("") == PurePosixPath(annotation).with_suffix("")
-        if beside or image not in owners:
-            owners[image] = annotation
-    return {a: owners[image] for image, a in pairs if owners[image] != a}
+    claims: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.image and outcome.annotation:
+            claims[outcome.image.name].append(outcome)
+    dropped = {}
+    for image, rivals in claims.items():
+        best = min(rivals, key=_claim_rank)
+        paths = {outcome.image_path for outcome in rivals}
+        unsure = len(paths) > 1 and _claim_rank(best)[:2] == (True, True)
+        for outcome in rivals:
+            assert outcome.annotation is not None
+            if unsure:
+                named = ", ".join(sorted(repr(path)[:100] for path in paths)[:3])
+                dropped[outcome.annotation] = (
+                    f"{image} may be any of the images that different annotations name ({named}); "
+                    "correct their paths"
+                )
+            elif outcome is not best:
+                reason = f"{image} is already annotated by {best.annotation}; remove one of the two"
+                dropped[outcome.annotation] = reason
+    return dropped
+
+
+def _claim_rank(outcome: Outcome) -> tuple[bool, bool, bool]:
+    """Lower for the better of two annotations of one image; see `_dropped`."""
+    assert outcome.image is not None
+    assert outcome.annotation is not None
+    image = PurePosixPath(outcome.image.name)
+    annotation = PurePosixPath(re.sub(r"(?i)(\.json)#.*", r"\1", outcome.annotation))
+    named = posixpath.normpath(annotation.parent / (outcome.image_path or ""))
+    return (
+        image.with_suffix("") != annotation.with_suffix(""),
+        fold(named) != fold(str(image)),
+        not outcome.image.num_instances,
+    )
 
 
 def _rejected(
@@ -496,8 +528,7 @@ def _rejected(
     rejected = [Rejection.of(file, problem, 0) for file, problem in files.skipped] + problems
     for outcome in outcomes:
         if outcome.annotation in dropped:  # with all its shapes, usable or not
-            owner = dropped[outcome.annotation]
-            reason = f"{outcome.claims} is already annotated by {owner}; remove one of the two"
+            reason = dropped[outcome.annotation]
             rejected.append(Rejection(outcome.entry, "imagePath", reason, outcome.num_shapes))
         else:
             rejected += outcome.rejected

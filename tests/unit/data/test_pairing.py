@@ -157,6 +157,24 @@ def test_the_picture_of_another_json_is_never_taken(
     assert find_by_stem(annotation, Path(annotation).stem, files) is None, "nor claimed"
 
 
+@pytest.mark.parametrize(
+    ("names", "annotation", "image_path"),
+    [
+        (["dogs/1.png"], "annotations/cats_1.json", "../cats/1.png"),
+        (["dogs/1.png"], "annotations/1.json", "../cats/1.png"),
+        (["set/dogs/1.png"], "set/annotations/1.json", "../cats/1.png"),
+        (["images/dogs/1.png"], "annotations/dogs/1.json", "../../images/cats/1.png"),
+    ],
+    ids=str,
+)
+def test_the_picture_of_another_folder_than_image_path_names_is_never_taken(
+    tmp_path: Path, names: list[str], annotation: str, image_path: str
+) -> None:
+    files = lay_out(tmp_path, *names, annotation)
+    with pytest.raises(AnnotationError, match=r"is not used|add the image"):
+        find_image(annotation, image_path, files)
+
+
 def test_error_names_the_picture_that_is_not_used(tmp_path: Path) -> None:
     files = lay_out(tmp_path, "clip_01/1.json", "clip_02/1.png")
     with pytest.raises(AnnotationError, match=r"clip_02/1\.png may be another picture and is not"):
@@ -208,6 +226,12 @@ def test_a_picture_that_is_a_link_out_of_the_folder_is_named(tmp_path: Path) -> 
          "images/train/a.jpg"),
         (["set/images/a.png"], "set/export/result.json", "a.png", "set/images/a.png"),
         (["a/images/1.png", "b/images/1.png"], "b/annotations/c.json", "1.png", "b/images/1.png"),
+        (["images/a.png", "images/x/a.png"], "c.json", "a.png", "images/a.png"),
+        (["images/a.png", "images/x/a.png"], "c.json", "x/a.png", "images/x/a.png"),
+        (["images/train/a.png"], "test.json", "train/a.png", "images/train/a.png"),
+        (["images/cats/a.png"], "c.json", "/home/ann/cats/a.png", "images/cats/a.png"),
+        (["cats/images/a.png"], "c.json", "cats/a.png", "cats/images/a.png"),
+        (["images/val/a.png"], "annotations/val.json", "/data/x/a.png", "images/val/a.png"),
     ],
     ids=str,
 )  # fmt: skip
@@ -235,6 +259,13 @@ def test_listed_image_is_found_in_its_data_set(
         (["c_2/1.png"], "all.json", [], "c_1/1.png"),
         (["c_2/1.png"], "all.json", [], "/home/ann/c_1/1.png"),
         (["1.png", "1.json"], "all.json", [], "old/1.png"),  # has a LabelMe file
+        # The name's folder is not here.
+        (["camera_right/1.png"], "c.json", [], "camera_left/1.png"),
+        (["images/rear/1.png"], "annotations/c.json", [], "front/1.png"),
+        (["dogs/1.png"], "c.json", [], "cats/1.png"),
+        (["right/day_1/1.png"], "c.json", [], "left/day_1/1.png"),
+        (["right/images/1.png"], "c.json", [], "left/images/1.png"),
+        (["right/1.png"], "c.json", [], "/home/ann/left/1.png"),
     ],
     ids=str,
 )
