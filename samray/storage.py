@@ -448,10 +448,12 @@ def write_bytes(path: Place, content: bytes) -> None:
 
 
 def write_json(path: Place, content: Any) -> None:
-    """Write JSON completely or not at all; NaN is rejected, as it is not valid JSON."""
-    write_bytes(
-        path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    )
+    """Write JSON completely or not at all; NaN is rejected, as it is not valid JSON.
+
+    Half of a surrogate pair, as in file names that are no UTF-8, becomes an escape of JSON.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode(errors="backslashreplace") + b"\n")
 
 
 def write_csv(path: Place, rows: Iterable[Iterable[Any]]) -> None:

@@ -37,6 +37,7 @@ from samray.instances.saved import instances_of
 from samray.prediction.collection import mask_entries, write_coco
 from samray.prediction.requests import ApiError, PromptRequest, mistakes_error, read_prompts
 from samray.prediction.segmentation import (
+    COLUMNS,
     answer_prompts,
     find_everything,
     find_instances,
@@ -51,10 +52,12 @@ from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import (
     Place,
+    csv_bytes,
     lock_folder,
     make_folder,
     plain_errors,
     read_bytes,
+    read_head,
     read_json,
     relative_path,
     resolve,
@@ -252,6 +255,8 @@ class ImageSegmenter:
                 f"{outputs['labelme']} was changed after this command wrote it, and is left as it "
                 "is; move it away, or choose another --output-dir",
             )
+        if record is None:
+            _require_ours(outputs["table"], [outputs["labels"], _beside(target, ANSWERS)])
         path = job.root / name
         image = decode_image(_read(path))
         size = (image.shape[0], image.shape[1])
@@ -282,8 +287,8 @@ class ImageSegmenter:
                 outputs["labelme"].unlink()
                 _beside(target, ANSWERS).unlink(missing_ok=True)
             make_folder(target.parent, "--output-dir")
+            write_bytes(outputs["table"], object_table(objects, job.label))  # see _require_ours
             write_bytes(outputs["labels"], encode_picture(label_map(objects, size), ".png"))
-            write_bytes(outputs["table"], object_table(objects, job.label))
             if answer is not None:
                 write_json(_beside(target, ANSWERS), answer)
             write_json(outputs["labelme"], document)  # last: it marks the other files as complete
@@ -377,7 +382,8 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
                     raise AnnotationError("name", f"is {name} once more; join the two entries")
                 asked[name] = _checked(content)
             except AnnotationError as problem:
-                rejected.append(_rejection(key, problem))
+                named = key.encode(errors="backslashreplace").decode()  # printable
+                rejected.append(_rejection(named, problem))
     work: list[dict[str, Any]] = []
     owners = {SUMMARY: "the list of all results", COCO: "the list of all objects"}
     for name in sorted(asked):
@@ -390,8 +396,8 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
             continue
         owners.update(dict.fromkeys(outputs, name))
         work.append({"name": name, "stamp": files.stamps[name], "prompts": asked[name]})
-    named = {problem["file"] for problem in rejected}
-    skipped = sum(name not in asked and name not in named for name in files.images)
+    listed = {problem["file"] for problem in rejected}
+    skipped = sum(name not in asked and name not in listed for name in files.images)
     return BatchPlan(work, skipped, rejected)
 
 
@@ -550,6 +556,26 @@ def _record(path: Place) -> dict[str, Any] | None:
         f"{path} is there and was not written by this command; it is left as it is; choose another "
         "--output-dir",
     )
+
+
+def _require_ours(table: Place, others: list[Place]) -> None:
+    """Refuse to replace files that are not from a call of this command that was killed.
+
+    Such a call has written the table first, and no LabelMe file.
+
+    Raises:
+        AnnotationError: field `output`.
+    """
+    if table.exists():
+        foreign = None if read_head(table).startswith(csv_bytes([COLUMNS])) else table
+    else:
+        foreign = next((path for path in others if path.exists()), None)
+    if foreign is not None:
+        raise AnnotationError(
+            "output",
+            f"{foreign} is there and was not written by this command; it is left as it is; move it "
+            "away, or choose another --output-dir",
+        )
 
 
 def _beside(target: Place, suffix: str) -> Place:

@@ -149,6 +149,7 @@ def test_prompts_from_a_file(folder, predict, tmp_path):
         "two/photo 2.jpg": [{"box": [20, 20, 99999, 120]}],
         "../secret.jpg": [box],
         "nowhere.jpg": [box],
+        "\ud800.jpg": [box],  # no text that can be printed
     }
     prompts.write_text(json.dumps(asked))
     out = tmp_path / "out"
@@ -163,7 +164,7 @@ def test_prompts_from_a_file(folder, predict, tmp_path):
     assert int(rows[0]["area"]) == answer["results"][0]["masks"][0]["area"]
     summary = json.loads((out / "predictions.json").read_text())
     problems = {item["file"]: f"{item['field']} {item['reason']}" for item in summary["rejected"]}
-    assert set(problems) == set(asked) - {"one/photo 0.jpg"}
+    assert set(problems) == {*asked, "\\ud800.jpg"} - {"one/photo 0.jpg", "\ud800.jpg"}
     assert "prompts[0]" in problems["one/photo 1.jpg"]
     assert "colour" in problems["one/photo 1.jpg"]
     assert "prompts[0].box" in problems["two/photo 2.jpg"]
@@ -230,7 +231,15 @@ def finder(tmp_path_factory, ray_cluster):
 
 
 def segment(folder, checkpoint, one_colour=False, **settings):
-    """Segment a drawn image as an actor does; return its LabelMe document and its table."""
+    """As `outcome_of`; return the LabelMe document, the table and the outcome."""
+    outcome = outcome_of(folder, checkpoint, one_colour, **settings)
+    with (folder / "out/a.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    return json.loads((folder / "out/a.json").read_text()), table, outcome
+
+
+def outcome_of(folder, checkpoint, one_colour=False, **settings):
+    """Segment a drawn image as an actor does."""
     image = np.full((150, 200, 3), 40, np.uint8)
     if not one_colour:
         cv2.circle(image, (50, 60), 30, (220, 60, 60), -1)
@@ -243,9 +252,7 @@ def segment(folder, checkpoint, one_colour=False, **settings):
     rows = pa.Table.from_pylist([{"name": "a.png", "stamp": "1", "prompts": None}])
     (outcome,) = batch.ImageSegmenter(job)(rows).to_pylist()
     assert not outcome["error"]
-    with (out / "a.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    return json.loads((out / "a.json").read_text()), table, json.loads(outcome["outcome"])
+    return json.loads(outcome["outcome"])
 
 
 def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missing(tmp_path, finder):
@@ -274,6 +281,21 @@ def test_a_labelme_file_that_somebody_corrected_is_kept(tmp_path, finder):
         assert outcome["field"] == "output"
         assert re.search(r"a\.json was changed after .* move it away", outcome["reason"])
         assert (kept, rows) == (document, table)
+
+
+def test_files_of_others_are_left_alone_and_those_of_a_killed_call_replaced(tmp_path, finder):
+    own = segment(tmp_path, finder)
+    (tmp_path / "out/a.json").unlink()  # written last
+    (tmp_path / "out/a_labels.png").unlink()
+    assert segment(tmp_path, finder) == own
+    for name in ("a.csv", "a_labels.png"):
+        for path in (tmp_path / "out").iterdir():
+            path.unlink()
+        (tmp_path / "out" / name).write_text("my,own,measurements")
+        outcome = outcome_of(tmp_path, finder)
+        assert outcome["field"] == "output"
+        assert f"{name} is there and was not written by this command" in outcome["reason"]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,12 @@ def test_nan_is_refused_by_json_and_the_old_file_stays(tmp_path: Path, value: fl
     assert contents(tmp_path) == before
 
 
+def test_half_a_surrogate_pair_is_written_and_read_again(tmp_path: Path) -> None:
+    content = {"caf\udce9.jpg": "\ud800 é"}
+    write_json(tmp_path / "a.json", content)
+    assert read_json(tmp_path / "a.json") == content
+
+
 def test_json_keeps_labels_readable(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     write_json(path, {"labels": ["Straße", "кот"], "path": Path("a").name})
