@@ -453,12 +453,14 @@ def _instance(label: str, mask: CroppedMask, size: tuple[int, int], outside: int
 
 
 def _write_overlay(folder: Place, name: str, image: np.ndarray, masks: list[CroppedMask]) -> None:
-    frames = []
-    for mask in masks:
-        frame = image[:, :, 0] < 0
-        (x, y), (h, w) = mask.origin, mask.pixels.shape
-        frame[y : y + h, x : x + w] = mask.pixels
-        frames.append(frame)
-    path = folder / f"{name}.overlay.jpg"
+    path = folder / PurePosixPath(name).parent / f"{_short(PurePosixPath(name).name)}.overlay.jpg"
     make_folder(path.parent, "--output-dir")
-    write_bytes(path, encode_picture(shrink(draw_masks(image, frames), 1600), ".jpg"))
+    write_bytes(path, encode_picture(shrink(draw_masks(image, masks), 1600), ".jpg"))
+
+
+def _short(name: str) -> str:
+    """A file's name that leaves room for a longer extension; systems allow 255 bytes."""
+    raw = name.encode()
+    if len(raw) <= 200:
+        return name
+    return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"

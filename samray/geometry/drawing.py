@@ -1,6 +1,7 @@
 """Masks, outlines and prompts drawn over images."""
 
 import io
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -19,22 +20,30 @@ FOREGROUND, BACKGROUND, BOX = (0, 255, 0), (255, 0, 0), (0, 255, 255)
 
 
 def draw_masks(
-    image: np.ndarray, masks: list[np.ndarray], colors: list[tuple[int, int, int]] | None = None
+    image: np.ndarray,
+    masks: Iterable[np.ndarray | CroppedMask],
+    colors: list[tuple[int, int, int]] | None = None,
 ) -> np.ndarray:
     """Return the image with translucent, outlined masks.
 
     Args:
         image: H x W x 3 uint8 RGB.
-        masks: H x W bool each.
+        masks: H x W bool each, or crops of such, which cost less.
         colors: RGB, one per mask; by default those of COLORS in turn.
     """
     picture = image.copy()
     line = max(1, round(max(image.shape[:2]) / 400))
     for number, mask in enumerate(masks):
         color = colors[number] if colors else COLORS[number % len(COLORS)]
-        picture[mask] = (0.55 * picture[mask] + 0.45 * np.array(color)).astype(np.uint8)
+        crop = mask if isinstance(mask, CroppedMask) else CroppedMask(mask, (0, 0))
+        (x, y), (h, w) = crop.origin, crop.pixels.shape
+        part = picture[y : y + h, x : x + w]
+        part[crop.pixels] = (0.55 * part[crop.pixels] + 0.45 * np.array(color)).astype(np.uint8)
         contours, _ = cv2.findContours(
-            mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
+            crop.pixels.astype(np.uint8),
+            cv2.RETR_CCOMP,
+            cv2.CHAIN_APPROX_SIMPLE,
+            offset=crop.origin,
         )
         cv2.drawContours(picture, contours, -1, color, line, cv2.LINE_AA)
     return picture

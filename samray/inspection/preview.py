@@ -7,7 +7,7 @@ import numpy as np
 
 from samray.config import Config, InspectConfig, required
 from samray.data.dataset import PreparedDataset
-from samray.geometry.drawing import COLORS, draw_masks, draw_prompt_marks, encode_picture, shrink
+from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_picture, shrink
 from samray.geometry.images import decode_image
 from samray.geometry.prompts import draw_prompt
 from samray.storage import (
@@ -47,12 +47,12 @@ def _draw(dataset: PreparedDataset, output: Place, settings: InspectConfig) -> l
     pictures: list[Place] = []
     listing = []
     for number, record in enumerate(records[i] for i in chosen):
-        masks = [record.decode(instance) for instance in record.instances]
-        prompts = [
-            draw_prompt(settings.point_selection, mask, settings.num_points, rng) for mask in masks
+        prompts = [  # one mask at a time, as each is as large as the image
+            draw_prompt(settings.point_selection, record.decode(instance), settings.num_points, rng)
+            for instance in record.instances
         ]
-        colors = [COLORS[i % len(COLORS)] for i in range(len(masks))]
-        picture = draw_masks(decode_image(dataset.image_bytes(record)), masks, colors)
+        crops = map(record.decode_crop, record.instances)
+        picture = draw_masks(decode_image(dataset.image_bytes(record)), crops)
         for prompt in prompts:
             draw_prompt_marks(picture, prompt)
         name = f"{number:03d}_{PurePosixPath(record.name).stem}_{settings.point_selection}.jpg"

@@ -530,7 +530,7 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
         reasons = sorted({str(trial["reason"]) for trial in trials})
         raise SweepError(f"no trial of {len(trials)} came to an end: {'; '.join(reasons)}")
     best = max(scored, key=lambda trial: (trial["kept_score"], trial["score"]))
-    if best["status"] == "stopped" and plan.config.train.instances:
+    if plan.config.train.instances:
         _finish(plan, dataset, best["run"])
     return {
         "best": best["run"],
@@ -543,7 +543,10 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
 
 
 def _finish(plan: SweepPlan, dataset: PreparedDataset, best: str) -> None:
-    """Finish the instance decoder of a trial that the scheduler stopped before it came to that."""
+    """Finish the instance decoder of a trial that was stopped before it came to that.
+
+    The scheduler stops a trial that did all its epochs, too, in the report of the last one.
+    """
     workers = plan.resources
     gpus = plan.config.scaling.gpus_per_worker if workers.use_gpu else 0
     task = ray.remote(finish_run).options(

@@ -107,3 +107,20 @@ def test_an_image_without_a_region_has_none(tile, tmp_path):
     _, (row, *others) = read(tmp_path / "a", [rectangle("nut", 2, 2, 9, 9)], tile=tile)
     assert row["ignored"] is None
     assert not others
+
+
+def test_the_overlay_of_a_long_name_is_written_under_a_shorter_one(tmp_path):
+    """With `.overlay.jpg` and the suffix of an unfinished file it would have over 255 bytes."""
+    data, overlays, stem = tmp_path / "data", tmp_path / "overlays", "é" * 120
+    data.mkdir()
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(data / f"{stem}.png")
+    document = {"shapes": [rectangle("nut", 10, 10, 19, 19)], "imagePath": f"{stem}.png"}
+    (data / f"{stem}.json").write_text(json.dumps(document))
+    files = find_files(data)
+    (name,) = files.annotations
+    rules = Rules(PrepareConfig(), {}, frozenset([name]))
+    outcome, _ = read_entry(Entry(name, "labelme", files.stamps[name]), files, rules, overlays)
+    assert outcome.image is not None
+    (overlay,) = overlays.iterdir()
+    assert overlay.name.startswith("é" * 80)
+    assert Image.open(overlay).size == (SIZE[1], SIZE[0])

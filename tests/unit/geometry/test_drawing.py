@@ -17,6 +17,7 @@ from samray.geometry.drawing import (
     encode_picture,
     shrink,
 )
+from samray.geometry.masks import crop_mask
 from samray.geometry.prompts import Prompt
 
 SIZE = (90, 120)
@@ -84,6 +85,13 @@ def test_outline_of_a_hole_is_drawn_and_its_inside_stays(image: np.ndarray) -> N
     assert not changed(image, picture)[40:60, 40:60].any()
     for x, y in ((50, 20), (50, 79), (50, 34), (65, 50)):  # outside and around the hole
         assert np.abs(picture[y, x] - np.array([200, 100, 0])).max() < 20
+
+
+def test_crops_are_drawn_as_whole_masks_are(image: np.ndarray) -> None:
+    ring = rectangle(20, 20, 80, 80) & ~rectangle(35, 35, 65, 65)
+    masks = [ring, rectangle(0, 0, 5, SIZE[0]), rectangle(50, 50, SIZE[1], SIZE[0])]
+    crops = [crop_mask(mask) for mask in masks]
+    assert np.array_equal(draw_masks(image, crops), draw_masks(image, masks))
 
 
 @pytest.mark.parametrize("masks", [[], [np.zeros(SIZE, bool)]])
