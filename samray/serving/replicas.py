@@ -8,6 +8,7 @@ the Ingress, and of the weights, so neither clients nor models are mixed up.
 """
 
 import asyncio
+import collections
 import contextlib
 import ctypes
 import io
@@ -208,6 +209,9 @@ class Decoder:
         self.embeddings = ByteCache(settings.embedding_cache_mb * 2**20)
         self.logits = ByteCache(settings.logits_cache_mb * 2**20)
         self.encoding: dict[Any, asyncio.Future[Any]] = {}
+        # Requests in progress by image, and those of these images that were deleted meanwhile.
+        self.active: collections.Counter[str] = collections.Counter()
+        self.forgotten: set[str] = set()
         # One decoding at a time uses torch's threads; a cancelled request leaves the queue.
         self.worker = ThreadPoolExecutor(1)
         lookup = "embedding cache lookups"
@@ -232,10 +236,18 @@ class Decoder:
             The content of a `PredictAnswer` without what the Ingress adds; of a `SegmentAnswer`
             with its objects as `json`; or {"refused": (code, message, field)}.
         """
+        self.active[call.image_id] += 1
         try:
             return await self._answer(call)
         except ApiError as exc:
             return {"refused": (exc.code, exc.message, exc.field)}
+        finally:
+            self.active[call.image_id] -= 1
+            if call.image_id in self.forgotten:
+                self._drop(call.image_id)
+            if not self.active[call.image_id]:
+                del self.active[call.image_id]
+                self.forgotten.discard(call.image_id)
 
     async def _answer(self, call: Call) -> dict[str, Any]:
         started = time.perf_counter()
@@ -279,11 +291,13 @@ class Decoder:
             made = await self.encoder.encode.remote(raw, call.model)
             if isinstance(made, str):
                 raise ApiError("invalid_image", made, "image")
-            self.embeddings.put(key, made, made[0].nbytes)
+            if self.encoding.get(key) is asyncio.current_task():  # else deleted meanwhile
+                self.embeddings.put(key, made, made[0].nbytes)
             embedding: tuple[np.ndarray, tuple[int, int]] = made
             return embedding
         finally:
-            del self.encoding[key]
+            if self.encoding.get(key) is asyncio.current_task():
+                del self.encoding[key]
 
     def _require_inside(self, request: PredictRequest, size: tuple[int, int]) -> None:
         mistakes = [
@@ -450,7 +464,14 @@ class Decoder:
         return {"score": score, **content, "mask_token": token}
 
     async def forget(self, image_id: str) -> None:
-        """Drop an image's embeddings and the answers for it."""
+        """Drop an image's embeddings and the answers for it, those in progress too once sent."""
+        if image_id in self.active:
+            self.forgotten.add(image_id)
+        for key in [key for key in self.encoding if key[0] == image_id]:
+            del self.encoding[key]
+        self._drop(image_id)
+
+    def _drop(self, image_id: str) -> None:
         for key in [key for key in self.embeddings.entries if key[0] == image_id]:
             self.embeddings.drop(key)
         for key in [key for key in self.logits.entries if key[1] == image_id]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,51 @@ def test_a_kept_answer_holds_no_memory_but_its_own():
     assert len(decoder.logits.entries) == 24
     for logits, size in decoder.logits.entries.values():
         assert logits.untyped_storage().nbytes() == logits.nbytes == size
+
+
+class Handle:
+    """A process at the other end of a handle, whose methods wait until `ready`."""
+
+    def __init__(self, ready, **answers):
+        self.ready, self.answers = ready, answers
+
+    def __getattr__(self, name):
+        async def remote(*arguments):
+            await self.ready.wait()
+            return self.answers[name]
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_an_image_deleted_during_a_request_leaves_nothing(decoded):
+    """Neither its embedding, nor the answer, whether the request waits for an encoding or not."""
+    made = np.zeros((128, 16, 16), np.float16), (60, 80)
+    prompt = PromptRequest(point_coords=[(10, 20)])
+    ref = ModelRef("tiny", "1", None, "digest", "tiny")
+    call = Call("sha256:0", ref, PredictRequest(prompts=[prompt], mask_format="none"))
+
+    async def run():
+        ready = asyncio.Event()
+        decoder = Decoder.func_or_class(
+            ServeConfig(), Handle(ready, encode=made), Handle(ready, get=b"file")
+        )
+        _, encoder = await decoder.models.get(ref)
+        if decoded:
+            decoder.embeddings.put(("sha256:0", encoder), made, made[0].nbytes)
+        request = asyncio.ensure_future(decoder.answer(call))
+        await asyncio.sleep(0)  # it has begun
+        while not decoder.active:
+            await asyncio.sleep(0.001)
+        while not (decoded or decoder.encoding):
+            await asyncio.sleep(0.001)
+        await decoder.forget("sha256:0")
+        ready.set()
+        assert len((await request)["results"]) == 1
+        kept = decoder.embeddings.entries, decoder.logits.entries, decoder.encoding
+        return [len(entries) for entries in kept], decoder.active, decoder.forgotten
+
+    assert asyncio.run(run()) == ([0, 0, 0], {}, set())
 
 
 def test_a_damaged_instance_decoder_is_told_without_the_servers_folders_and_tried_again(tmp_path):
