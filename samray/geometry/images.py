@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -31,7 +33,9 @@ MAX_ASPECT = 256  # the short side of thinner images would scale to less than a 
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 STRETCH_PERCENTILES = (0.1, 99.9)
 STRETCH_ROWS = 256  # converted together
-GDAL_NODATA = 42113  # TIFF tag: the value of pixels without a measurement, as text
+# Tags of TIFF. GDAL's: the value of pixels without a measurement, as text.
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 339, 42113
+WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
 
 
 def read_image_file(path: Place) -> bytes:
@@ -69,10 +73,10 @@ def decode_and_stretch(
 ) -> tuple[np.ndarray, tuple[float, float] | None]:
     """As `decode_image`; also return the values that became 0 and 255 in a 16 or 32-bit image."""
     with _opened(raw, max_megapixels) as picture:
-        nodata = _nodata(picture)
+        tags = dict(getattr(picture, "tag_v2", {}))
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
-            return _stretch(np.asarray(upright), nodata)
+            return _shown(upright, tags)
         return np.asarray(upright.convert("RGB")), None
 
 
@@ -87,7 +91,7 @@ def size_from_header(raw: bytes) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         try:
             picture = Image.open(io.BytesIO(raw), formats=FORMATS)
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = _orientation(picture, raw) in (5, 6, 7, 8)
         except UnidentifiedImageError as exc:
             raise AnnotationError(
                 "format", "is no JPEG, PNG, BMP, TIFF or WebP file by its content"
@@ -119,10 +123,10 @@ def grey_thumbnail(raw: bytes, side: int) -> np.ndarray:
     """
     with _opened(raw, MAX_MEGAPIXELS) as picture:
         picture.draft("L", (4 * side, 4 * side))  # has no effect on formats other than JPEG
-        nodata = _nodata(picture)
+        tags = dict(getattr(picture, "tag_v2", {}))
         upright = ImageOps.exif_transpose(picture)
         if upright.mode in DEEP_MODES:
-            upright = Image.fromarray(_stretch(np.asarray(upright), nodata)[0])
+            upright = Image.fromarray(_shown(upright, tags)[0])
         small = upright.convert("L").resize((side, side), Image.Resampling.BOX)
         return np.asarray(small, dtype=np.float32)
 
@@ -151,6 +155,11 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
                 raise AnnotationError(
                     "image", f"has {pages} pages; save each page as an image of its own"
                 )
+            tags = getattr(picture, "tag_v2", {})
+            if tags.get(BITS) == (8,) and SIGNED in tags.get(SAMPLE_FORMAT, ()):
+                raise AnnotationError(
+                    "image", "has signed values of 8 bits; save it with unsigned or 16-bit ones"
+                )
             yield picture
         except AnnotationError:
             raise
@@ -167,11 +176,42 @@ def _opened(raw: bytes, max_megapixels: float) -> Iterator[Image.Image]:
             ) from exc
 
 
-def _nodata(picture: Image.Image) -> float | None:
+def _orientation(picture: Image.Image, raw: bytes) -> int:
+    """EXIF's orientation of a picture, from the bytes around its pixels."""
+    # PNG's own `getexif` decodes all pixels to look behind them, in files of a hundred megapixels.
+    exif = Image.Image.getexif(picture)
+    if ExifTags.Base.Orientation not in exif and picture.format == "PNG":
+        start = raw.rfind(b"eXIf")
+        if raw[start + 4 : start + 8] in (b"II*\0", b"MM\0*"):
+            exif.load(raw[start + 4 : start + 4 + int.from_bytes(raw[start - 4 : start])])
+        elif match := re.match(rb'tiff:Orientation(="|>)([0-9])', raw[_find_xmp(raw) :][:30]):
+            return int(match[2])
+    return int(exif.get(ExifTags.Base.Orientation, 1))
+
+
+def _find_xmp(raw: bytes) -> int:
+    start = raw.rfind(b"tiff:Orientation")
+    return len(raw) if start < 0 else start
+
+
+def _shown(
+    deep: Image.Image, tags: Mapping[int, Any]
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """An image of DEEP_MODES as `_stretch` gives it, by the tags of its TIFF file, if any."""
+    values = np.asarray(deep)
+    unsigned = set(tags.get(SAMPLE_FORMAT, (UNSIGNED,))) == {UNSIGNED}
+    if tags.get(BITS) == (32,) and unsigned and values.dtype == np.int32:
+        values = values.view(np.uint32)  # Pillow has signed numbers only
+    rgb, ends = _stretch(values, _nodata(tags))
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO and ends is not None:  # Pillow inverts 8 bits only
+        return 255 - rgb, ends[::-1]
+    return rgb, ends
+
+
+def _nodata(tags: Mapping[int, Any]) -> float | None:
     """The value that GDAL has marked as no measurement, or None."""
-    text = getattr(picture, "tag_v2", {}).get(GDAL_NODATA)
     try:
-        return float(str(text).strip("\0 "))
+        return float(str(tags.get(GDAL_NODATA)).strip("\0 "))
     except ValueError:
         return None
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+import tifffile
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 from samray.errors import AnnotationError
 from samray.geometry.images import (
@@ -18,6 +19,7 @@ from samray.geometry.images import (
     decode_and_stretch,
     decode_image,
     read_image_file,
+    size_from_header,
 )
 
 ORIENTATION = 0x0112
@@ -246,6 +248,57 @@ def test_nodata_that_is_no_number_is_ignored():
     deep[0, 0] = np.nan
     with pytest.raises(AnnotationError, match="not finite"):
         decode_image(float_tiff(deep, "-9999"))
+
+
+def tiff(pixels, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int16, np.uint32, np.int32])
+def test_a_ramp_stays_a_ramp_whatever_the_kind_of_number(kind):
+    """Pillow reads unsigned numbers of 32 bits as signed ones; the upper half would turn black."""
+    ends = np.iinfo(kind)
+    ramp = np.linspace(ends.min, ends.max, 48 * 64).astype(kind).reshape(48, 64)
+    decoded, stretch = decode_and_stretch(tiff(ramp), 100)
+    assert (np.diff(decoded[:, :, 0].ravel().astype(int)) >= 0).all()
+    assert decoded[24, 0, 0] == pytest.approx(127.5, abs=1)
+    assert stretch == pytest.approx((ends.min, ends.max), abs=0.002 * (ends.max - ends.min))
+
+
+def test_a_deep_image_whose_zero_is_white_is_inverted():
+    ramp = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    plain, ends = decode_and_stretch(tiff(ramp), 100)
+    inverted, swapped = decode_and_stretch(tiff(ramp, photometric="miniswhite"), 100)
+    assert np.array_equal(inverted, 255 - plain)
+    assert swapped == ends[::-1]
+
+
+def test_signed_bytes_are_refused():
+    with pytest.raises(AnnotationError, match="signed values of 8 bits"):
+        decode_image(tiff(np.arange(-128, 128, dtype=np.int8).reshape(16, 16)))
+
+
+@pytest.mark.parametrize("place", ["before", "behind", "xmp", "none"])
+def test_the_size_of_a_png_is_known_without_decoding_it(photo, place, monkeypatch):
+    """An image of a hundred megapixels would hold up all other requests."""
+    exif, xmp = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[ExifTags.Base.Orientation] = 6
+    xmp.add_itxt("XML:com.adobe.xmp", '<a tiff:Orientation="6"/>')
+    options = {"before": {"exif": exif}, "behind": {"exif": exif}, "xmp": {"pnginfo": xmp}}
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "PNG", **options.get(place, {}))
+    raw = buffer.getvalue()
+    if place == "behind":
+        start = raw.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(raw[start : start + 4])
+        last = raw.index(b"IEND") - 4
+        raw = raw[:start] + raw[end:last] + raw[start:end] + raw[last:]
+    shown = decode_image(raw).shape[:2]
+    assert shown == (photo.shape[:2] if place == "none" else photo.shape[1::-1])
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+    assert size_from_header(raw) == shown
 
 
 def float_tiff(pixels, nodata=None):
