@@ -120,6 +120,7 @@ def by_instances(
     except AnnotationError as exc:
         raise ApiError("invalid_image", exc.reason, "image") from exc
     size, watershed = (image.shape[0], image.shape[1]), model.way.kind == "watershed"
+    yield
     maps = maps_of(model.decoder, image if watershed else shrink(image, MAX_SEARCH_SIDE), embedding)
     del image
     yield
@@ -131,7 +132,9 @@ def by_instances(
     small = maps.original_size
     scale = (size[1] / small[1], size[0] / small[0])
     found = []
-    for one in objects:
+    for number, one in enumerate(objects):
+        if number % bounds.prompts == 0:
+            yield
         mask = one.mask if scale == (1, 1) else enlarge_mask(one.mask, small, scale)
         label = model.labels[one.class_index]
         found.append(segmented_object(mask, one.score, None, label=label))

@@ -12,20 +12,22 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEAD_SECONDS = 30  # for a request's headers to arrive, and for the next request on a connection
 CHECK_SECONDS = 5
+SLOWEST = 10_000  # bytes a second at which a client must read its answer
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     """uvicorn's protocol with a limit on the time between requests.
 
-    uvicorn waits without limit for the first byte, for the rest of half-sent headers, and for the
-    rest of a body whose answer has been sent.
+    uvicorn waits without limit for the first byte, for the rest of half-sent headers, for the rest
+    of a body whose answer has been sent, and for a client to read an answer, which stays in memory.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start to watch the connection."""
         super().connection_made(transport)
         self._last_cycle: Any = None
+        self._unsent = 0
         self._idle_since = self.loop.time()
         self._timer = self.loop.call_later(CHECK_SECONDS, self._check)
 
@@ -37,11 +39,17 @@ class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def _check(self) -> None:
         now = self.loop.time()
         busy = self.cycle is not None and not self.cycle.response_complete
-        if busy or self.cycle is not self._last_cycle:
+        unsent = self.transport.get_write_buffer_size()
+        read = self._unsent - unsent >= SLOWEST * CHECK_SECONDS
+        if busy or read or self.cycle is not self._last_cycle:
             self._last_cycle, self._idle_since = self.cycle, now
         elif now - self._idle_since > HEAD_SECONDS:
-            self.transport.close()
+            if unsent:  # `close` would wait until it is read
+                self.transport.abort()
+            else:
+                self.transport.close()
             return
+        self._unsent = unsent
         self._timer = self.loop.call_later(CHECK_SECONDS, self._check)
 
 

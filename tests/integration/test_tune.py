@@ -16,7 +16,6 @@ from processes import processes_below, wait_until_ended
 
 from samray.config import load_config
 from samray.errors import SamrayError
-from samray.instances.saved import is_finished, load_instances
 from samray.sam.checkpoint import load_checkpoint
 from samray.sam.model import build_model
 from samray.training.tune import sweep
@@ -36,7 +35,8 @@ def config_file(folder: Path, **tune) -> Path:
     settings = {
         "model": {"adapt": "none"},
         "prompts": {"point_selection": "mixed"},
-        "train": {"num_epochs": 2, "batch_size": 2, "max_objects": 4},
+        # The instance decoder is a matter of the single run; here it would double the time.
+        "train": {"num_epochs": 3, "batch_size": 2, "instances": False},
         "tune": {"search_space": SPACE, "num_trials": 4, "grace_epochs": 1, **tune},
     }
     path = folder / "tune.yaml"
@@ -84,10 +84,6 @@ def test_a_crashed_trial_is_reported_and_the_others_finish(swept):
     scored = [trial for trial in state["trials"] if trial["kept"]]
     best = max(scored, key=lambda trial: (trial["kept_score"], trial["score"]))
     assert state["best"] == best["run"]
-    checkpoint = load_checkpoint(output)
-    model = load_instances(checkpoint, checkpoint.model())
-    assert model is not None
-    assert is_finished(checkpoint.path, model)  # though Tune stops trials in their last epoch
 
 
 def test_each_image_is_encoded_once_for_all_trials(swept, own_prepared):

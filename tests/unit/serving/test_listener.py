@@ -10,12 +10,16 @@ from samray.serving.listener import Listener
 
 
 async def app(scope, receive, send):
-    """Answers after 0.6 s on /slow, else at once, and never reads a body."""
+    """Answers after 0.6 s on /slow, 32 MiB on /large, else at once, and never reads a body."""
     if scope["path"] == "/slow":
         await asyncio.sleep(0.6)
-    headers = [(b"content-length", b"2")]
+    body = bytes(LARGE) if scope["path"] == "/large" else b"ok"
+    headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": b"ok"})
+    await send({"type": "http.response.body", "body": body})
+
+
+LARGE = 32 * 2**20  # more than the sockets of both sides hold
 
 
 @contextlib.asynccontextmanager
@@ -66,6 +70,27 @@ def test_a_slow_answer_is_not_cut_and_a_connection_serves_many_requests():
             writer.close()
 
     asyncio.run(talk())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_answer_that_is_not_read_is_dropped_and_a_slow_reader_gets_all(reads, monkeypatch):
+    monkeypatch.setattr(listener, "SLOWEST", 1000)
+
+    async def talk():
+        async with listening() as (_, port, _running):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+            size = 0
+            with contextlib.suppress(ConnectionError):
+                if not reads:
+                    await asyncio.sleep(3)
+                while part := await asyncio.wait_for(reader.read(2**20), 20):
+                    size += len(part)
+                    await asyncio.sleep(0.03 if reads else 0)
+            writer.close()
+            return size
+
+    assert (asyncio.run(talk()) > LARGE) is reads
 
 
 def test_a_stop_waits_for_the_request_in_progress():
