@@ -646,7 +646,11 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
         reason = " ".join(str(exc).split())  # YAML's message has several lines
         raise ConfigError(f"--label-map: {path} cannot be read as JSON or YAML ({reason})") from exc
     if not isinstance(content, dict) or not all(
-        isinstance(k, str) and (v is None or isinstance(v, str)) for k, v in content.items()
+        isinstance(k, str) and (v is None or (isinstance(v, str) and v.strip()))
+        for k, v in content.items()
     ):
-        raise ConfigError(f"--label-map: {path} must map texts to texts, such as {{old: new}}")
-    return content
+        raise ConfigError(
+            f"--label-map: {path} must map texts to texts, such as {{old: new}}, or to null, which "
+            "leaves a label out; a label has at least one letter"
+        )
+    return {old: new and new.strip() for old, new in content.items()}

@@ -492,6 +492,7 @@ def test_a_file_name_that_is_not_unicode(few, tmp_path, run_cli):
     [
         ("--label-map", "[a, b]", ("must map texts to texts",)),
         ("--label-map", "{a: 1}", ("must map texts to texts",)),
+        ("--label-map", "{a: ' '}", ("at least one letter",)),
         ("--label-map", "{a: [", ("cannot be read",)),
         ("--split-file", "[1]", ("must be JSON",)),
         ("--split-file", '{"training": ["a.jpg"]}', ("'training'", "train, val, test")),
