@@ -4,6 +4,7 @@ One file annotates many images. It is read once; each image's part is checked in
 prepares the image, so a bad annotation affects no other.
 """
 
+import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ _FIRST_KEY = re.compile(
 )
 _LABELME_KEY = re.compile(rb'"(shapes|imagePath|imageData)"\s*:')
 MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
+# Of an annotation, what `coco_annotation` reads. Exports add keys of their own, nested at will.
+_READ_KEYS = ("category_id", "iscrowd", "segmentation")
+_NESTS = {dict, list}  # by type, not isinstance: JSON has no others, and every number is looked at
+_MAX_LEVELS = 8  # of lists in lists; a segmentation has two
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class CocoImage:
         image_id: COCO's id of the image.
         file_name: where the file says the image is.
         size: (H, W).
-        entries: (index in the file's `annotations`, entry).
+        entries: (index in the file's `annotations`, entry with the keys that are read).
         labels: category id -> name; None if several categories have the id.
     """
 
@@ -50,6 +55,17 @@ class CocoImage:
     def name(self) -> str:
         """Names this part of the file in lists and errors."""
         return f"{self.source}#{self.image_id}"
+
+    @property
+    def content(self) -> str:
+        """A text that changes when anything does that decides the image's outcome.
+
+        Of the categories, only those of its own annotations are in it: a file has up to a thousand.
+        """
+        used = dict.fromkeys(_id(entry.get("category_id")) for _, entry in self.entries)
+        labels = [(key, self.labels[key]) for key in used if key in self.labels]
+        place = [self.source, self.image_id, self.file_name, self.size]
+        return json.dumps([*place, self.entries, labels])
 
 
 def may_be_coco(head: bytes) -> bool:
@@ -89,8 +105,13 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         image_id = _id(entry.get("image_id")) if isinstance(entry, dict) else None
         if image_id is None:
             problems.append((f"annotations[{place}].image_id", "must be a number or text", 1))
+            continue
+        content = {key: entry[key] for key in _READ_KEYS if key in entry}
+        if _is_deeper(content, _MAX_LEVELS):
+            reason = f"has lists in lists of more than {_MAX_LEVELS} levels; export it again"
+            problems.append((f"annotations[{place}]", reason, 1))
         else:
-            by_image[image_id].append((place, entry))
+            by_image[image_id].append((place, content))
     listed: dict[Id, dict[tuple[str, tuple[int, int]], int]] = defaultdict(dict)
     for place, entry in enumerate(document["images"]):
         try:
@@ -159,6 +180,17 @@ def _read_categories(entries: list[Any]) -> dict[Id, str | None]:
             if category_id is not None:
                 labels[category_id] = name if labels.get(category_id, name) == name else None
     return labels
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether a value is nested so deeply that to write it down, or send it on, might fail."""
+    found = [value]
+    for _ in range(levels):
+        inside = (v.values() if type(v) is dict else v for v in found)
+        found = [child for part in inside for child in part if type(child) in _NESTS]
+        if not found:
+            return False
+    return True
 
 
 def _shared_id(

@@ -10,7 +10,7 @@ has a pixel of an instance, so that what lies in it needs no second look.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -58,8 +58,8 @@ class Entry:
     @classmethod
     def of_coco(cls, image: CocoImage) -> "Entry":
         """Wrap one image's part of a COCO file."""
-        content = json.dumps(asdict(image), default=str)
-        return cls(image.name, "coco", hashlib.sha256(content.encode()).hexdigest(), image)
+        stamp = hashlib.sha256(image.content.encode()).hexdigest()
+        return cls(image.name, "coco", stamp, image)
 
 
 @dataclass(frozen=True)
