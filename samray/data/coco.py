@@ -152,7 +152,7 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
             continue
         try:
             label = _read_label(f"{where}.category_id", entry.get("category_id"), image.labels)
-            rle, short = _read_segmentation(
+            rle, short, drawn = _read_segmentation(
                 f"{where}.segmentation", entry.get("segmentation"), image.size
             )
             first = seen.setdefault((label, rle), place)
@@ -167,7 +167,7 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
         ]
         x, y, w, h = coco.toBbox({"counts": rle, "size": list(image.size)}).tolist()
         corners = np.array([[x, y], [max(x, x + w - 1), max(y, y + h - 1)]])
-        annotation.shapes.append(Shape(place, label, "rle", corners, None, rle=rle))
+        annotation.shapes.append(Shape(place, label, "rle", corners, None, rle=rle, drawn=drawn))
     return annotation
 
 
@@ -242,13 +242,14 @@ def _read_label(where: str, value: Any, labels: dict[Id, str | None]) -> str:
 
 def _read_segmentation(
     where: str, segmentation: Any, size: tuple[int, int]
-) -> tuple[bytes, list[str]]:
-    """Return compressed RLE counts, and the parts of too few points beside good ones.
+) -> tuple[bytes, list[str], np.ndarray | None]:
+    """Return compressed RLE counts, the parts of too few points beside good ones, `Shape.drawn`.
 
     Raises:
         AnnotationError: it is neither polygons nor RLE, or covers no pixel.
     """
     short: list[str] = []
+    drawn = None
     if isinstance(segmentation, dict):
         counts = _read_counts(where, segmentation, size)
         rle = coco.frPyObjects({"counts": counts, "size": list(size)}, *size)
@@ -259,11 +260,13 @@ def _read_segmentation(
             short = []  # none is good: say so of the first
         parts = [_read_polygon(field, places[field]) for field in places if field not in short]
         rle = coco.merge(coco.frPyObjects(parts, *size))
+        points = np.concatenate(parts).reshape(-1, 2)
+        drawn = np.stack([points.min(axis=0), points.max(axis=0)])
     else:
         raise AnnotationError(where, "must be polygons or RLE; a box alone is no mask")
     if coco.area(rle) == 0:
         raise AnnotationError(where, "covers no pixel of the image")
-    return bytes(rle["counts"]), short
+    return bytes(rle["counts"]), short, drawn
 
 
 def _is_short(part: Any) -> bool:

@@ -31,6 +31,7 @@ from samray.geometry.masks import (
     CroppedMask,
     crop_mask,
     encode_rle,
+    overhang,
     rasterize_instance,
     require_inside,
 )
@@ -275,15 +276,20 @@ def _instances(
             outcome.rejected.append(Rejection.of(outcome.entry, problem, len(shapes)))
             continue
         for shape in shapes:
-            over = max(-shape.points.min(), (shape.points.max(axis=0) - size[::-1]).max())
-            if over > 1:
+            if (over := overhang(shape, size)) > 1:
                 reason = f"reach {over:.0f} pixels out of the image; cut off there"
-                field = f"shapes[{shape.index}].points"
-                outcome.warnings.append(FileWarning(outcome.entry, field, reason))
+                outcome.warnings.append(FileWarning(outcome.entry, _field_of(shape), reason))
         instances.append((label, mask))
         outcome.joined += len(shapes) - 1
     outcome.labels = dict(Counter(label for label, _ in instances))
     return instances
+
+
+def _field_of(shape: Shape) -> str:
+    """Where its file says what it covers."""
+    if shape.kind == "rle":
+        return f"annotations[{shape.index}].segmentation"
+    return f"shapes[{shape.index}].points"
 
 
 Groups = dict[tuple[Any, ...], list[Shape]]  # the key begins with the label

@@ -60,6 +60,17 @@ def require_inside(shape: Shape, size: tuple[int, int]) -> None:
         )
 
 
+def overhang(shape: Shape, size: tuple[int, int]) -> float:
+    """Return by how many pixels a shape reaches out of an image of (H, W) pixels; 0 if not at all.
+
+    Raises:
+        AnnotationError: the shape's PNG is damaged.
+    """
+    outline = _outline(shape) if shape.drawn is None else shape.drawn
+    beyond = outline.max(axis=0) - size[::-1]
+    return max(0.0, float(-outline.min()), float(beyond.max()))
+
+
 def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMask:
     """Return the union of the shapes of one instance, cut off at the image's border.
 

@@ -1,4 +1,4 @@
-"""Regions labelled `__ignore__`: kept as a mask, as no instance, in images and in tiles."""
+"""One entry to its outcome: regions labelled `__ignore__`, and what reaches out of the image."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from samray.config import PrepareConfig
+from samray.data.coco import read_coco
 from samray.data.discovery import find_files
 from samray.data.intake import Entry, Rules, read_entry
 from samray.geometry.masks import decode_rle
@@ -107,3 +108,53 @@ def test_an_image_without_a_region_has_none(tile, tmp_path):
     _, (row, *others) = read(tmp_path / "a", [rectangle("nut", 2, 2, 9, 9)], tile=tile)
     assert row["ignored"] is None
     assert not others
+
+
+def shape(kind, *points):
+    return {"label": "nut", "points": points, "shape_type": kind}
+
+
+@pytest.mark.parametrize(
+    ("entry", "pixels"),
+    [
+        (shape("polygon", [20, 20], [590, 20], [20, 30]), 440),
+        (shape("rectangle", [20, -7], [30, 30]), 7),
+        (shape("circle", [5, 5], [5, 35]), 25),  # both of its points lie inside
+        (shape("circle", [20, 20], [20, 39]), None),
+        (shape("polygon", [0, 0], [150, 0], [150, 40]), None),  # corners of pixels
+    ],
+)
+def test_shapes_that_reach_out_of_the_image_are_warned_about(entry, pixels, tmp_path):
+    outcome, _ = read(tmp_path / "a", [entry])
+    assert outcome.rejected == []
+    expected = [("shapes[0].points", f"reach {pixels} pixels out of the image; cut off there")]
+    found = [(warning.field, warning.reason) for warning in outcome.warnings]
+    assert found == (expected if pixels else [])
+
+
+def read_coco_entry(folder, *segmentations, **settings):
+    """Outcome of one image of SIZE with these COCO annotations."""
+    read(folder, [])
+    (folder / "a.json").unlink()
+    image = {"id": 7, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}
+    entry = {"image_id": 7, "category_id": 1}
+    annotations = [entry | {"segmentation": content} for content in segmentations]
+    document = {"images": [image], "annotations": annotations}
+    document["categories"] = [{"id": 1, "name": "nut"}]
+    (image,), problems = read_coco(json.dumps(document).encode(), "coco.json")
+    assert problems == []
+    rules = Rules(PrepareConfig(**settings), {}, frozenset())
+    return read_entry(Entry.of_coco(image), find_files(folder), rules, folder)[0]
+
+
+def test_coco_polygons_that_reach_out_of_the_image_are_warned_about(tmp_path):
+    """Their masks lie inside, as pycocotools cuts them off."""
+    inside, outside = [20, 20, 50, 20, 50, 30], [20, 20, 590, 20, 300, 300, 20, 300]
+    rle = {"size": list(SIZE), "counts": [0, SIZE[0] * SIZE[1]]}
+    outcome = read_coco_entry(tmp_path / "a", [inside], [inside, outside], rle)
+    assert outcome.labels == {"nut": 3}
+    assert [(warning.field, warning.reason) for warning in outcome.warnings] == [
+        ("annotations[1].segmentation", "reach 440 pixels out of the image; cut off there")
+    ]
+    filtered = read_coco_entry(tmp_path / "a", [outside], labels=["bolt"])
+    assert filtered.warnings == []
