@@ -13,13 +13,20 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from samray.data.annotation import IGNORE, MAX_COORDINATE, Annotation, read_json_object
+from samray.data.annotation import (
+    IGNORE,
+    MAX_COORDINATE,
+    Annotation,
+    is_int,
+    read_json_object,
+    whole_number,
+)
 from samray.errors import AnnotationError
 from samray.geometry.masks import decompress_runs
 from samray.geometry.polygons import MAX_OUTLINE
 from samray.geometry.shapes import Shape
 
-Id = int | str  # "17", 17 and 17.0 are one id; pandas, MATLAB and VIA write them so
+Id = int | str  # "17", 17 and 17.0 are one id
 _FIRST_KEY = re.compile(
     rb'^(?:\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories)"'
 )
@@ -144,7 +151,7 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
     seen: dict[tuple[str, bytes], int] = {}
     for place, entry in image.entries:
         where = f"annotations[{place}]"
-        crowd = entry.get("iscrowd") is True or _whole(entry.get("iscrowd")) == 1
+        crowd = entry.get("iscrowd") is True or whole_number(entry.get("iscrowd")) == 1
         category = _id(entry.get("category_id"))
         region = category is not None and image.labels.get(category) == IGNORE
         if crowd and not crowd_as_instances and not region:
@@ -217,7 +224,7 @@ def _read_image(where: str, entry: Any) -> tuple[Id, str, tuple[int, int]]:
         raise AnnotationError(f"{where}.file_name", "must name the image's file")
     size = []
     for key in ("height", "width"):
-        value = _whole(entry.get(key))
+        value = whole_number(entry.get(key))
         if value is None or not 1 <= value <= 1e6:
             reason = f"must be a number of pixels, not {entry.get(key)!r:.60}"
             raise AnnotationError(f"{where}.{key}", reason)
@@ -295,10 +302,9 @@ def _read_polygon(where: str, part: Any) -> list[float]:
 
 def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]) -> list[int]:
     """Runs of an RLE, checked: pycocotools writes out of bounds if they do not add up."""
-    if segmentation.get("size") != list(size):
-        raise AnnotationError(
-            f"{where}.size", f"{segmentation.get('size')!r:.60} is not the image's {list(size)}"
-        )
+    said = segmentation.get("size")
+    if not isinstance(said, list) or [whole_number(side) for side in said] != list(size):
+        raise AnnotationError(f"{where}.size", f"{said!r:.60} is not the image's {list(size)}")
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         try:
@@ -307,7 +313,7 @@ def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]
             counts = None
     if (
         not isinstance(counts, list)
-        or not all(_is_int(run) and run >= 0 for run in counts)
+        or not all(is_int(run) and run >= 0 for run in counts)
         or sum(counts) != size[0] * size[1]
     ):
         raise AnnotationError(
@@ -322,22 +328,9 @@ def _is_name(value: Any) -> bool:
     return text and bool(value.strip())
 
 
-def _whole(value: Any) -> int | None:
-    """The whole number that a value stands for: 17, 17.0 or "17"; None if it is none."""
-    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,17})(\.0+)?", value, re.ASCII):
-        return int(value.partition(".")[0])
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return value if _is_int(value) else None
-
-
 def _id(value: Any) -> Id | None:
     """An id in one form, so that "17", 17 and 17.0 are equal; None if the value is no id."""
-    number = _whole(value)
+    number = whole_number(value)
     if number is None and _is_name(value) and len(value) <= 200 and value.isprintable():
         return str(value)
     return number
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

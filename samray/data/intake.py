@@ -110,7 +110,8 @@ def read_entry(
         annotation = _read_annotation(entry, files, rules)
     except AnnotationError as problem:
         outcome, _ = _begin_outcome(entry, None, files)
-        outcome.rejected.append(Rejection.of(entry.name, problem, 0))
+        outcome.num_shapes = problem.num_shapes
+        outcome.rejected.append(Rejection.of(entry.name, problem, outcome.num_shapes))
         return outcome, []
     outcome, not_found = _begin_outcome(entry, annotation.image_path, files)
     outcome.num_shapes = annotation.num_shapes

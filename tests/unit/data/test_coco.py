@@ -97,6 +97,8 @@ def test_a_category_of_ignored_regions_is_read_crowd_or_not(iscrowd: int) -> Non
         ({"segmentation": [SQUARE], "category_id": 9}, ".category_id", "9 is not the id"),
         ({"segmentation": [SQUARE], "category_id": [3]}, ".category_id", "whole number"),
         ({"segmentation": {"size": [9, 9], "counts": [81]}}, ".segmentation.size", "[40, 60]"),
+        ({"segmentation": {"size": 40, "counts": [2400]}}, ".segmentation.size", "[40, 60]"),
+        ({"segmentation": {"size": [40], "counts": [2400]}}, ".segmentation.size", "[40, 60]"),
     ],
     ids=str,
 )
@@ -220,6 +222,12 @@ def test_ids_and_sizes_may_be_texts_and_floats(one: Any, other: Any) -> None:
     image = only_image(raw)
     assert (image.name, image.size) == ("instances.json#7", SIZE)
     assert [shape.label for shape in coco_annotation(image).shapes] == ["cat"]
+
+
+@pytest.mark.parametrize("size", [["40", "60"], [40.0, 60.0], [40, "60.0"]], ids=str)
+def test_the_size_of_an_rle_may_be_texts_and_floats(size: list[Any]) -> None:
+    raw = document({"segmentation": {"size": size, "counts": [0, 2400]}})
+    assert len(coco_annotation(only_image(raw)).shapes) == 1
 
 
 def test_ids_that_are_words_are_kept_and_others_refused() -> None:

@@ -33,6 +33,21 @@ def read(folder, shapes, label_map=None, **settings):
     return read_entry(Entry("a.json", "labelme", files.stamps["a.json"]), files, rules, folder)
 
 
+def test_shapes_of_a_file_without_a_usable_size_are_counted_as_lost(tmp_path):
+    """The manifest said that nothing was lost."""
+    read(tmp_path, [])
+    document = json.loads((tmp_path / "a.json").read_text()) | {"imageHeight": "tall"}
+    document["shapes"] = [rectangle("nut", 1, 1, 5, 5), rectangle("nut", 11, 1, 15, 5)]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    rules = Rules(PrepareConfig(), {}, frozenset())
+    entry = Entry("a.json", "labelme", "stamp")
+    outcome, rows = read_entry(entry, find_files(tmp_path), rules, tmp_path)
+    assert (outcome.num_shapes, rows) == (2, [])
+    assert [(problem.field, problem.num_shapes) for problem in outcome.rejected] == [
+        ("imageHeight", 2)
+    ]
+
+
 def region_of(row):
     return decode_rle(row["ignored"], (row["height"], row["width"]))
 
