@@ -50,16 +50,18 @@ class AnnotationError(SamrayError, ValueError):
     Args:
         field: where in the file, e.g. ``shapes[2].points``.
         reason: what was expected, what was found, and what to do.
+        num_shapes: the shapes of a file that is not used as a whole, as far as they were counted.
     """
 
-    def __init__(self, field: str, reason: str) -> None:
+    def __init__(self, field: str, reason: str, num_shapes: int = 0) -> None:
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+        self.num_shapes = num_shapes
 
-    def __reduce__(self) -> tuple[type["AnnotationError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["AnnotationError"], tuple[str, str, int]]:
         """Support pickling; the default would pass the whole message as the only argument."""
-        return type(self), (self.field, self.reason)
+        return type(self), (self.field, self.reason, self.num_shapes)
 
 
 class DatasetError(SamrayError, ValueError):

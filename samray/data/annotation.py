@@ -4,8 +4,9 @@
 """
 
 import json
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from samray.errors import AnnotationError
 from samray.geometry.shapes import Shape
@@ -70,3 +71,20 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
             "file", f"must hold a JSON object, not a {type(document).__name__}: no LabelMe file"
         )
     return document
+
+
+def whole_number(value: Any) -> int | None:
+    """The whole number that a value of a JSON file stands for: 17, 17.0 or "17"; None if none.
+
+    Pandas, MATLAB and VIA write whole numbers as floats or texts.
+    """
+    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,17})(\.0+)?", value, re.ASCII):
+        return int(value.partition(".")[0])
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value if is_int(value) else None
+
+
+def is_int(value: Any) -> TypeGuard[int]:
+    """Whether a value is an int; JSON's true is one to Python, but no number."""
+    return isinstance(value, int) and not isinstance(value, bool)

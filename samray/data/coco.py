@@ -4,6 +4,7 @@ One file annotates many images. It is read once; each image's part is checked in
 prepares the image, so a bad annotation affects no other.
 """
 
+import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,18 +13,29 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from samray.data.annotation import IGNORE, MAX_COORDINATE, Annotation, read_json_object
+from samray.data.annotation import (
+    IGNORE,
+    MAX_COORDINATE,
+    Annotation,
+    is_int,
+    read_json_object,
+    whole_number,
+)
 from samray.errors import AnnotationError
 from samray.geometry.masks import decompress_runs
 from samray.geometry.polygons import MAX_OUTLINE
 from samray.geometry.shapes import Shape
 
-Id = int | str  # "17", 17 and 17.0 are one id; pandas, MATLAB and VIA write them so
+Id = int | str  # "17", 17 and 17.0 are one id
 _FIRST_KEY = re.compile(
     rb'^(?:\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|categories)"'
 )
 _LABELME_KEY = re.compile(rb'"(shapes|imagePath|imageData)"\s*:')
 MAX_PIXELS = 2**31  # of an image; pycocotools counts in 32 bits
+# Of an annotation, what `coco_annotation` reads. Exports add keys of their own, nested at will.
+_READ_KEYS = ("category_id", "iscrowd", "segmentation")
+_NESTS = {dict, list}  # by type, not isinstance: JSON has no others, and every number is looked at
+_MAX_LEVELS = 8  # of lists in lists; a segmentation has two
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class CocoImage:
         image_id: COCO's id of the image.
         file_name: where the file says the image is.
         size: (H, W).
-        entries: (index in the file's `annotations`, entry).
+        entries: (index in the file's `annotations`, entry with the keys that are read).
         labels: category id -> name; None if several categories have the id.
     """
 
@@ -50,6 +62,17 @@ class CocoImage:
     def name(self) -> str:
         """Names this part of the file in lists and errors."""
         return f"{self.source}#{self.image_id}"
+
+    @property
+    def content(self) -> str:
+        """A text that changes when anything does that decides the image's outcome.
+
+        Of the categories, only those of its own annotations are in it: a file has up to a thousand.
+        """
+        used = dict.fromkeys(_id(entry.get("category_id")) for _, entry in self.entries)
+        labels = [(key, self.labels[key]) for key in used if key in self.labels]
+        place = [self.source, self.image_id, self.file_name, self.size]
+        return json.dumps([*place, self.entries, labels])
 
 
 def may_be_coco(head: bytes) -> bool:
@@ -89,8 +112,13 @@ def read_coco(raw: bytes, source: str) -> tuple[list[CocoImage], list[tuple[str,
         image_id = _id(entry.get("image_id")) if isinstance(entry, dict) else None
         if image_id is None:
             problems.append((f"annotations[{place}].image_id", "must be a number or text", 1))
+            continue
+        content = {key: entry[key] for key in _READ_KEYS if key in entry}
+        if _is_deeper(content, _MAX_LEVELS):
+            reason = f"has lists in lists of more than {_MAX_LEVELS} levels; export it again"
+            problems.append((f"annotations[{place}]", reason, 1))
         else:
-            by_image[image_id].append((place, entry))
+            by_image[image_id].append((place, content))
     listed: dict[Id, dict[tuple[str, tuple[int, int]], int]] = defaultdict(dict)
     for place, entry in enumerate(document["images"]):
         try:
@@ -123,7 +151,7 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
     seen: dict[tuple[str, bytes], int] = {}
     for place, entry in image.entries:
         where = f"annotations[{place}]"
-        crowd = entry.get("iscrowd") is True or _whole(entry.get("iscrowd")) == 1
+        crowd = entry.get("iscrowd") is True or whole_number(entry.get("iscrowd")) == 1
         category = _id(entry.get("category_id"))
         region = category is not None and image.labels.get(category) == IGNORE
         if crowd and not crowd_as_instances and not region:
@@ -131,7 +159,7 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
             continue
         try:
             label = _read_label(f"{where}.category_id", entry.get("category_id"), image.labels)
-            rle, short = _read_segmentation(
+            rle, short, drawn = _read_segmentation(
                 f"{where}.segmentation", entry.get("segmentation"), image.size
             )
             first = seen.setdefault((label, rle), place)
@@ -146,7 +174,7 @@ def coco_annotation(image: CocoImage, crowd_as_instances: bool = False) -> Annot
         ]
         x, y, w, h = coco.toBbox({"counts": rle, "size": list(image.size)}).tolist()
         corners = np.array([[x, y], [max(x, x + w - 1), max(y, y + h - 1)]])
-        annotation.shapes.append(Shape(place, label, "rle", corners, None, rle=rle))
+        annotation.shapes.append(Shape(place, label, "rle", corners, None, rle=rle, drawn=drawn))
     return annotation
 
 
@@ -159,6 +187,17 @@ def _read_categories(entries: list[Any]) -> dict[Id, str | None]:
             if category_id is not None:
                 labels[category_id] = name if labels.get(category_id, name) == name else None
     return labels
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether a value is nested so deeply that to write it down, or send it on, might fail."""
+    found = [value]
+    for _ in range(levels):
+        inside = (v.values() if type(v) is dict else v for v in found)
+        found = [child for part in inside for child in part if type(child) in _NESTS]
+        if not found:
+            return False
+    return True
 
 
 def _shared_id(
@@ -185,7 +224,7 @@ def _read_image(where: str, entry: Any) -> tuple[Id, str, tuple[int, int]]:
         raise AnnotationError(f"{where}.file_name", "must name the image's file")
     size = []
     for key in ("height", "width"):
-        value = _whole(entry.get(key))
+        value = whole_number(entry.get(key))
         if value is None or not 1 <= value <= 1e6:
             reason = f"must be a number of pixels, not {entry.get(key)!r:.60}"
             raise AnnotationError(f"{where}.{key}", reason)
@@ -210,13 +249,14 @@ def _read_label(where: str, value: Any, labels: dict[Id, str | None]) -> str:
 
 def _read_segmentation(
     where: str, segmentation: Any, size: tuple[int, int]
-) -> tuple[bytes, list[str]]:
-    """Return compressed RLE counts, and the parts of too few points beside good ones.
+) -> tuple[bytes, list[str], np.ndarray | None]:
+    """Return compressed RLE counts, the parts of too few points beside good ones, `Shape.drawn`.
 
     Raises:
         AnnotationError: it is neither polygons nor RLE, or covers no pixel.
     """
     short: list[str] = []
+    drawn = None
     if isinstance(segmentation, dict):
         counts = _read_counts(where, segmentation, size)
         rle = coco.frPyObjects({"counts": counts, "size": list(size)}, *size)
@@ -227,11 +267,13 @@ def _read_segmentation(
             short = []  # none is good: say so of the first
         parts = [_read_polygon(field, places[field]) for field in places if field not in short]
         rle = coco.merge(coco.frPyObjects(parts, *size))
+        points = np.concatenate(parts).reshape(-1, 2)
+        drawn = np.stack([points.min(axis=0), points.max(axis=0)])
     else:
         raise AnnotationError(where, "must be polygons or RLE; a box alone is no mask")
     if coco.area(rle) == 0:
         raise AnnotationError(where, "covers no pixel of the image")
-    return bytes(rle["counts"]), short
+    return bytes(rle["counts"]), short, drawn
 
 
 def _is_short(part: Any) -> bool:
@@ -260,10 +302,9 @@ def _read_polygon(where: str, part: Any) -> list[float]:
 
 def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]) -> list[int]:
     """Runs of an RLE, checked: pycocotools writes out of bounds if they do not add up."""
-    if segmentation.get("size") != list(size):
-        raise AnnotationError(
-            f"{where}.size", f"{segmentation.get('size')!r:.60} is not the image's {list(size)}"
-        )
+    said = segmentation.get("size")
+    if not isinstance(said, list) or [whole_number(side) for side in said] != list(size):
+        raise AnnotationError(f"{where}.size", f"{said!r:.60} is not the image's {list(size)}")
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         try:
@@ -272,7 +313,7 @@ def _read_counts(where: str, segmentation: dict[str, Any], size: tuple[int, int]
             counts = None
     if (
         not isinstance(counts, list)
-        or not all(_is_int(run) and run >= 0 for run in counts)
+        or not all(is_int(run) and run >= 0 for run in counts)
         or sum(counts) != size[0] * size[1]
     ):
         raise AnnotationError(
@@ -287,22 +328,9 @@ def _is_name(value: Any) -> bool:
     return text and bool(value.strip())
 
 
-def _whole(value: Any) -> int | None:
-    """The whole number that a value stands for: 17, 17.0 or "17"; None if it is none."""
-    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,17})(\.0+)?", value, re.ASCII):
-        return int(value.partition(".")[0])
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    return value if _is_int(value) else None
-
-
 def _id(value: Any) -> Id | None:
     """An id in one form, so that "17", 17 and 17.0 are equal; None if the value is no id."""
-    number = _whole(value)
+    number = whole_number(value)
     if number is None and _is_name(value) and len(value) <= 200 and value.isprintable():
         return str(value)
     return number
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

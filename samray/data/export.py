@@ -19,6 +19,7 @@ from samray import __version__
 from samray.config import Config, required
 from samray.data.annotation import IGNORE
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
+from samray.data.discovery import fold
 from samray.data.labelme import labelme_document, mask_shape, mask_to_shapes, read_shapes
 from samray.errors import ConfigError, DatasetError
 from samray.geometry.images import FORMATS
@@ -63,11 +64,9 @@ def export(config: Config) -> Place:
 
 def _export(dataset: PreparedDataset, folder: Path, form: str) -> None:
     unlabelled = set(dataset.manifest["unlabelled"])
-    paths = {}
+    paths = _image_paths(dataset)
     for record in tqdm(dataset.images.values(), desc="export", unit="img", disable=None):
-        raw = dataset.image_bytes(record)
-        paths[record.name] = _image_path(record, raw)
-        _write(folder, paths[record.name], raw)
+        _write(folder, paths[record.name], dataset.image_bytes(record))
         if form == "labelme" and record.name not in unlabelled:
             _write_labelme(folder, paths[record.name], record)
     if form == "coco":
@@ -78,15 +77,46 @@ def _export(dataset: PreparedDataset, folder: Path, form: str) -> None:
             write_json(folder / "annotations" / f"instances_{split}.json", document)
 
 
-def _image_path(record: ImageRecord, raw: bytes) -> PurePosixPath:
-    """Where to write the image; an embedded one gets the extension of its format."""
-    name = PurePosixPath(record.name)
-    if name.is_absolute() or ".." in name.parts:
-        raise DatasetError(f"{record.name!r}: an image's name leads out of its folder; not written")
-    if name.suffix.lower() == ".json":
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as picture:
-            name = name.with_suffix(f".{(picture.format or 'png').lower()}")
-    return "images" / name
+def _image_paths(dataset: PreparedDataset) -> dict[str, PurePosixPath]:
+    """Where to write each image: its own path; an embedded one beside those, over none of them."""
+    names = {name: _safe_path(name) for name in dataset.images}
+    embedded = {name: path for name, path in names.items() if path.suffix.lower() == ".json"}
+    paths = {name: "images" / path for name, path in names.items() if name not in embedded}
+    taken: set[str] = set()
+    for path in paths.values():
+        _take(path, taken)
+    for name, path in embedded.items():
+        extension = _extension_of(dataset.image_bytes(dataset.images[name]))
+        paths[name] = _free_path("images" / path.with_suffix(extension), taken)
+        _take(paths[name], taken)
+    return paths
+
+
+def _safe_path(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DatasetError(f"{name!r}: an image's name leads out of its folder; not written")
+    return path
+
+
+def _extension_of(raw: bytes) -> str:
+    with Image.open(io.BytesIO(raw), formats=FORMATS) as picture:
+        name = picture.format or "png"
+    return ".jpg" if name == "MPO" else f".{name.lower()}"  # MPO: a JPEG with more pictures in it
+
+
+def _free_path(path: PurePosixPath, taken: set[str]) -> PurePosixPath:
+    """The path, with a number after its stem if another image or a folder has it."""
+    free, number = path, 1
+    while fold(str(free)) in taken:
+        number += 1
+        free = path.with_stem(f"{path.stem}_{number}")
+    return free
+
+
+def _take(path: PurePosixPath, taken: set[str]) -> None:
+    """Add a path and its folders, without case, which some file systems do not tell apart."""
+    taken.update(fold(str(part)) for part in (path, *path.parents))
 
 
 def _write(folder: Path, path: PurePosixPath, content: bytes) -> None:

@@ -10,7 +10,7 @@ has a pixel of an instance, so that what lies in it needs no second look.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from samray.geometry.masks import (
     CroppedMask,
     crop_mask,
     encode_rle,
+    overhang,
     rasterize_instance,
     require_inside,
 )
@@ -58,8 +59,8 @@ class Entry:
     @classmethod
     def of_coco(cls, image: CocoImage) -> "Entry":
         """Wrap one image's part of a COCO file."""
-        content = json.dumps(asdict(image), default=str)
-        return cls(image.name, "coco", hashlib.sha256(content.encode()).hexdigest(), image)
+        stamp = hashlib.sha256(image.content.encode()).hexdigest()
+        return cls(image.name, "coco", stamp, image)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def read_entry(
         annotation = _read_annotation(entry, files, rules)
     except AnnotationError as problem:
         outcome, _ = _begin_outcome(entry, None, files)
-        outcome.rejected.append(Rejection.of(entry.name, problem, 0))
+        outcome.num_shapes = problem.num_shapes
+        outcome.rejected.append(Rejection.of(entry.name, problem, outcome.num_shapes))
         return outcome, []
     outcome, not_found = _begin_outcome(entry, annotation.image_path, files)
     outcome.num_shapes = annotation.num_shapes
@@ -275,15 +277,20 @@ def _instances(
             outcome.rejected.append(Rejection.of(outcome.entry, problem, len(shapes)))
             continue
         for shape in shapes:
-            over = max(-shape.points.min(), (shape.points.max(axis=0) - size[::-1]).max())
-            if over > 1:
+            if (over := overhang(shape, size)) > 1:
                 reason = f"reach {over:.0f} pixels out of the image; cut off there"
-                field = f"shapes[{shape.index}].points"
-                outcome.warnings.append(FileWarning(outcome.entry, field, reason))
+                outcome.warnings.append(FileWarning(outcome.entry, _field_of(shape), reason))
         instances.append((label, mask))
         outcome.joined += len(shapes) - 1
     outcome.labels = dict(Counter(label for label, _ in instances))
     return instances
+
+
+def _field_of(shape: Shape) -> str:
+    """Where its file says what it covers."""
+    if shape.kind == "rle":
+        return f"annotations[{shape.index}].segmentation"
+    return f"shapes[{shape.index}].points"
 
 
 Groups = dict[tuple[Any, ...], list[Shape]]  # the key begins with the label

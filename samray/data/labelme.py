@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from samray.data.annotation import MAX_COORDINATE, Annotation, read_json_object
+from samray.data.annotation import MAX_COORDINATE, Annotation, read_json_object, whole_number
 from samray.errors import AnnotationError
 from samray.geometry.shapes import Shape
 
@@ -48,7 +48,7 @@ def read_annotation(raw: bytes) -> Annotation:
     image_data = document.get("imageData")
     annotation = Annotation(
         image_path=image_path.replace("\\", "/") if isinstance(image_path, str) else "",
-        size=_read_size(document),
+        size=_read_size(document, len(shapes)),
         num_shapes=len(shapes),
         image_data=image_data if isinstance(image_data, str) and image_data else None,
     )
@@ -182,15 +182,20 @@ def mask_shape(mask: np.ndarray, label: str) -> dict[str, object]:
     return labelme_shape(label, "mask", corners, png=buffer.getvalue())
 
 
-def _read_size(document: dict[str, Any]) -> tuple[int, int] | None:
-    height, width = document.get("imageHeight"), document.get("imageWidth")
-    if height is None or width is None:
+def _read_size(document: dict[str, Any], num_shapes: int) -> tuple[int, int] | None:
+    names = ("imageHeight", "imageWidth")
+    if any(document.get(name) is None for name in names):
         return None  # files from before LabelMe 3 have no size
-    for name, value in (("imageHeight", height), ("imageWidth", width)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not 1 <= value <= MAX_COORDINATE:
-            raise AnnotationError(name, f"must be a whole number of pixels, not {value!r:.60}")
+    height, width = (_read_pixels(name, document[name], num_shapes) for name in names)
     return height, width
+
+
+def _read_pixels(name: str, value: Any, num_shapes: int) -> int:
+    number = whole_number(value)
+    if number is None or not 1 <= number <= MAX_COORDINATE:
+        reason = f"must be a whole number of pixels, not {value!r:.60}"
+        raise AnnotationError(name, reason, num_shapes)
+    return number
 
 
 def _read_shape(index: int, entry: Any) -> Shape:
@@ -216,13 +221,18 @@ def _read_shape(index: int, entry: Any) -> Shape:
             f"({label!r:.60}) is {kind!r:.60}; samray reads {', '.join(AREAL_SHAPES)}",
         )
     points = _read_points(f"{where}.points", label, kind, entry.get("points"))
-    group_id = entry.get("group_id")
-    if group_id is not None and (isinstance(group_id, bool) or not isinstance(group_id, int | str)):
-        raise AnnotationError(
-            f"{where}.group_id", f"must be a number or null, not {group_id!r:.60}"
-        )
+    group_id = _read_group(f"{where}.group_id", entry.get("group_id"))
     png = _read_png(f"{where}.mask", entry.get("mask")) if kind == "mask" else None
     return Shape(index, label, kind, points, group_id, png)
+
+
+def _read_group(where: str, value: Any) -> int | str | None:
+    if value is None or isinstance(value, str):  # a text is a name, also that of a number
+        return value
+    number = whole_number(value)
+    if number is None:
+        raise AnnotationError(where, f"must be a whole number or null, not {value!r:.60}")
+    return number
 
 
 def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -67,6 +67,7 @@ class SplitRule:
     def __init__(self, settings: PrepareConfig) -> None:
         self.settings = settings
         self.listed = _read_split_file(settings.split_file) if settings.split_file else {}
+        self.known: frozenset[str] = frozenset()  # paths of all images, once they are known
         self.pattern: re.Pattern[str] | None = None
         if settings.group_by not in (None, "folder"):
             try:
@@ -82,23 +83,11 @@ class SplitRule:
             "test": settings.test_fraction,
         }
 
-    def split_of(self, name: str, image_digest: str) -> str:
-        """Return the split of one image: by the split file, else by its group's hash, else its own.
-
-        Args:
-            name: the image's path from the dataset's folder.
-            image_digest: sha256 of its bytes.
-        """
-        for key in _keys_of(name):
-            if key in self.listed:
-                return self.listed[key]
-        digest = self._unit_of(name, image_digest)
-        return split_of_hash(digest, self.settings.val_fraction, self.settings.test_fraction)
-
     def assign(self, images: list[PreparedImage]) -> Splits:
         """Return the images of each split, and warnings about photos that are in two.
 
         Raises:
+            ConfigError: the split file names an image by a file name that several have.
             DatasetError: a split with a share above 0 has no instance and cannot be filled.
         """
         notes: list[str] = []
@@ -106,8 +95,9 @@ class SplitRule:
             by = "folders"
         else:
             by = "file" if self.listed else "groups" if self.settings.group_by else "hashes"
-            plan = {image.name: self.split_of(image.name, image.image_digest) for image in images}
-            if self.listed and (others := [name for name in plan if not self._is_listed(name)]):
+            named = self._by_file(images)
+            plan = {image.name: named.get(image.name) or self._by_hash(image) for image in images}
+            if self.listed and (others := [name for name in plan if name not in named]):
                 notes.append(
                     f"{len(others)} images are not in --split-file (the first: {others[0]}): they "
                     "are split by hash"
@@ -123,8 +113,32 @@ class SplitRule:
         warnings = _copies(images, plan) + _near_copies(images, plan, notes)
         return Splits({split: sorted(n) for split, n in members.items()}, by, notes, warnings)
 
-    def _is_listed(self, name: str) -> bool:
-        return any(key in self.listed for key in _keys_of(name))
+    def _by_file(self, images: list[PreparedImage]) -> dict[str, str]:
+        """The split of each image that the split file names, by its path or else its file name.
+
+        A name that is the path of an image means no image of that name in another folder.
+        """
+        named = {i.name: self.listed[i.name] for i in images if i.name in self.listed}
+        paths = self.known | {image.name for image in images}
+        meant: dict[str, list[str]] = defaultdict(list)
+        for image in images:
+            file_name = PurePosixPath(image.name).name
+            if image.name not in named and file_name in self.listed and file_name not in paths:
+                meant[file_name].append(image.name)
+        for file_name, candidates in meant.items():
+            if len(candidates) > 1:
+                raise ConfigError(
+                    f"--split-file {self.settings.split_file}: {file_name} may be any of "
+                    f"{len(candidates)} images ({', '.join(candidates[:3])}); write paths as seen "
+                    "from --data-dir"
+                )
+            named[candidates[0]] = self.listed[file_name]
+        return named
+
+    def _by_hash(self, image: PreparedImage) -> str:
+        """The split by the hash of an image's group, else its own."""
+        digest = self._unit_of(image.name, image.image_digest)
+        return split_of_hash(digest, self.settings.val_fraction, self.settings.test_fraction)
 
     def _by_folders(self, images: list[PreparedImage], notes: list[str]) -> dict[str, str]:
         """The plan of a dataset whose folders are the splits; empty if they are not."""
@@ -143,10 +157,7 @@ class SplitRule:
             f"the folders {', '.join(f'{name}/' for name in sorted(names))} are the splits "
             f"(prepare.split_folders=false splits by hash){more}"
         )
-        plan = {
-            image.name: folders[image.name] or self.split_of(image.name, image.image_digest)
-            for image in images
-        }
+        plan = {image.name: folders[image.name] or self._by_hash(image) for image in images}
         notes += [_nothing_in(split) for split in self._lacking(plan, images)]
         return plan
 
@@ -179,9 +190,7 @@ class SplitRule:
             f"filled in the order of the hashes; {what} added later may move others"
         )
         return {
-            image.name: split_of.get(units[image.name])
-            or self.split_of(image.name, image.image_digest)
-            for image in images
+            image.name: split_of.get(units[image.name]) or self._by_hash(image) for image in images
         }
 
     def _lacking(self, plan: dict[str, str], images: list[PreparedImage]) -> list[str]:
@@ -201,8 +210,8 @@ class SplitRule:
         Raises:
             ConfigError: naming the first of them.
         """
-        known = {image.name for image in images} | set(claimed)
-        known |= {PurePosixPath(name).name for name in known}
+        self.known = frozenset(image.name for image in images) | frozenset(claimed)
+        known = self.known | {PurePosixPath(name).name for name in self.known}
         unknown = [name for name in self.listed if name not in known]
         if unknown:
             raise ConfigError(
@@ -222,11 +231,6 @@ class SplitRule:
                 "a group"
             )
         return str(group)
-
-
-def _keys_of(name: str) -> tuple[str, str]:
-    """What a split file may call an image: its path from the dataset's folder, or its file name."""
-    return name, PurePosixPath(name).name
 
 
 def _split_folder(name: str) -> str:

@@ -60,6 +60,17 @@ def require_inside(shape: Shape, size: tuple[int, int]) -> None:
         )
 
 
+def overhang(shape: Shape, size: tuple[int, int]) -> float:
+    """Return by how many pixels a shape reaches out of an image of (H, W) pixels; 0 if not at all.
+
+    Raises:
+        AnnotationError: the shape's PNG is damaged.
+    """
+    outline = _outline(shape) if shape.drawn is None else shape.drawn
+    beyond = outline.max(axis=0) - size[::-1]
+    return max(0.0, float(-outline.min()), float(beyond.max()))
+
+
 def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMask:
     """Return the union of the shapes of one instance, cut off at the image's border.
 
@@ -87,7 +98,7 @@ def rasterize_instance(shapes: list[Shape], size: tuple[int, int]) -> CroppedMas
             _paste_png(canvas, shape, origin=(x1, y1))
         elif shape.kind == "rle":
             assert shape.rle is not None
-            canvas |= decode_rle(shape.rle, size)[y1:y2, x1:x2].astype(np.uint8)
+            canvas |= decode_crop(shape.rle, size, (x1, y1, x2, y2)).pixels
         else:
             try:
                 fill_polygon(canvas, np.floor(points).astype(np.int64) - np.array([x1, y1]))
@@ -138,12 +149,7 @@ def decode_rle(counts: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         AnnotationError: field `counts`; they are not runs that fill the frame.
     """
-    runs = decompress_runs(counts, size)
-    inside = np.arange(len(runs)) % 2 == 1  # runs alternate between outside and inside
-    columns = np.repeat(inside, runs).reshape(size[1], size[0])
-    # By rows in memory, as the masks that it is compared with: many times as fast.
-    mask: np.ndarray = cv2.transpose(columns.view(np.uint8)).view(bool)
-    return mask
+    return decode_crop(counts, size, (0, 0, size[1], size[0])).pixels
 
 
 def decompress_runs(counts: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -186,16 +192,14 @@ def decode_crop(counts: bytes, size: tuple[int, int], box: tuple[float, ...]) ->
         AnnotationError: field `counts`; they are not runs that fill the frame.
     """
     x1, y1, x2, y2 = (int(v) for v in box)
-    ends = decompress_runs(counts, size).cumsum()
-    first, last = ends[0:-1:2], ends[1::2]  # of the runs inside; pixels are counted by columns
-    low, high = x1 * size[0], x2 * size[0]
-    first, last = np.clip(first, low, high) - low, np.clip(last, low, high) - low
-    kept = last > first
-    steps = np.zeros(high - low + 1, np.int8)
-    steps[first[kept]] += 1
-    steps[last[kept]] -= 1
-    columns = steps[:-1].cumsum(dtype=np.int8).reshape(x2 - x1, size[0])
-    return CroppedMask(np.ascontiguousarray(columns[:, y1:y2].T > 0), (x1, y1))
+    # Runs follow each other column by column: only those of the box's columns are written out.
+    first = x1 * size[0]
+    ends = np.clip(decompress_runs(counts, size).cumsum(), first, x2 * size[0])
+    inside = np.arange(len(ends)) % 2 == 1  # runs alternate between outside and inside
+    columns = np.repeat(inside, np.diff(ends, prepend=first)).reshape(x2 - x1, size[0])
+    # By rows in memory, as the masks that it is compared with: many times as fast.
+    pixels = cv2.transpose(columns[:, y1:y2].view(np.uint8)).view(bool)
+    return CroppedMask(pixels, (x1, y1))
 
 
 def mask_ious(rles: Sequence[bytes], others: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:

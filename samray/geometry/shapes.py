@@ -18,6 +18,8 @@ class Shape:
         group_id: shapes of one label and one group are one instance; None stands alone.
         png: for a mask, the PNG file whose top left pixel is at the first of its two points.
         rle: compressed COCO counts of the whole frame; the points are its box.
+        drawn: 2 x 2 float64, opposite corners of the polygons that an rle was made of, which may
+            reach out of the image; None if it was made of none.
     """
 
     index: int
@@ -27,3 +29,4 @@ class Shape:
     group_id: int | str | None
     png: bytes | None = None
     rle: bytes | None = None
+    drawn: np.ndarray | None = None

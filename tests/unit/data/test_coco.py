@@ -1,6 +1,7 @@
 """COCO instance JSON: masks equal pycocotools', and nothing unchecked reaches it."""
 
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from samray.data.coco import CocoImage, coco_annotation, is_coco, may_be_coco, read_coco
+from samray.data.intake import Entry
 from samray.errors import AnnotationError
 from samray.geometry.masks import rasterize_instance
 
@@ -95,6 +97,8 @@ def test_a_category_of_ignored_regions_is_read_crowd_or_not(iscrowd: int) -> Non
         ({"segmentation": [SQUARE], "category_id": 9}, ".category_id", "9 is not the id"),
         ({"segmentation": [SQUARE], "category_id": [3]}, ".category_id", "whole number"),
         ({"segmentation": {"size": [9, 9], "counts": [81]}}, ".segmentation.size", "[40, 60]"),
+        ({"segmentation": {"size": 40, "counts": [2400]}}, ".segmentation.size", "[40, 60]"),
+        ({"segmentation": {"size": [40], "counts": [2400]}}, ".segmentation.size", "[40, 60]"),
     ],
     ids=str,
 )
@@ -220,6 +224,12 @@ def test_ids_and_sizes_may_be_texts_and_floats(one: Any, other: Any) -> None:
     assert [shape.label for shape in coco_annotation(image).shapes] == ["cat"]
 
 
+@pytest.mark.parametrize("size", [["40", "60"], [40.0, 60.0], [40, "60.0"]], ids=str)
+def test_the_size_of_an_rle_may_be_texts_and_floats(size: list[Any]) -> None:
+    raw = document({"segmentation": {"size": size, "counts": [0, 2400]}})
+    assert len(coco_annotation(only_image(raw)).shapes) == 1
+
+
 def test_ids_that_are_words_are_kept_and_others_refused() -> None:
     raw = document({"segmentation": [SQUARE], "image_id": "a-07"}, images=[{**IMAGE, "id": "a-07"}])
     assert len(coco_annotation(only_image(raw)).shapes) == 1
@@ -315,3 +325,54 @@ def test_other_json_is_no_coco() -> None:
         b'{"version": "images", "annotations"',
     ):
         assert not is_coco(raw)
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [600, 900])
+def test_deep_attributes_of_an_annotation_do_not_matter(levels: int) -> None:
+    """A RecursionError ended the whole preparation."""
+    attributes = {"attributes": {"a": nested(levels)}}
+    image = only_image(document({"segmentation": [SQUARE]} | attributes))
+    assert Entry.of_coco(image).stamp
+    assert len(coco_annotation(image).shapes) == 1
+
+
+@pytest.mark.parametrize("key", ["segmentation", "category_id", "iscrowd"])
+def test_an_annotation_nested_too_deeply_is_one_problem(key: str) -> None:
+    deep = {"segmentation": [SQUARE], key: nested(900)}
+    (image,), problems = read_coco(document(deep, {"segmentation": [SQUARE]}), "c.json")
+    assert problems == [
+        ("annotations[0]", "has lists in lists of more than 8 levels; export it again", 1)
+    ]
+    assert pickle.loads(pickle.dumps(Entry.of_coco(image))) == Entry.of_coco(image)
+    assert len(coco_annotation(image).shapes) == 1
+
+
+def test_a_stamp_changes_with_what_decides_the_image_and_with_nothing_else() -> None:
+    """Else a correction is missed; or a category added for another image prepares all again."""
+
+    def stamp(entry: dict[str, Any], **keys: Any) -> str:
+        return Entry.of_coco(only_image(document(entry, **keys))).stamp
+
+    square = {"segmentation": [SQUARE]}
+    cat, dog, two = {"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4, "name": "cow"}
+    first = stamp(square)
+    assert stamp(square | {"id": 9, "bbox": [1, 2, 3, 4]}, categories=[two, cat]) == first
+    other_image = {"id": 7, "file_name": "a.png", "height": 41, "width": 60}
+    changed = [
+        stamp({"segmentation": [SQUARE[:6]]}),
+        stamp(square | {"iscrowd": 1}),
+        stamp(square | {"category_id": 4}),
+        stamp(square, categories=[dog]),
+        stamp(square, categories=[cat, dog]),
+        stamp(square, categories=[two]),
+        stamp(square, images=[other_image]),
+        stamp(square, images=[other_image | {"file_name": "b.png", "height": 40}]),
+    ]
+    assert len({first, *changed}) == len(changed) + 1

@@ -1,4 +1,4 @@
-"""Regions labelled `__ignore__`: kept as a mask, as no instance, in images and in tiles."""
+"""One entry to its outcome: regions labelled `__ignore__`, and what reaches out of the image."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from samray.config import PrepareConfig
+from samray.data.coco import read_coco
 from samray.data.discovery import find_files
 from samray.data.intake import Entry, Rules, read_entry
 from samray.geometry.masks import decode_rle
@@ -30,6 +31,21 @@ def read(folder, shapes, label_map=None, **settings):
     files = find_files(folder)
     rules = Rules(PrepareConfig(**settings), label_map or {}, frozenset())
     return read_entry(Entry("a.json", "labelme", files.stamps["a.json"]), files, rules, folder)
+
+
+def test_shapes_of_a_file_without_a_usable_size_are_counted_as_lost(tmp_path):
+    """The manifest said that nothing was lost."""
+    read(tmp_path, [])
+    document = json.loads((tmp_path / "a.json").read_text()) | {"imageHeight": "tall"}
+    document["shapes"] = [rectangle("nut", 1, 1, 5, 5), rectangle("nut", 11, 1, 15, 5)]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    rules = Rules(PrepareConfig(), {}, frozenset())
+    entry = Entry("a.json", "labelme", "stamp")
+    outcome, rows = read_entry(entry, find_files(tmp_path), rules, tmp_path)
+    assert (outcome.num_shapes, rows) == (2, [])
+    assert [(problem.field, problem.num_shapes) for problem in outcome.rejected] == [
+        ("imageHeight", 2)
+    ]
 
 
 def region_of(row):
@@ -124,3 +140,53 @@ def test_the_overlay_of_a_long_name_is_written_under_a_shorter_one(tmp_path):
     (overlay,) = overlays.iterdir()
     assert overlay.name.startswith("é" * 80)
     assert Image.open(overlay).size == (SIZE[1], SIZE[0])
+
+
+def shape(kind, *points):
+    return {"label": "nut", "points": points, "shape_type": kind}
+
+
+@pytest.mark.parametrize(
+    ("entry", "pixels"),
+    [
+        (shape("polygon", [20, 20], [590, 20], [20, 30]), 440),
+        (shape("rectangle", [20, -7], [30, 30]), 7),
+        (shape("circle", [5, 5], [5, 35]), 25),  # both of its points lie inside
+        (shape("circle", [20, 20], [20, 39]), None),
+        (shape("polygon", [0, 0], [150, 0], [150, 40]), None),  # corners of pixels
+    ],
+)
+def test_shapes_that_reach_out_of_the_image_are_warned_about(entry, pixels, tmp_path):
+    outcome, _ = read(tmp_path / "a", [entry])
+    assert outcome.rejected == []
+    expected = [("shapes[0].points", f"reach {pixels} pixels out of the image; cut off there")]
+    found = [(warning.field, warning.reason) for warning in outcome.warnings]
+    assert found == (expected if pixels else [])
+
+
+def read_coco_entry(folder, *segmentations, **settings):
+    """Outcome of one image of SIZE with these COCO annotations."""
+    read(folder, [])
+    (folder / "a.json").unlink()
+    image = {"id": 7, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}
+    entry = {"image_id": 7, "category_id": 1}
+    annotations = [entry | {"segmentation": content} for content in segmentations]
+    document = {"images": [image], "annotations": annotations}
+    document["categories"] = [{"id": 1, "name": "nut"}]
+    (image,), problems = read_coco(json.dumps(document).encode(), "coco.json")
+    assert problems == []
+    rules = Rules(PrepareConfig(**settings), {}, frozenset())
+    return read_entry(Entry.of_coco(image), find_files(folder), rules, folder)[0]
+
+
+def test_coco_polygons_that_reach_out_of_the_image_are_warned_about(tmp_path):
+    """Their masks lie inside, as pycocotools cuts them off."""
+    inside, outside = [20, 20, 50, 20, 50, 30], [20, 20, 590, 20, 300, 300, 20, 300]
+    rle = {"size": list(SIZE), "counts": [0, SIZE[0] * SIZE[1]]}
+    outcome = read_coco_entry(tmp_path / "a", [inside], [inside, outside], rle)
+    assert outcome.labels == {"nut": 3}
+    assert [(warning.field, warning.reason) for warning in outcome.warnings] == [
+        ("annotations[1].segmentation", "reach 440 pixels out of the image; cut off there")
+    ]
+    filtered = read_coco_entry(tmp_path / "a", [outside], labels=["bolt"])
+    assert filtered.warnings == []

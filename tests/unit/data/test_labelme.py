@@ -80,7 +80,7 @@ def test_good_file_gives_every_value() -> None:
         (b'{"shapes": {"0": 1}}', "shapes", "another kind of JSON"),
         (document(imageHeight=0), "imageHeight", "not 0"),
         (document(imageWidth=-3), "imageWidth", "not -3"),
-        (document(imageWidth="20"), "imageWidth", "not '20'"),
+        (document(imageWidth="20 px"), "imageWidth", "not '20 px'"),
         (document(imageHeight=True), "imageHeight", "not True"),
         (document(imageHeight=10.5), "imageHeight", "not 10.5"),
         (document(imageHeight=10**300), "imageHeight", "whole number of pixels, not 1000"),
@@ -228,6 +228,23 @@ def test_group_id_of_number_text_or_null_is_kept(group_id: Any) -> None:
     assert found.group_id == group_id
 
 
+def test_whole_numbers_may_be_floats_as_tools_write_them() -> None:
+    """A file from pandas was refused as a whole, or its groups fell apart."""
+    raw = document(shape(group_id=1.0), imageHeight=10.0, imageWidth="20")
+    annotation = read_annotation(raw)
+    assert annotation.size == (10, 20)
+    assert [type(side) for side in annotation.size] == [int, int]
+    assert [found.group_id for found in annotation.shapes] == [1]
+    joined = read_annotation(document(shape(group_id=1), OTHER | {"group_id": 1.0}))
+    assert {found.group_id for found in joined.shapes} == {1}
+
+
+def test_a_file_of_an_unusable_size_says_how_many_shapes_are_lost() -> None:
+    with pytest.raises(AnnotationError) as caught:
+        read_annotation(document(GOOD, OTHER, imageHeight=10.5))
+    assert caught.value.num_shapes == 2
+
+
 def test_missing_group_id_stands_alone() -> None:
     (found,) = read_annotation(document(shape(group_id=DROP))).shapes
     assert found.group_id is None
@@ -272,6 +289,6 @@ def test_what_samray_writes_it_reads_again() -> None:
 
 def test_an_error_can_be_pickled() -> None:
     """Ray pickles it; one that cannot be unpickled would stop the pipeline."""
-    error = pickle.loads(pickle.dumps(AnnotationError("shapes[2].points", "too few")))
-    assert (error.field, error.reason) == ("shapes[2].points", "too few")
+    error = pickle.loads(pickle.dumps(AnnotationError("shapes[2].points", "too few", 3)))
+    assert (error.field, error.reason, error.num_shapes) == ("shapes[2].points", "too few", 3)
     assert str(error) == "shapes[2].points: too few"

@@ -153,10 +153,9 @@ def test_split_file_wins_over_hash_and_group_by_path_or_file_name(
 
 
 def test_image_that_is_not_in_the_split_file_is_split_by_its_hash(tmp_path: Path) -> None:
-    given = from_file(tmp_path, SPLITS)
+    found = where(from_file(tmp_path, SPLITS).assign(many(30)).members)
     for image in many(30):
-        expected = split_of_hash(image.image_digest, 0.2, 0.2)
-        assert given.split_of(image.name, image.image_digest) == expected
+        assert found[image.name] == split_of_hash(image.image_digest, 0.2, 0.2)
 
 
 def test_images_that_the_split_file_leaves_out_are_noted(tmp_path: Path) -> None:
@@ -170,9 +169,32 @@ def test_images_that_the_split_file_leaves_out_are_noted(tmp_path: Path) -> None
 
 
 def test_whole_path_wins_over_file_name(tmp_path: Path) -> None:
-    given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["x/a.jpg"]})
-    assert given.split_of("x/a.jpg", sha("")) == "val"
-    assert given.split_of("y/a.jpg", sha("")) == "train"
+    given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["x/a.jpg"]}, test_fraction=0)
+    members = given.assign(images("x/a.jpg", "y/a.jpg")).members
+    assert members == {"train": ["y/a.jpg"], "val": ["x/a.jpg"], "test": []}
+
+
+@pytest.mark.parametrize("is_rejected", [False, True])
+def test_path_of_an_image_means_no_other_of_its_name(is_rejected: bool, tmp_path: Path) -> None:
+    """Frames of every clip with that name went to the test split, where hashes were to decide."""
+    others = images(*(f"clip {number}/w.jpg" for number in range(30)))
+    own = images("w.jpg")
+    given = from_file(tmp_path, {"test": ["w.jpg"]})
+    given.require_known(others if is_rejected else others + own, ["w.jpg"])
+    splits = given.assign(others if is_rejected else others + own)
+    found = where(splits.members)
+    for image in others:
+        assert found[image.name] == split_of_hash(image.image_digest, 0.2, 0.2)
+    assert "30 images are not in --split-file" in splits.notes[0]
+    assert found.get("w.jpg") == (None if is_rejected else "test")
+
+
+def test_file_name_of_several_images_is_refused(tmp_path: Path) -> None:
+    given = from_file(tmp_path, {"train": ["x/w.jpg", "a.jpg"], "test": ["w.jpg"]})
+    with pytest.raises(ConfigError) as caught:
+        given.assign(images("a.jpg", "x/w.jpg", "y/w.jpg", "z/w.jpg"))
+    assert "w.jpg may be any of 2 images (y/w.jpg, z/w.jpg); write paths" in str(caught.value)
+    assert str(caught.value).startswith("--split-file ")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from samray.data.labelme import (
 from samray.errors import AnnotationError
 from samray.geometry.masks import (
     CroppedMask,
+    decode_crop,
     decode_rle,
     encode_rle,
     rasterize_instance,
@@ -314,6 +315,35 @@ def test_runs_equal_pycocotools_and_decode_to_the_mask(mask: np.ndarray) -> None
     assert coco_mask.area(expected) == mask.sum()
     x, y, w, h = coco_mask.toBbox(expected)
     assert (x, y, x + w, y + h) == tight.box
+
+
+@many
+@given(MASKS, st.data())
+def test_any_crop_of_runs_equals_the_crop_of_the_whole_mask(mask: np.ndarray, data: Any) -> None:
+    counts = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    height, width = mask.shape
+    x1, y1 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
+    crop = decode_crop(counts, mask.shape, (x1, y1, x2, y2))
+    assert crop.origin == (x1, y1)
+    np.testing.assert_array_equal(crop.pixels, mask[y1:y2, x1:x2])
+
+
+@many
+@given(st.lists(MASKS.filter(np.any), min_size=1, max_size=3))
+def test_an_instance_of_runs_is_the_union_of_their_masks(masks: list[np.ndarray]) -> None:
+    expected = np.zeros((12, 12), bool)
+    shapes = []
+    for number, mask in enumerate(masks):
+        frame = np.zeros((12, 12), bool)
+        frame[: mask.shape[0], : mask.shape[1]] = mask
+        expected |= frame
+        counts = coco_mask.encode(np.asfortranarray(frame.astype(np.uint8)))["counts"]
+        x1, y1, x2, y2 = CroppedMask(frame, (0, 0)).box
+        corners = np.array([[x1, y1], [x2 - 1, y2 - 1]])
+        shapes.append(Shape(number, "cat", "rle", corners, None, rle=counts))
+    found = rasterize_instance(shapes, (12, 12))
+    np.testing.assert_array_equal(frame_of(found, (12, 12)), expected)
 
 
 @many

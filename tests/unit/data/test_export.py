@@ -1,0 +1,132 @@
+"""What is exported is the same dataset again: every annotation on its own picture. No Ray."""
+
+import base64
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from samray.config import PrepareConfig, load_config
+from samray.data.coco import is_coco, read_coco
+from samray.data.dataset import FORMAT, SCHEMA
+from samray.data.discovery import find_files
+from samray.data.export import export
+from samray.data.intake import Entry, Rules, read_entry
+
+TRIANGLE = [[5, 5], [30, 5], [30, 30]]
+
+
+def picture(seed: int, form: str = "PNG", **options: Any) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes | dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def labelme(image_path: str, label: str = "nut", **keys: Any) -> dict[str, Any]:
+    shape = {"label": label, "points": TRIANGLE, "shape_type": "polygon", "group_id": None}
+    sizes = {"imageHeight": 40, "imageWidth": 60}
+    return {"shapes": [shape], "imagePath": image_path, **sizes, **keys}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows that `prepare` would store of a folder."""
+    files = find_files(folder)
+    entries = []
+    for name in list(files.annotations):
+        raw = (folder / name).read_bytes()
+        if is_coco(raw):
+            files.annotations.remove(name)
+            files.coco.append(name)
+            images, problems = read_coco(raw, name)
+            assert problems == []
+            entries += [Entry.of_coco(image) for image in images]
+        else:
+            entries.append(Entry(name, "labelme", files.stamps[name]))
+    rules = Rules(PrepareConfig(), {}, frozenset())
+    rows, claimed = [], set()
+    for entry in entries:
+        outcome, found = read_entry(entry, files, rules, folder)
+        assert outcome.rejected == []
+        claimed.add(outcome.claims)
+        rows += found
+    for name in sorted(set(files.images) - claimed):
+        rows += read_entry(Entry(name, "image", files.stamps[name]), files, rules, folder)[1]
+    return rows
+
+
+def exported(rows: list[dict[str, Any]], folder: Path, form: str) -> Path:
+    """Export a prepared dataset of these rows, all annotated ones in train."""
+    (folder / "prepared/data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "prepared/data/part-0.parquet")
+    annotated = [row["name"] for row in rows if row["annotation"]]
+    manifest = {
+        "format": FORMAT,
+        "digest": "d",
+        "labels": dict.fromkeys(i["label"] for row in rows for i in row["instances"]),
+        "splits": {"train": annotated, "val": [], "test": []},
+        "unlabelled": [row["name"] for row in rows if not row["annotation"]],
+        "shards": ["data/part-0.parquet"],
+        "dropped_annotations": [],
+    }
+    write(folder / "prepared/manifest.json", manifest)
+    words = [f"export.data_dir={folder / 'prepared'}", f"export.output_dir={folder / 'out'}"]
+    export(load_config(None, [*words, f"export.format={form}"]))
+    return folder / "out"
+
+
+def content(rows: list[dict[str, Any]]) -> list[tuple[str, list[tuple[str, bytes]]]]:
+    """Each picture by its digest, with its labels and masks."""
+    return sorted(
+        (
+            hashlib.sha256(row["image"]).hexdigest(),
+            [(instance["label"], instance["rle"]) for instance in row["instances"]],
+        )
+        for row in rows
+    )
+
+
+@pytest.mark.parametrize("form", ["labelme", "coco"])
+def test_an_embedded_image_replaces_no_other_and_keeps_its_annotation(
+    form: str, tmp_path: Path
+) -> None:
+    """`a.png` was written over it, and its annotation lay on that picture."""
+    inside = labelme("gone.png", "inside", imageData=base64.b64encode(picture(0)).decode())
+    raw = tmp_path / "raw"
+    write(raw / "a.json", inside)
+    for seed, name in enumerate(("a.png", "a.jpg", "A_2.png", "b/b.png", "b.png/c.png"), 1):
+        write(raw / name, picture(seed))
+    write(raw / "b.json", inside | {"imageData": base64.b64encode(picture(9)).decode()})
+    write(raw / "b/b.json", labelme("b.png"))
+    rows = rows_of(raw)
+    assert {row["name"] for row in rows if row["annotation"]} == {"a.json", "b.json", "b/b.png"}
+    folder = exported(rows, tmp_path, form)
+    assert content(rows_of(folder)) == content(rows)
+    names = {str(path.relative_to(folder / "images")) for path in folder.glob("images/**/*.*")}
+    assert {"a.png", "a_3.png", "b_2.png"} <= names
+
+
+@pytest.mark.parametrize("form", ["labelme", "coco"])
+def test_an_embedded_picture_of_a_phone_gets_an_extension_that_is_read(
+    form: str, tmp_path: Path
+) -> None:
+    """A JPEG with a second picture in it is an MPO to Pillow, and `.mpo` no name of an image."""
+    second = Image.new("RGB", (60, 40))
+    raw = picture(0, "MPO", save_all=True, append_images=[second])
+    write(tmp_path / "raw/m.json", labelme("m.x", imageData=base64.b64encode(raw).decode()))
+    rows = rows_of(tmp_path / "raw")
+    folder = exported(rows, tmp_path, form)
+    assert content(rows_of(folder)) == content(rows)
+    assert (folder / "images/m.jpg").read_bytes() == raw
