@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from ports import free_port
 from ray import serve
 from serving import TOKEN, deploy, serving, wait_until_ready
@@ -547,6 +547,15 @@ def odd_images(tmp_path_factory):
     Image.fromarray(colours).save(folder / "turned.png", exif=turned)
     alpha = np.dstack([colours, np.where(x < 80, 0, 255)]).astype(np.uint8)
     Image.fromarray(alpha).save(folder / "alpha.png")
+    for name, orientation in [("upright_xmp", 1), ("turned_xmp", 6)]:
+        xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+        Image.fromarray(colours).save(folder / f"{name}.jpg", xmp=xmp.encode(), quality=95)
+    Image.fromarray(colours).save(folder / "turned_xmp.webp", xmp=xmp.encode())
+    for number, chunk in enumerate(["iTXt", "packed iTXt", "zTXt"]):
+        text = PngImagePlugin.PngInfo()
+        add = text.add_text if chunk == "zTXt" else text.add_itxt
+        add("XML:com.adobe.xmp", xmp, zip=chunk != "iTXt")
+        Image.fromarray(colours).save(folder / f"turned_xmp_{number}.png", pnginfo=text)
     return folder
 
 
@@ -561,6 +570,8 @@ def test_the_stage_shows_what_the_model_sees(page, odd_images):
             assert np.abs(found.astype(int) - expected).mean() < 2, path.name
         else:
             np.testing.assert_array_equal(found, expected, err_msg=path.name)
+    own = page.evaluate("state.queue.filter((p) => p.shown === null).map((p) => p.name)")
+    assert own == ["turned.jpg", "upright_xmp.jpg"]  # a preview of a large photo takes seconds
     count = page.evaluate("state.queue.length")
     text = odd_images.parent / "note.pdf"
     text.write_bytes(b"%PDF-1.7 no image")
