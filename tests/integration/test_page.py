@@ -743,13 +743,17 @@ def test_a_reload_keeps_the_work(page, some, address):
     click(page, 90, 80)
     finish(page, "leaf")
     masks = shown_masks(page, (page.evaluate("canvas.height"), page.evaluate("canvas.width")))
+    labels = "state.queue.map((p) => p.objects.map((o) => o.label))"
+    refusal = {"error": {"code": "too_large", "message": "above the limit"}}
+    page.route("**/v1/images*", lambda route: route.fulfill(status=413, json=refusal))
+    page.reload()
+    wait(page, "window.state && $('status').textContent.includes('above the limit')")
+    assert page.evaluate(labels) == [["pebble"], ["leaf"]]  # not closed with the image
+    page.unroute("**/v1/images*")
     page.reload()
     wait(page, "window.state && state.id !== null")  # with the token, and encoded again
     assert page.evaluate("state.index") == 1
-    assert page.evaluate("state.queue.map((p) => p.objects.map((o) => o.label))") == [
-        ["pebble"],
-        ["leaf"],
-    ]
+    assert page.evaluate(labels) == [["pebble"], ["leaf"]]
     size = (page.evaluate("canvas.height"), page.evaluate("canvas.width"))
     np.testing.assert_array_equal(shown_masks(page, size), masks)
     other = page.context.new_page()  # another tab begins with nothing

@@ -164,10 +164,14 @@ export async function open(index) {
     const next = state.queue[index + 1];
     if (next && picture === state.picture) encoded(next).catch(() => {});
   } catch (error) {
-    if (ABOUT_THE_FILE.includes(error.code)) { note(error.message); await close([picture]); }
+    const isUseless = ABOUT_THE_FILE.includes(error.code) && isUntouched(picture);
+    if (isUseless) { note(error.message); await close([picture]); }
     else if (picture === state.picture) say(error.message, true);
   }
 }
+
+// What has objects is not closed unasked: another server, or this one with other limits, may take it.
+const isUntouched = ({ objects, hidden, document }) => !objects.length && !hidden.length && !document;
 
 export function step(by) {
   const index = state.index + by;
