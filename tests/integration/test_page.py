@@ -394,6 +394,26 @@ def test_clicks_during_the_encoding_are_answered_after_it(page, some):
     assert page.evaluate("state.objects[0].area") > 0
 
 
+def test_the_model_chosen_during_an_encoding_gives_the_answer(page, some):
+    """And not the one before, whose encoding was under way."""
+    held = []
+    page.route("**/v1/images*", lambda route: held.append(route))
+    page.evaluate("$('model').append(new Option('other'))")
+    page.set_input_files("#file", some[0][0])
+    wait(page, "state.image !== null")
+    page.mouse.click(*screen(page, 120, 80))
+    while not held:
+        page.wait_for_timeout(20)
+    page.select_option("#model", "other")
+    with page.expect_request("**/v1/predict") as asked:
+        with page.expect_request("**/v1/images?model=other"):
+            held.pop().continue_()
+        while not held:
+            page.wait_for_timeout(20)
+        held.pop().continue_(url=f"{page.url}v1/images?model=tiny")  # there is but one
+    assert asked.value.post_data_json["model"] == "other"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_moves_the_stage_and_everything_is_in_sight(open_page, some, size):
     page = open_page(size)
