@@ -493,6 +493,74 @@ def test_undo_brings_everything_back(page, some):
     assert page.evaluate("state.objects.length + state.points.length") == 0
 
 
+def test_each_object_has_the_label_of_its_prompt(open_page, some):
+    """Whichever image is open, and whatever was typed since for another object."""
+    page = open_page(has_touch=True)
+    held = []
+    page.route("**/v1/images*", lambda route: held.append(route))
+    page.set_input_files("#file", [some[0][0], some[1][0]])
+    wait(page, "state.image !== null")
+    page.mouse.click(*screen(page, 120, 80))
+    finish(page, "nut")  # faster than the server
+    page.click("#next")
+    wait(page, "state.index === 1 && state.image !== null")
+    page.fill("#label", "leaf")
+    while len(held) < 2:
+        page.wait_for_timeout(20)
+    for route in held:
+        route.continue_()
+    wait(page, "state.id !== null && state.queue[0].objects.length === 1")
+
+    def require(*labels, field):
+        found = page.evaluate("state.queue.map((p) => p.objects.map((o) => o.label))")
+        assert (found, page.input_value("#label")) == (list(labels), field)
+
+    def turn_to(index):
+        page.tap(["#previous", "#next"][index])
+        wait(page, f"state.index === {index} && state.id !== null")
+
+    require(["nut"], [], field="leaf")
+
+    # One is corrected on the first image, while new ones are marked on the second.
+    turn_to(0)
+    page.click("#objects .pick")
+    require(["nut"], [], field="nut")
+    turn_to(1)
+    require(["nut"], [], field="leaf")
+    click(page, 90, 80)
+    page.click("#finish")
+    page.fill("#label", "stone")
+    page.click("#undo")
+    require(["nut"], [], field="leaf")
+    page.click("#finish")
+    require(["nut"], ["leaf"], field="stone")
+    turn_to(0)
+    require(["nut"], ["leaf"], field="nut")
+    click(page, 110, 90)
+    page.click("#finish")
+    require(["nut"], ["leaf"], field="stone")
+
+    # What is undone comes back with its label; a label typed for a prompt outlives its last click.
+    page.click("#undo")
+    require(["nut"], ["leaf"], field="nut")
+    page.click("#finish")
+    page.click("#objects .pick")
+    page.click("#clear")
+    page.click("#undo")
+    page.click("#finish")
+    require(["nut"], ["leaf"], field="stone")
+    click(page, 110, 90)
+    page.fill("#label", "seed")
+    page.click("#undo")
+    require(["nut"], ["leaf"], field="seed")
+
+    # A finger on the next button ends the typing, too.
+    page.fill("#objects input", "pebble")
+    turn_to(1)
+    wait(page, "state.queue[0].objects[0].label === 'pebble'")
+    require(["pebble"], ["leaf"], field="seed")
+
+
 def test_what_the_server_has_lost_is_sent_again(page, some, address):
     """As after a restart: neither the image nor the answers are there any more."""
     drop(page, some[0][0])

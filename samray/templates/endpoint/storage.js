@@ -40,7 +40,7 @@ export async function restore() {
       if (file) state.queue.push(restored(key, file, work));
     }
     state.colors = new Map(queue.colors);
-    $("label").value = queue.label;
+    $("label").value = state.nextLabel = queue.label;
     state.index = Math.min(queue.index, state.queue.length - 1);
   } catch {
     if (!database) note(OFF);
@@ -81,8 +81,8 @@ export async function keepWork(picture) {
 
 // Keep which images there are and which one is open.
 export function keepQueue() {
-  const { index, queue, colors } = state, order = queue.map((picture) => picture.key);
-  return write("queues", session, { order, index, colors: [...colors], label: $("label").value, time: Date.now() });
+  const { index, queue, colors, nextLabel: label } = state, order = queue.map((picture) => picture.key);
+  return write("queues", session, { order, index, colors: [...colors], label, time: Date.now() });
 }
 
 export async function forget(picture) {
