@@ -856,6 +856,68 @@ def test_a_reload_keeps_the_work(page, some, address):
     assert page.evaluate("state.queue.length") == 0
 
 
+# Ask the page's database: `(store, mode, send) => ` the result of the request that `send` makes.
+DATABASE = """((store, mode, send) => new Promise((done) => {
+    const opening = indexedDB.open("samray", 1);
+    opening.onsuccess = () => {
+        const transaction = opening.result.transaction(store, mode);
+        const request = send(transaction.objectStore(store));
+        transaction.oncomplete = () => { opening.result.close(); done(request.result); };
+    };
+}))"""
+
+
+def test_a_tab_deletes_only_what_closed_tabs_left(page, some, address):
+    """Not what its original has, if it is a duplicate, nor what is open for longer than a week."""
+
+    def session(tab):
+        wait(tab, "window.state && sessionStorage.getItem('samray-session') !== null")
+        return tab.evaluate("sessionStorage.getItem('samray-session')")
+
+    def stored(tab, name):
+        everything = f"IDBKeyRange.bound(['{name}'], ['{name}', []])"
+        return f"{DATABASE}('files', 'readonly', (table) => table.count({everything}))"
+
+    def age(tab, name):
+        send = f"(table) => table.put({{...queue, time: Date.now() - 8 * 24 * 3600e3}}, '{name}')"
+        read = f"(table) => table.get('{name}')"
+        tab.evaluate(
+            f"{DATABASE}('queues', 'readonly', {read})"
+            f".then((queue) => {DATABASE}('queues', 'readwrite', {send}))"
+        )
+
+    drop(page, some[0][0])
+    click(page, 120, 80)
+    finish(page, "pebble")
+    mine = session(page)
+    with page.context.expect_page() as opened:
+        page.evaluate("void window.open(location.href)")  # sessionStorage is copied
+    duplicate = opened.value
+    wait(duplicate, "window.state && state.id !== null && state.objects.length === 1")
+    copied = session(duplicate)
+    assert copied != mine
+    assert duplicate.evaluate(stored(duplicate, copied)) == 1
+    duplicate.once("dialog", lambda dialog: dialog.accept())
+    duplicate.click("#close-all")
+    wait(duplicate, f"{stored(duplicate, copied)}.then((count) => count === 0)")
+    assert duplicate.evaluate(stored(duplicate, mine)) == 1
+    duplicate.close()
+
+    age(page, mine)
+    later = page.context.new_page()
+    later.goto(address)
+    session(later)  # is there once old ones are deleted
+    page.reload()
+    wait(page, "window.state && state.id !== null")
+    assert page.evaluate("state.objects.map((o) => o.label)") == ["pebble"]
+    assert session(page) == mine
+
+    age(page, mine)
+    page.close()
+    later.reload()
+    wait(later, f"window.state && {stored(later, mine)}.then((count) => count === 0)")
+
+
 def test_a_full_storage_is_said(page, some, address):
     cdp = page.context.new_cdp_session(page)
     origin = address.rstrip("/")
