@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from ports import free_port
 from ray import serve
 from serving import TOKEN, deploy, serving, wait_until_ready
@@ -394,6 +394,26 @@ def test_clicks_during_the_encoding_are_answered_after_it(page, some):
     assert page.evaluate("state.objects[0].area") > 0
 
 
+def test_the_model_chosen_during_an_encoding_gives_the_answer(page, some):
+    """And not the one before, whose encoding was under way."""
+    held = []
+    page.route("**/v1/images*", lambda route: held.append(route))
+    page.evaluate("$('model').append(new Option('other'))")
+    page.set_input_files("#file", some[0][0])
+    wait(page, "state.image !== null")
+    page.mouse.click(*screen(page, 120, 80))
+    while not held:
+        page.wait_for_timeout(20)
+    page.select_option("#model", "other")
+    with page.expect_request("**/v1/predict") as asked:
+        with page.expect_request("**/v1/images?model=other"):
+            held.pop().continue_()
+        while not held:
+            page.wait_for_timeout(20)
+        held.pop().continue_(url=f"{page.url}v1/images?model=tiny")  # there is but one
+    assert asked.value.post_data_json["model"] == "other"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_moves_the_stage_and_everything_is_in_sight(open_page, some, size):
     page = open_page(size)
@@ -473,6 +493,74 @@ def test_undo_brings_everything_back(page, some):
     assert page.evaluate("state.objects.length + state.points.length") == 0
 
 
+def test_each_object_has_the_label_of_its_prompt(open_page, some):
+    """Whichever image is open, and whatever was typed since for another object."""
+    page = open_page(has_touch=True)
+    held = []
+    page.route("**/v1/images*", lambda route: held.append(route))
+    page.set_input_files("#file", [some[0][0], some[1][0]])
+    wait(page, "state.image !== null")
+    page.mouse.click(*screen(page, 120, 80))
+    finish(page, "nut")  # faster than the server
+    page.click("#next")
+    wait(page, "state.index === 1 && state.image !== null")
+    page.fill("#label", "leaf")
+    while len(held) < 2:
+        page.wait_for_timeout(20)
+    for route in held:
+        route.continue_()
+    wait(page, "state.id !== null && state.queue[0].objects.length === 1")
+
+    def require(*labels, field):
+        found = page.evaluate("state.queue.map((p) => p.objects.map((o) => o.label))")
+        assert (found, page.input_value("#label")) == (list(labels), field)
+
+    def turn_to(index):
+        page.tap(["#previous", "#next"][index])
+        wait(page, f"state.index === {index} && state.id !== null")
+
+    require(["nut"], [], field="leaf")
+
+    # One is corrected on the first image, while new ones are marked on the second.
+    turn_to(0)
+    page.click("#objects .pick")
+    require(["nut"], [], field="nut")
+    turn_to(1)
+    require(["nut"], [], field="leaf")
+    click(page, 90, 80)
+    page.click("#finish")
+    page.fill("#label", "stone")
+    page.click("#undo")
+    require(["nut"], [], field="leaf")
+    page.click("#finish")
+    require(["nut"], ["leaf"], field="stone")
+    turn_to(0)
+    require(["nut"], ["leaf"], field="nut")
+    click(page, 110, 90)
+    page.click("#finish")
+    require(["nut"], ["leaf"], field="stone")
+
+    # What is undone comes back with its label; a label typed for a prompt outlives its last click.
+    page.click("#undo")
+    require(["nut"], ["leaf"], field="nut")
+    page.click("#finish")
+    page.click("#objects .pick")
+    page.click("#clear")
+    page.click("#undo")
+    page.click("#finish")
+    require(["nut"], ["leaf"], field="stone")
+    click(page, 110, 90)
+    page.fill("#label", "seed")
+    page.click("#undo")
+    require(["nut"], ["leaf"], field="seed")
+
+    # A finger on the next button ends the typing, too.
+    page.fill("#objects input", "pebble")
+    turn_to(1)
+    wait(page, "state.queue[0].objects[0].label === 'pebble'")
+    require(["pebble"], ["leaf"], field="seed")
+
+
 def test_what_the_server_has_lost_is_sent_again(page, some, address):
     """As after a restart: neither the image nor the answers are there any more."""
     drop(page, some[0][0])
@@ -547,6 +635,15 @@ def odd_images(tmp_path_factory):
     Image.fromarray(colours).save(folder / "turned.png", exif=turned)
     alpha = np.dstack([colours, np.where(x < 80, 0, 255)]).astype(np.uint8)
     Image.fromarray(alpha).save(folder / "alpha.png")
+    for name, orientation in [("upright_xmp", 1), ("turned_xmp", 6)]:
+        xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+        Image.fromarray(colours).save(folder / f"{name}.jpg", xmp=xmp.encode(), quality=95)
+    Image.fromarray(colours).save(folder / "turned_xmp.webp", xmp=xmp.encode())
+    for number, chunk in enumerate(["iTXt", "packed iTXt", "zTXt"]):
+        text = PngImagePlugin.PngInfo()
+        add = text.add_text if chunk == "zTXt" else text.add_itxt
+        add("XML:com.adobe.xmp", xmp, zip=chunk != "iTXt")
+        Image.fromarray(colours).save(folder / f"turned_xmp_{number}.png", pnginfo=text)
     return folder
 
 
@@ -561,6 +658,8 @@ def test_the_stage_shows_what_the_model_sees(page, odd_images):
             assert np.abs(found.astype(int) - expected).mean() < 2, path.name
         else:
             np.testing.assert_array_equal(found, expected, err_msg=path.name)
+    own = page.evaluate("state.queue.filter((p) => p.shown === null).map((p) => p.name)")
+    assert own == ["turned.jpg", "upright_xmp.jpg"]  # a preview of a large photo takes seconds
     count = page.evaluate("state.queue.length")
     text = odd_images.parent / "note.pdf"
     text.write_bytes(b"%PDF-1.7 no image")
@@ -732,13 +831,17 @@ def test_a_reload_keeps_the_work(page, some, address):
     click(page, 90, 80)
     finish(page, "leaf")
     masks = shown_masks(page, (page.evaluate("canvas.height"), page.evaluate("canvas.width")))
+    labels = "state.queue.map((p) => p.objects.map((o) => o.label))"
+    refusal = {"error": {"code": "too_large", "message": "above the limit"}}
+    page.route("**/v1/images*", lambda route: route.fulfill(status=413, json=refusal))
+    page.reload()
+    wait(page, "window.state && $('status').textContent.includes('above the limit')")
+    assert page.evaluate(labels) == [["pebble"], ["leaf"]]  # not closed with the image
+    page.unroute("**/v1/images*")
     page.reload()
     wait(page, "window.state && state.id !== null")  # with the token, and encoded again
     assert page.evaluate("state.index") == 1
-    assert page.evaluate("state.queue.map((p) => p.objects.map((o) => o.label))") == [
-        ["pebble"],
-        ["leaf"],
-    ]
+    assert page.evaluate(labels) == [["pebble"], ["leaf"]]
     size = (page.evaluate("canvas.height"), page.evaluate("canvas.width"))
     np.testing.assert_array_equal(shown_masks(page, size), masks)
     other = page.context.new_page()  # another tab begins with nothing
@@ -751,6 +854,68 @@ def test_a_reload_keeps_the_work(page, some, address):
     page.reload()
     wait(page, "window.$ && $('model').options.length > 0")
     assert page.evaluate("state.queue.length") == 0
+
+
+# Ask the page's database: `(store, mode, send) => ` the result of the request that `send` makes.
+DATABASE = """((store, mode, send) => new Promise((done) => {
+    const opening = indexedDB.open("samray", 1);
+    opening.onsuccess = () => {
+        const transaction = opening.result.transaction(store, mode);
+        const request = send(transaction.objectStore(store));
+        transaction.oncomplete = () => { opening.result.close(); done(request.result); };
+    };
+}))"""
+
+
+def test_a_tab_deletes_only_what_closed_tabs_left(page, some, address):
+    """Not what its original has, if it is a duplicate, nor what is open for longer than a week."""
+
+    def session(tab):
+        wait(tab, "window.state && sessionStorage.getItem('samray-session') !== null")
+        return tab.evaluate("sessionStorage.getItem('samray-session')")
+
+    def stored(tab, name):
+        everything = f"IDBKeyRange.bound(['{name}'], ['{name}', []])"
+        return f"{DATABASE}('files', 'readonly', (table) => table.count({everything}))"
+
+    def age(tab, name):
+        send = f"(table) => table.put({{...queue, time: Date.now() - 8 * 24 * 3600e3}}, '{name}')"
+        read = f"(table) => table.get('{name}')"
+        tab.evaluate(
+            f"{DATABASE}('queues', 'readonly', {read})"
+            f".then((queue) => {DATABASE}('queues', 'readwrite', {send}))"
+        )
+
+    drop(page, some[0][0])
+    click(page, 120, 80)
+    finish(page, "pebble")
+    mine = session(page)
+    with page.context.expect_page() as opened:
+        page.evaluate("void window.open(location.href)")  # sessionStorage is copied
+    duplicate = opened.value
+    wait(duplicate, "window.state && state.id !== null && state.objects.length === 1")
+    copied = session(duplicate)
+    assert copied != mine
+    assert duplicate.evaluate(stored(duplicate, copied)) == 1
+    duplicate.once("dialog", lambda dialog: dialog.accept())
+    duplicate.click("#close-all")
+    wait(duplicate, f"{stored(duplicate, copied)}.then((count) => count === 0)")
+    assert duplicate.evaluate(stored(duplicate, mine)) == 1
+    duplicate.close()
+
+    age(page, mine)
+    later = page.context.new_page()
+    later.goto(address)
+    session(later)  # is there once old ones are deleted
+    page.reload()
+    wait(page, "window.state && state.id !== null")
+    assert page.evaluate("state.objects.map((o) => o.label)") == ["pebble"]
+    assert session(page) == mine
+
+    age(page, mine)
+    page.close()
+    later.reload()
+    wait(later, f"window.state && {stored(later, mine)}.then((count) => count === 0)")
 
 
 def test_a_full_storage_is_said(page, some, address):

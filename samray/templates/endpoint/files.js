@@ -9,6 +9,8 @@ import { forget, keepFile, keepQueue, keepWork } from "./storage.js";
 
 const MAX_IMAGES = 500, MAX_FILES = 20000, MAX_JSON_BYTES = 256 * 2 ** 20;
 const IMAGE = /\.(jpe?g|jfif|jpe|jif|pjpeg|pjp|png|bmp|tiff?|webp)$/i;
+const TURNED_BY_XMP = /tiff:Orientation(?:="|>)[2-8]/; // as samray's image library looks for it
+const PACKED_XMP = ["XML:com.adobe.xmp\0\x01", "zTXtXML:com.adobe.xmp"]; // compressed texts of a PNG
 const byName = new Intl.Collator(undefined, { numeric: true });
 
 const folderOf = (path) => path.slice(0, path.lastIndexOf("/") + 1);
@@ -162,10 +164,14 @@ export async function open(index) {
     const next = state.queue[index + 1];
     if (next && picture === state.picture) encoded(next).catch(() => {});
   } catch (error) {
-    if (ABOUT_THE_FILE.includes(error.code)) { note(error.message); await close([picture]); }
+    const isUseless = ABOUT_THE_FILE.includes(error.code) && isUntouched(picture);
+    if (isUseless) { note(error.message); await close([picture]); }
     else if (picture === state.picture) say(error.message, true);
   }
 }
+
+// What has objects is not closed unasked: another server, or this one with other limits, may take it.
+const isUntouched = ({ objects, hidden, document }) => !objects.length && !hidden.length && !document;
 
 export function step(by) {
   const index = state.index + by;
@@ -220,15 +226,29 @@ async function bitmap(picture) {
 }
 
 // Browsers show JPEG and BMP as samray reads them; not PNG of 16 bits, of transparent colours or
-// turned by EXIF; not turned WebP; and no TIFF at all.
+// turned by EXIF; not turned WebP; nothing that XMP alone turns; and no TIFF at all.
 async function needsPreview(blob) {
   const head = new Uint8Array(await blob.slice(0, 32).arrayBuffer()), kind = String.fromCharCode(...head);
-  if (kind.startsWith("\xff\xd8") || kind.startsWith("BM")) return false;
+  if (kind.startsWith("BM")) return false;
+  if (kind.startsWith("\xff\xd8")) return TURNED_BY_XMP.test(await latin1(await headOfJpeg(blob)));
   const isPng = kind.startsWith("\x89PNG"), isWebp = kind.startsWith("RIFF") && kind.slice(8, 12) === "WEBP";
   if (!isPng && !isWebp) return true;
   if (isPng && (head[24] === 16 || head[25] >= 4)) return true;
-  const text = new TextDecoder("latin1").decode(await blob.arrayBuffer());
-  return (isPng ? ["eXIf", "Raw profile type", "tRNS"] : ["EXIF", "ALPH", "VP8L"]).some((word) => text.includes(word));
+  const text = await latin1(blob);
+  const words = isPng ? ["eXIf", "Raw profile type", "tRNS", ...PACKED_XMP] : ["EXIF", "ALPH", "VP8L"];
+  return TURNED_BY_XMP.test(text) || words.some((word) => text.includes(word));
+}
+
+const latin1 = async (blob) => new TextDecoder("latin1").decode(await blob.arrayBuffer());
+
+// What stands before a JPEG's pixels: to decode a large photo as text takes half a second.
+async function headOfJpeg(blob) {
+  for (let place = 2;;) {
+    const [mark, kind, high, low] = new Uint8Array(await blob.slice(place, place + 4).arrayBuffer());
+    if (mark !== 0xff) return blob; // damaged, or no JPEG
+    if (kind === 0xda) return blob.slice(0, place);
+    place += kind === 0xff ? 1 : 2 + 256 * high + low;
+  }
 }
 
 export function save(name, blob) {

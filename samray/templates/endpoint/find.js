@@ -1,7 +1,7 @@
 // All objects of an image at once: proposals, until somebody keeps, corrects, renames or removes them.
 
 import { Item, Mask, overlap } from "./masks.js";
-import { changed, refresh } from "./objects.js";
+import { changed, labelFor, refresh } from "./objects.js";
 import { everything } from "./server.js";
 import { $, say, state } from "./state.js";
 
@@ -10,6 +10,7 @@ const SAME = 0.5; // IoU of a proposal with a kept object, from which on it is t
 
 export async function findAll() {
   const { picture } = state, started = performance.now();
+  const label = (picture.base ? state.nextLabel : labelFor(picture)).trim() || UNNAMED;
   const seconds = () => ((performance.now() - started) / 1000).toFixed(1);
   if (!picture.image) { say("open an image first", true); return; }
   if (picture.finding) return;
@@ -20,7 +21,7 @@ export async function findAll() {
   try {
     const answer = await everything(picture);
     clearInterval(clock);
-    const count = propose(picture, answer.objects);
+    const count = propose(picture, answer.objects, label);
     if (picture !== state.picture) return;
     const more = answer.left_out ? `; ${answer.left_out} less sure ones are left out` : "";
     const next = count ? "; click on one in the list to correct it, or keep them" : "";
@@ -33,9 +34,9 @@ export async function findAll() {
   }
 }
 
-// Add the objects of an answer in place of earlier proposals; returns how many there are.
-function propose(picture, found) {
-  const given = (picture.base ? state.nextLabel : $("label").value).trim() || UNNAMED;
+// Add the objects of an answer in place of earlier proposals; returns how many there are. given: the
+// label of those that the model gives none.
+function propose(picture, found, given) {
   const kept = picture.objects.filter((item) => !item.proposed || item === picture.base);
   const fresh = found
     .map(({ label, ...mask }) => new Item(label === UNNAMED ? given : label, new Mask(mask), undefined, true, true))

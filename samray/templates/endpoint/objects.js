@@ -15,6 +15,7 @@ export function click(point, include) {
     return;
   }
   picture.remember();
+  picture.label ??= state.nextLabel;
   picture.points = [...picture.points, point];
   picture.labels = [...picture.labels, include];
   answer(picture);
@@ -23,6 +24,7 @@ export function click(point, include) {
 export function drawBox(box) {
   const { picture } = state;
   picture.remember();
+  picture.label ??= state.nextLabel;
   Object.assign(picture, { box, masks: [] });
   answer(picture);
 }
@@ -34,10 +36,10 @@ export async function answer(picture) {
   refresh();
   const answered = await predict(picture);
   if (answered === null) return;
-  const finishing = picture.finishing && answered;
-  picture.waiting = picture.finishing = false;
+  const { finishing } = picture;
+  Object.assign(picture, { waiting: false, finishing: null });
   if (picture === state.picture) refresh();
-  if (finishing) finish(picture);
+  if (answered && finishing !== null) finish(picture, finishing);
 }
 
 export function choose(number) {
@@ -52,7 +54,8 @@ export function undo() {
   const { picture } = state, last = picture.history.pop();
   if (!last) { say("nothing to undo"); return; }
   const { objects, ...prompt } = last; // hidden proposals and their score, too
-  if (picture.base && !prompt.base) restoreLabel();
+  const goesOn = picture.base === prompt.base && picture.label !== null && prompt.label !== null;
+  if (goesOn) prompt.label = picture.label; // to type is no step
   picture.setPrompt(prompt);
   picture.objects = objects;
   say("");
@@ -66,16 +69,16 @@ export function clear() {
   say("");
   if (!picture.hasPrompt && !picture.base) { draw(); return; }
   picture.remember();
-  if (picture.base) restoreLabel();
   picture.setPrompt({});
   refresh();
 }
 
-export function finish(picture = state.picture) {
-  const { base } = picture, mask = picture.masks[picture.chosen], label = $("label").value.trim() || "object";
+export function finish(picture = state.picture, text = labelFor(picture)) {
+  const { base } = picture, mask = picture.masks[picture.chosen], label = text.trim() || "object";
   if (picture.waiting) {
-    picture.finishing = true;
+    picture.finishing ??= label; // from now on the field is the next object's
     say("finishing the object once its mask is there …");
+    refresh();
     return;
   }
   if (!mask && !base) { say("click on an object first", true); return; }
@@ -83,7 +86,6 @@ export function finish(picture = state.picture) {
   picture.remember();
   const item = mask ? new Item(label, mask, base?.shape, true) : new Item(label, base.mask, base.shape, base.redrawn);
   picture.objects = base ? picture.objects.map((other) => (other === base ? item : other)) : [...picture.objects, item];
-  if (base) restoreLabel();
   picture.setPrompt({});
   if (picture === state.picture) say(`${base ? "corrected" : "finished"}; click on the next object`);
   changed(picture);
@@ -94,9 +96,7 @@ export function select(item) {
   const { picture } = state;
   if (picture.base === item) return;
   picture.remember();
-  if (!picture.base) state.nextLabel = $("label").value;
-  picture.setPrompt({ base: item });
-  $("label").value = item.label;
+  picture.setPrompt({ base: item, label: item.label });
   const way = item.area ? "click to correct it" : "change its label";
   say(`${item.label}: ${way}, Enter keeps the change, Esc leaves it as it is`);
   refresh();
@@ -106,21 +106,30 @@ export function remove(item) {
   const { picture } = state;
   picture.remember();
   picture.objects = picture.objects.filter((other) => other !== item);
-  if (picture.base === item) { restoreLabel(); picture.setPrompt({}); }
+  if (picture.base === item) picture.setPrompt({});
   state.lit = null;
   say(`${item.label} removed; Undo brings it back`);
   changed(picture);
 }
 
-function relabel(item, label) {
-  const { picture } = state, renamed = new Item(label, item.mask, item.shape, item.redrawn);
+function relabel(picture, item, label) {
+  const renamed = new Item(label, item.mask, item.shape, item.redrawn);
   picture.remember();
   picture.objects = picture.objects.map((other) => (other === item ? renamed : other));
-  if (picture.base === item) { picture.base = renamed; $("label").value = label; }
+  if (picture.base === item) Object.assign(picture, { base: renamed, label });
   changed(picture);
 }
 
-function restoreLabel() { $("label").value = state.nextLabel; }
+// The label field is the prompt's; without one, and once Finish was pressed, the next object's.
+const hasField = ({ label, finishing }) => label !== null && finishing === null;
+export const labelFor = (picture) => (hasField(picture) ? picture.label : state.nextLabel);
+
+// Somebody has typed in the label field. A new object's label is also the one of those after it.
+export function setLabel(label) {
+  const { picture } = state, isPrompts = hasField(picture);
+  if (isPrompts) picture.label = label;
+  if (!isPrompts || !picture.base) state.nextLabel = label;
+}
 
 // The objects are others than before: show and keep them.
 export function changed(picture) {
@@ -131,6 +140,7 @@ export function changed(picture) {
 
 // Show the open picture's prompt, candidates and objects.
 export function refresh() {
+  $("label").value = labelFor(state.picture);
   showCandidates();
   showProposals();
   showList();
@@ -187,13 +197,15 @@ function placeOfFocus() {
 }
 
 function entry(item, i) {
+  const { picture } = state;
   const tags = ["li", "span", "input", "span", "button"];
   const [row, swatch, name, pick, button] = tags.map((tag) => document.createElement(tag));
   swatch.className = "swatch";
   swatch.style.background = `rgb(${colorOf(item.label)})`;
   name.value = item.label; name.maxLength = 200; name.title = "change the label";
   name.setAttribute("aria-label", `label of object ${i + 1}`);
-  name.onchange = () => setTimeout(() => relabel(item, name.value.trim() || item.label)); // once the focus has moved
+  // Once the focus has moved; by then another picture may be open.
+  name.onchange = () => setTimeout(() => relabel(picture, item, name.value.trim() || item.label));
   name.onkeydown = (event) => {
     if (event.key === "Enter") canvas.focus({ preventScroll: true });
     if (event.key === "Escape") { name.value = item.label; canvas.focus({ preventScroll: true }); }

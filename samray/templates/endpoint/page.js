@@ -3,7 +3,7 @@
 import { close, filesOfDrop, jsonPathOf, nameOf, open, openFiles, save, saveAll, step, text } from "./files.js";
 import { coco, labelMap, labelme } from "./formats.js";
 import { findAll } from "./find.js";
-import { answer, choose, clear, click, drawBox, finish, light, objectAt, remove, undo } from "./objects.js";
+import { answer, choose, clear, click, drawBox, finish, light, objectAt, remove, setLabel, undo } from "./objects.js";
 import { encoded, loadModels, previewMask } from "./server.js";
 import { draw, fit, listen, reveal, visibleWidth, zoom } from "./stage.js";
 import { $, canvas, note, say, state } from "./state.js";
@@ -21,6 +21,7 @@ $("zoom-in").onclick = () => zoom(1.5);
 $("zoom-out").onclick = () => zoom(1 / 1.5);
 $("fit").onclick = fit;
 $("notes").onclick = () => note("");
+$("label").oninput = () => setLabel($("label").value);
 $("label").onchange = keepQueue;
 $("label").onkeydown = (event) => {
   if (event.key !== "Enter") return;
@@ -31,8 +32,8 @@ $("close").onclick = () => closeImages([state.picture]);
 $("close-all").onclick = () => closeImages([...state.queue]);
 
 $("model").onchange = () => {
-  const { picture } = state, { points, labels, box, base } = picture;
-  picture.setPrompt({ points, labels, box, base });
+  const { picture } = state, { points, labels, box, base, label } = picture;
+  picture.setPrompt({ points, labels, box, base, label });
   encodeAgain();
 };
 $("token").onchange = async () => {

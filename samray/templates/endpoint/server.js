@@ -58,11 +58,13 @@ export function fetchPreview(blob) {
   return ask("POST", "/v1/preview", blob, BYTES);
 }
 
-// Resolves once the server has encoded the picture; all clicks until then wait for one encoding.
+// Resolves once the server has encoded the picture for the chosen model; all clicks until then wait
+// for one encoding. Another model may be chosen meanwhile.
 export async function encoded(picture) {
-  if (picture.id && picture.model === $("model").value) return;
-  picture.encoding ??= encode(picture, $("model").value).finally(() => { picture.encoding = null; });
-  await picture.encoding;
+  while (!picture.id || picture.model !== $("model").value) {
+    picture.encoding ??= encode(picture, $("model").value).finally(() => { picture.encoding = null; });
+    await picture.encoding;
+  }
 }
 
 async function encode(picture, model) {
@@ -80,10 +82,11 @@ async function encode(picture, model) {
       note(`${picture.name}: the browser shows another size than the model sees`);
     }
     clearInterval(clock);
-    if (picture !== state.picture || picture.hasPrompt) return;
+    if (picture !== state.picture || picture.hasPrompt || model !== $("model").value) return;
     const ready = answer.cache === "hit" ? "ready (was encoded before)" : `encoded in ${seconds()} s`;
     say(`${ready}; click on an object`);
   } catch (error) {
+    if (model !== $("model").value) return; // not wanted any more
     if (ABOUT_THE_FILE.includes(error.code)) error.message = `${picture.name}: ${error.message}`;
     throw error;
   } finally {

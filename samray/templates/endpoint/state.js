@@ -25,8 +25,10 @@ export class Picture {
     this.masks = []; // candidates
     this.chosen = 0;
     this.base = null; // the finished object that the prompt corrects
+    this.label = null; // of the object that the prompt makes or corrects; null without one
     this.asked = 0; // number of the last request: earlier answers are out of date
-    this.waiting = this.finishing = false; // for an answer; whether to finish the object with it
+    this.waiting = false; // for an answer
+    this.finishing = null; // the label with which to finish the object once the answer is there
     this.preview = null;
     this.objects = [];
     this.finding = false; // all objects
@@ -37,15 +39,15 @@ export class Picture {
 
   // Before each change of the prompt or the objects. Masks and objects are never changed in place.
   remember() {
-    const { points, labels, box, masks, chosen, base, objects, hidden, least } = this;
-    this.history.push({ points, labels, box, masks, chosen, base, objects, hidden, least });
+    const { points, labels, box, masks, chosen, base, label, objects, hidden, least } = this;
+    this.history.push({ points, labels, box, masks, chosen, base, label, objects, hidden, least });
     if (this.history.length > MAX_STEPS) this.history.shift();
   }
 
   setPrompt(prompt) {
     this.asked++;
-    Object.assign(this, { points: [], labels: [], box: null, masks: [], chosen: 0, base: null, preview: null });
-    Object.assign(this, { waiting: false, finishing: false }, prompt);
+    Object.assign(this, { points: [], labels: [], box: null, masks: [], chosen: 0, base: null, label: null });
+    Object.assign(this, { preview: null, waiting: false, finishing: null }, prompt);
   }
 
   get hasPrompt() { return this.points.length > 0 || this.box !== null; }
@@ -72,7 +74,7 @@ export const state = {
   cross: null, // the keyboard's cross-hair
   drag: null,
   spaceHeld: false,
-  nextLabel: "object", // of a new object, while another one is corrected
+  nextLabel: "object", // of the next new object, in whatever image
   panned: false, // while Space was held
   lit: null, // the object under the pointer, in the list or in the image
   colors: new Map(), // label -> its number in COLORS

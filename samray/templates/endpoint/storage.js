@@ -4,14 +4,31 @@ import { Item, Mask } from "./masks.js";
 import { $, Picture, note, state } from "./state.js";
 
 const MAX_BYTES = 2 ** 30; // of the images of one tab
-const OLD = 7 * 24 * 3600 * 1000; // ms after which the work of a closed tab is deleted
+const HOUR = 3600 * 1000; // ms
+const OLD = 7 * 24 * HOUR; // after which the work of a closed tab is deleted
+const WAIT = 1000; // ms for a lock; a page that is reloaded may still hold its own
 const FULL = "this browser's storage is full: a reload loses what you do from now on; download it";
 const OFF = "this browser stores nothing: a reload loses your work; download it";
 
-const session = sessionStorage.getItem("samray-session") ?? Math.random().toString(36).slice(2);
-sessionStorage.setItem("samray-session", session);
+const newSession = () => Math.random().toString(36).slice(2);
+let session = sessionStorage.getItem("samray-session") ?? newSession();
 let database = null, bytes = 0;
 const kept = new Set(), unkept = new Set(); // keys of pictures
+
+const lockOf = (name) => `samray-session-${name}`;
+
+// Hold a session for as long as this tab is open; false if another tab does. Browsers copy
+// sessionStorage to a duplicated tab, and two tabs would delete each other's work.
+function hold(name) {
+  if (!navigator.locks) return true; // plain HTTP from another machine: duplicates go unnoticed
+  return new Promise((done) => {
+    const untilClosed = () => { done(true); return new Promise(() => {}); };
+    navigator.locks.request(lockOf(name), { signal: AbortSignal.timeout(WAIT) }, untilClosed).catch(() => done(false));
+  });
+}
+
+const isOwn = hold(session); // at once: of two tabs the later one gets the copy
+setInterval(keepQueue, HOUR); // with the time, so that seven days begin when the tab is closed
 
 export function keepToken() { sessionStorage.setItem("samray-token", $("token").value); }
 export function restoreToken() { $("token").value = sessionStorage.getItem("samray-token") ?? ""; }
@@ -21,36 +38,56 @@ export function losesWork() {
   return state.queue.some((picture) => unkept.has(picture.key) && picture.objects.length > 0);
 }
 
-// Bring back what this tab had; returns the number of images.
+// Bring back what this tab had, or a copy of what the tab has that it is a duplicate of; returns the
+// number of images.
 export async function restore() {
+  const before = session, isCopy = !(await isOwn);
+  if (isCopy) { session = newSession(); hold(session); }
   try {
-    database = await new Promise((done, fail) => {
-      const opening = indexedDB.open("samray", 1);
-      opening.onupgradeneeded = () => {
-        for (const name of ["files", "work", "queues"]) opening.result.createObjectStore(name);
-      };
-      opening.onsuccess = () => done(opening.result);
-      opening.onerror = opening.onblocked = () => fail(opening.error);
-    });
+    database = await openDatabase();
     await forgetOldSessions();
-    const queue = await read("queues", session);
-    if (!queue) return 0;
-    for (const key of queue.order) {
-      const file = await read("files", [session, key]), work = await read("work", [session, key]);
-      if (file) state.queue.push(restored(key, file, work));
-    }
-    state.colors = new Map(queue.colors);
-    $("label").value = queue.label;
-    state.index = Math.min(queue.index, state.queue.length - 1);
+    await bringBack(before);
+    if (isCopy) await keepCopy();
   } catch {
     if (!database) note(OFF);
   }
+  sessionStorage.setItem("samray-session", session); // not before: a reload would find half a copy
   return state.queue.length;
 }
 
+function openDatabase() {
+  return new Promise((done, fail) => {
+    const opening = indexedDB.open("samray", 1);
+    opening.onupgradeneeded = () => {
+      for (const name of ["files", "work", "queues"]) opening.result.createObjectStore(name);
+    };
+    opening.onsuccess = () => done(opening.result);
+    opening.onerror = opening.onblocked = () => fail(opening.error);
+  });
+}
+
+async function bringBack(before) {
+  const queue = await read("queues", before);
+  if (!queue) return;
+  for (const key of queue.order) {
+    const file = await read("files", [before, key]), work = await read("work", [before, key]);
+    if (file) state.queue.push(restored(key, file, work));
+  }
+  state.colors = new Map(queue.colors);
+  $("label").value = state.nextLabel = queue.label;
+  state.index = Math.min(queue.index, state.queue.length - 1);
+  if (session === before) state.queue.forEach(count);
+}
+
+async function keepCopy() {
+  await keepQueue(); // first: what no queue names would never be deleted
+  for (const picture of state.queue) {
+    await keepFile(picture);
+    await keepWork(picture);
+  }
+}
+
 function restored(key, { name, path, blob, document, jsonPath }, work) {
-  bytes += blob.size;
-  kept.add(key);
   const picture = Object.assign(new Picture(name, blob, path), { key, document, jsonPath });
   if (!work) return picture;
   const { width, height, hidden = [], least = 0 } = work, item = ({ label, mask, shape, redrawn, proposed }) =>
@@ -63,7 +100,11 @@ export async function keepFile(picture) {
   const { key, name, path, blob, document, jsonPath } = picture, more = kept.has(key) ? 0 : blob.size;
   const file = { name, path, blob, document, jsonPath };
   if (bytes + more > MAX_BYTES || !(await write("files", [session, key], file))) { lose(picture); return; }
-  bytes += more;
+  count(picture);
+}
+
+function count({ key, blob }) {
+  if (!kept.has(key)) bytes += blob.size;
   kept.add(key);
 }
 
@@ -81,8 +122,8 @@ export async function keepWork(picture) {
 
 // Keep which images there are and which one is open.
 export function keepQueue() {
-  const { index, queue, colors } = state, order = queue.map((picture) => picture.key);
-  return write("queues", session, { order, index, colors: [...colors], label: $("label").value, time: Date.now() });
+  const { index, queue, colors, nextLabel: label } = state, order = queue.map((picture) => picture.key);
+  return write("queues", session, { order, index, colors: [...colors], label, time: Date.now() });
 }
 
 export async function forget(picture) {
@@ -101,11 +142,17 @@ async function forgetOldSessions() {
   for (const old of await all("queues")) {
     const queue = old === session ? null : await read("queues", old);
     if (!queue || Date.now() - queue.time < OLD) continue;
-    const range = IDBKeyRange.bound([old], [old, []]);
-    await remove("files", range);
-    await remove("work", range);
-    await remove("queues", old);
+    const unlessOpen = (lock) => lock && forgetSession(old);
+    if (navigator.locks) await navigator.locks.request(lockOf(old), { ifAvailable: true }, unlessOpen);
+    else await forgetSession(old); // an open tab has told its time
   }
+}
+
+async function forgetSession(old) {
+  const range = IDBKeyRange.bound([old], [old, []]);
+  await remove("files", range);
+  await remove("work", range);
+  await remove("queues", old);
 }
 
 const read = (store, key) => finished(store, "readonly", (table) => table.get(key));
