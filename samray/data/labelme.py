@@ -120,12 +120,15 @@ def labelme_document(
 
 
 def shapes_digest(document: dict[str, Any]) -> str:
-    """Return a digest of a LabelMe file's shapes, by which a later correction is seen.
+    """Return a digest of a LabelMe file's shapes and flags, by which a later correction is seen.
 
     Raises:
         KeyError: it has no shapes.
     """
-    return hashlib.sha256(json.dumps(document["shapes"], sort_keys=True).encode()).hexdigest()
+    content = document["shapes"]
+    if flags := document.get("flags"):  # none in files that samray writes
+        content = [content, flags]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def labelme_shape(

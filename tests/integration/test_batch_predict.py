@@ -270,9 +270,13 @@ def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missin
     assert {shape["label"] for shape in document["shapes"]} == {"thing"}
 
 
-def test_a_labelme_file_that_somebody_corrected_is_kept(tmp_path, finder):
+@pytest.mark.parametrize("by", ["shapes", "flags"])
+def test_a_labelme_file_that_somebody_corrected_is_kept(by, tmp_path, finder):
     document, table, _ = segment(tmp_path, finder)
-    document["shapes"][0]["label"] = "corrected"
+    if by == "flags":
+        document["flags"] = {"checked": True}
+    else:
+        document["shapes"][0]["label"] = "corrected"
     (tmp_path / "out/a.json").write_text(json.dumps(document))
     assert segment(tmp_path, finder)[2]["found"]  # nothing to do
     (tmp_path / "out/a_labels.png").unlink()

@@ -130,3 +130,23 @@ def test_an_embedded_picture_of_a_phone_gets_an_extension_that_is_read(
     folder = exported(rows, tmp_path, form)
     assert content(rows_of(folder)) == content(rows)
     assert (folder / "images/m.jpg").read_bytes() == raw
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train/1.png", "train/2.png", "test/3.png"), ("x.png", "a/x.png", "b/a/x.png", "a/y.png")],
+    ids=["folders of other splits", "one name in several folders"],
+)
+def test_an_exported_coco_file_names_each_picture_exactly(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Those in test/ that are in the train split were refused, and x.png could be either of two."""
+    for seed, name in enumerate(names):
+        path = tmp_path / "raw" / name
+        write(path, picture(seed))
+        write(path.with_suffix(".json"), labelme(path.name, f"on {name}"))
+    rows = rows_of(tmp_path / "raw")
+    folder = exported(rows, tmp_path, "coco")
+    assert content(rows_of(folder)) == content(rows)
+    listed = json.loads((folder / "annotations/instances_train.json").read_text())["images"]
+    assert all((folder / "images" / image["file_name"]).is_file() for image in listed)
