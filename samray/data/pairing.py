@@ -142,9 +142,14 @@ def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
         if same and _is_below(name, scope):
             raise AnnotationError("file_name", f"{name} {files.unusable[name]}")
     elsewhere = ""
-    if same_name:
-        elsewhere = f" in this data set, and {same_name[0]} is not taken from another one"
-    raise AnnotationError("file_name", f"there is no image {file_name!r:.120}{elsewhere}; add it")
+    if owned := [image for image in same_name if _owner(annotation, image, files)]:
+        own = PurePosixPath(owned[0]).with_suffix(".json").name
+        elsewhere = f", and {owned[0]} belongs to the {own} beside it; remove that, or"
+    elif same_name:
+        elsewhere = f" in this data set, and {same_name[0]} is not taken from another one;"
+    raise AnnotationError(
+        "file_name", f"there is no image {file_name!r:.120}{elsewhere or ';'} add it"
+    )
 
 
 def split_in(folder: PurePosixPath) -> str | None:

@@ -278,6 +278,12 @@ def test_the_picture_of_another_data_set_is_never_taken(
     assert caught.value.field == "file_name"
 
 
+def test_a_json_beside_a_listed_image_that_keeps_it_is_named(tmp_path: Path) -> None:
+    files = lay_out(tmp_path, "images/1.png", "images/1.json", coco=("c.json",))
+    with pytest.raises(AnnotationError, match=r"images/1\.png belongs to the 1\.json beside it"):
+        find_listed_image("c.json", "1.png", files)
+
+
 def test_listed_image_that_may_be_several_is_refused(tmp_path: Path) -> None:
     files = lay_out(tmp_path, "x/a.png", "y/a.png", coco=("c.json",))
     with pytest.raises(AnnotationError, match="may be any of 2 images"):
