@@ -68,7 +68,7 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
             raise AnnotationError("imagePath", f"{name} {files.unusable[name]}")
     for stem in dict.fromkeys((path.stem, PurePosixPath(image_path).stem)):
         found = find_by_stem(annotation, stem, files) if stem else None
-        if found and not _means_another(image_path, PurePosixPath(found).parent):
+        if found and not _is_of_another(annotation, image_path, found):
             return found
     raise AnnotationError("imagePath", _not_found(path.stem, image_path, files))
 
@@ -306,6 +306,29 @@ def _is_in_images(image: str, file_name: str, scope: PurePosixPath) -> bool:
     first, *rest = PurePosixPath(image).relative_to(scope).parts
     same = fold("/".join(rest)) == fold(posixpath.normpath(file_name))
     return same and _words(first) <= IMAGE_WORDS
+
+
+def _is_of_another(annotation: str, image_path: str, image: str) -> bool:
+    """Whether a LabelMe file's `imagePath` names another folder than an image's.
+
+    Folders that the two paths share, or the JSON's and the image's where `imagePath` is of another
+    machine, tell nothing: all that is in `cam1/` may be of one camera.
+    """
+    if not PurePosixPath(image_path).parent.name:
+        return False  # a file name alone
+    json_folder, folder = PurePosixPath(annotation).parent, PurePosixPath(image).parent
+    named = posixpath.normpath(posixpath.join(json_folder, image_path))
+    if posixpath.isabs(named) or named.split("/")[0] == "..":
+        return _means_another(named, PurePosixPath(*_apart(folder, json_folder)))
+    file, parent = PurePosixPath(named).name, PurePosixPath(named).parent
+    own = posixpath.join(*_apart(parent, folder), file)
+    return _means_another(own, PurePosixPath(*_apart(folder, parent)))
+
+
+def _apart(folder: PurePosixPath, other: PurePosixPath) -> list[str]:
+    """The parts of a folder's path that the other does not have at the same place."""
+    others = [*other.parts, *[""] * len(folder.parts)]
+    return [part for part, same in zip(folder.parts, others, strict=False) if part != same]
 
 
 def _means_another(path: str, folder: PurePosixPath) -> bool:

@@ -62,6 +62,11 @@ def lay_out(root: Path, *names: str, coco: tuple[str, ...] = ()) -> RawFiles:
         (["JPEGImages/a.jpg"], "Annotations/a.json", "a.jpg", "JPEGImages/a.jpg"),
         (["set/img_1/a.jpg", "set/img_2/a.jpg"], "set/ann_2/a.json", "a.jpg", "set/img_2/a.jpg"),
         (["images/a.jpg", "depth/a.jpg"], "annotations/a.json", "a.jpg", "images/a.jpg"),
+        # An old folder in imagePath, where no other one can be meant.
+        (["cam1/images/0.png"], "cam1/annotations/0.json", "../stale/0.png", "cam1/images/0.png"),
+        (["images/y/0.png"], "labels/y/0.json", "old/0.png", "images/y/0.png"),
+        (["images/y/0.png"], "labels/y/0.json", "C:/Users/ann/pics/0.png", "images/y/0.png"),
+        (["x/images/0.png"], "x/labels/0.json", "/home/ann/pics/0.png", "x/images/0.png"),
         # Spaces and non-ASCII letters.
         (["фото/мой кот.jpg"], "разметка/мой кот.json", "", "фото/мой кот.jpg"),
         (["b/Straße 1.jpg"], "a/Straße 1.json", "../b/Straße 1.jpg", "b/Straße 1.jpg"),
@@ -164,6 +169,8 @@ def test_the_picture_of_another_json_is_never_taken(
         (["dogs/1.png"], "annotations/1.json", "../cats/1.png"),
         (["set/dogs/1.png"], "set/annotations/1.json", "../cats/1.png"),
         (["images/dogs/1.png"], "annotations/dogs/1.json", "../../images/cats/1.png"),
+        (["dogs/1.png"], "annotations/1.json", "/home/ann/cats/1.png"),
+        (["dogs/1.png"], "annotations/1.json", "C:/Users/ann/cats/1.png"),
     ],
     ids=str,
 )
