@@ -183,15 +183,14 @@ def _orientation(picture: Image.Image, raw: bytes) -> int:
     if ExifTags.Base.Orientation not in exif and picture.format == "PNG":
         start = raw.rfind(b"eXIf")
         if raw[start + 4 : start + 8] in (b"II*\0", b"MM\0*"):
-            exif.load(raw[start + 4 : start + 4 + int.from_bytes(raw[start - 4 : start])])
-        elif match := re.match(rb'tiff:Orientation(="|>)([0-9])', raw[_find_xmp(raw) :][:30]):
+            length = int.from_bytes(raw[start - 4 : start], "big")
+            exif.load(raw[start + 4 : start + 4 + length])
+        elif match := _XMP.match(raw, max(0, raw.rfind(b"tiff:Orientation"))):
             return int(match[2])
     return int(exif.get(ExifTags.Base.Orientation, 1))
 
 
-def _find_xmp(raw: bytes) -> int:
-    start = raw.rfind(b"tiff:Orientation")
-    return len(raw) if start < 0 else start
+_XMP = re.compile(rb'tiff:Orientation(="|>)([0-9])')  # as Pillow reads it
 
 
 def _shown(

@@ -488,7 +488,7 @@ class Ingress:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         require_json(kind)
         body = await request.body()
-        async with self.parsing:  # which may take twenty times the body's memory
+        async with self.parsing:  # one at a time, as it takes many times the body's memory
             asked = await asyncio.to_thread(labelstudio.read_prediction_request, body)
         ref = self._model(None)
         version, regions = self._label_studio_version(ref), asked.regions()

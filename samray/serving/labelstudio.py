@@ -88,7 +88,7 @@ class Task(_Sent):
 class PredictionRequest(_Sent):
     """`POST /predict`."""
 
-    tasks: list[Task] = Field(min_length=1, max_length=MAX_TASKS)
+    tasks: list[Task] = Field(min_length=1)
     label_config: str = Field(max_length=MAX_CONFIG)
     params: Params | None = None
 
@@ -103,7 +103,7 @@ def read_prediction_request(content: bytes) -> PredictionRequest:
 
     Pictures in `data:` addresses are cut out before parsing. What is left may have MAX_JSON_BYTES,
     and its lists are counted before their items are checked: pydantic reports every wrong item, and
-    two million of them took 18 s and 1.6 GB.
+    a million of them took 18 s and 1.6 GB.
 
     Raises:
         ApiError: too_large, bad_request or invalid_request.
