@@ -243,7 +243,10 @@ def _train_decoder(
         for step in epoch_steps(count, FINISH_BATCH, seed, epoch)
     ][:FINISH_STEPS]
     optimizer = torch.optim.AdamW(
-        decoder.parameters(), INSTANCE_LEARNING_RATE, weight_decay=config.train.weight_decay
+        decoder.parameters(),
+        INSTANCE_LEARNING_RATE,
+        weight_decay=config.train.weight_decay,
+        fused=True,
     )
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
     decoder.train()

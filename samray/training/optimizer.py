@@ -48,6 +48,7 @@ class Optimizer:
             [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
+            fused=True if device.type == "cpu" else None,  # a third of the time of the loop there
         )
         self.parameters, self.apart = others + encoder, apart
         self.clip_grad_norm = settings.clip_grad_norm
