@@ -88,11 +88,8 @@ class InstanceDecoder(nn.Module):
             embeddings: B x embed_dim x h x w.
             pixels: B x 3 x F x F float32, normalised as for the encoder.
         """
-        unshuffle, *rest = self.stem
-        # With the channels of a cell side by side, a CPU computes a training step a fifth faster.
-        at_4 = unshuffle(pixels).contiguous(memory_format=torch.channels_last)
-        for layer in rest:
-            at_4 = layer(at_4)
+        # The layers keep the order of the input. A CPU's convolutions are faster with this one.
+        at_4 = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         at_8 = self.down_8(at_4)
         at_16 = self.down_16(at_8)
         context = F.interpolate(

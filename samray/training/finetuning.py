@@ -29,7 +29,7 @@ from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size
 from samray.training.batches import BatchLoader, cached_entry, epoch_steps, share_work
 from samray.training.loop import Worker
-from samray.training.optimizer import INSTANCE_LEARNING_RATE
+from samray.training.optimizer import INSTANCE_LEARNING_RATE, adamw
 from samray.training.step import Batch, PromptedSam
 
 NUM_PICTURES, MAX_DRAWN = 2, 12  # val images drawn every epoch, and objects of each
@@ -242,12 +242,9 @@ def _train_decoder(
         for epoch in range(begin, begin + math.ceil(FINISH_SHARE * begin))
         for step in epoch_steps(count, FINISH_BATCH, seed, epoch)
     ][:FINISH_STEPS]
-    optimizer = torch.optim.AdamW(
-        decoder.parameters(),
-        INSTANCE_LEARNING_RATE,
-        weight_decay=config.train.weight_decay,
-        fused=True,
-    )
+    device = next(decoder.parameters()).device
+    weight_decay = config.train.weight_decay
+    optimizer = adamw(decoder.parameters(), INSTANCE_LEARNING_RATE, weight_decay, device)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
     decoder.train()
     for step in tqdm(steps, "finish instances", unit="step", file=sys.stderr, disable=None):

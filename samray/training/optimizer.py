@@ -44,11 +44,11 @@ class Optimizer:
             {"params": encoder, "share": settings.encoder_lr_share},
             {"params": apart, "share": INSTANCE_LEARNING_RATE / settings.learning_rate},
         ]
-        self.adamw = torch.optim.AdamW(
+        self.adamw = adamw(
             [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True if device.type == "cpu" else None,  # a third of the time of the loop there
+            settings.learning_rate,
+            settings.weight_decay,
+            device,
         )
         self.parameters, self.apart = others + encoder, apart
         self.clip_grad_norm = settings.clip_grad_norm
@@ -107,6 +107,15 @@ class Optimizer:
         self.adamw.load_state_dict(state["adamw"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+
+
+def adamw(
+    parameters: Any, learning_rate: float, weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """Return AdamW as it is fastest on a device, for parameters or groups of them."""
+    # On a CPU, torch's default is a loop over the parameters, which takes three times as long.
+    fused = True if device.type == "cpu" else None
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 def training_dtype(precision: str, device: str) -> torch.dtype:
