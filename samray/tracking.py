@@ -164,14 +164,24 @@ class _MLflow:
             ) from exc
 
     def _continue(self, run: Place, uri: str) -> str | None:
-        """The run that an earlier start of the same RUN began there."""
+        """The run that an earlier start of the same RUN began there.
+
+        None if it cannot be used: deleted there, or in a folder and damaged, as MLflow writes in
+        place and a kill can leave `meta.yaml` empty. The RUN's own files have all curves.
+        """
         if not (run / "mlflow.json").is_file():
             return None
         earlier = read_json(run / "mlflow.json")
         if earlier["tracking_uri"] != uri:
             return None
-        self._client.update_run(earlier["run_id"], status="RUNNING")
-        return str(earlier["run_id"])
+        run_id = str(earlier["run_id"])
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except Exception as exc:
+            what = f"note: MLflow's run {run_id} cannot be continued ({_short(exc)})"
+            print(f"{what}; the figures from here on go to a new one", flush=True)
+            return None
+        return run_id
 
     def _begin(self, run: Place, uri: str, config: Config) -> str:
         from mlflow.entities import Param

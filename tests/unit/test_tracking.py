@@ -126,6 +126,31 @@ def test_mlflow_has_settings_curves_and_status_and_a_resumed_run_goes_on(tmp_pat
     assert [m.step for m in client.get_metric_history(found.info.run_id, "val/iou")] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("damage", ["empty", "deleted"])
+def test_a_run_that_mlflow_cannot_continue_is_followed_by_a_new_one(tmp_path, capsys, damage):
+    """As after a kill while MLflow wrote the file."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed here")
+    from mlflow import MlflowClient
+
+    store, run = tmp_path / "store", tmp_path / "run"
+    config = load_config(options={"train.mlflow_uri": str(store)})
+    run.mkdir()
+    track(run, events(1, 1), config=config)
+    first = read_json(run / "mlflow.json")["run_id"]
+    client = MlflowClient(tracking_uri=str(store))
+    if damage == "empty":
+        (meta,) = store.glob(f"*/{first}/meta.yaml")
+        meta.write_text("")
+    else:
+        client.delete_run(first)
+    track(run, events(2, 2), STEPS, config)
+    assert f"MLflow's run {first} cannot be continued" in capsys.readouterr().out
+    second = read_json(run / "mlflow.json")["run_id"]
+    assert client.get_run(second).info.status == "FINISHED"
+    assert second != first
+    assert [m.step for m in client.get_metric_history(second, "val/iou")] == [6]
+
+
 def test_an_mlflow_that_does_not_work_is_a_mistake_in_the_setting(tmp_path):
     pytest.importorskip("mlflow", reason="mlflow is not installed here")
     (tmp_path / "file").write_text("")
