@@ -29,8 +29,9 @@ from samray.evaluation.metrics import Score, bootstrap_interval, mean_by
 from samray.evaluation.scoring import MATRIX, score_image
 from samray.geometry.images import decode_image
 from samray.geometry.views import cached_view
+from samray.runs import RunFolder
 from samray.sam.adapt import num_blocks, num_frozen_blocks
-from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images
 from samray.training.finetuning import FineTuning, cache_entries, finish_instances, instance_labels
 from samray.training.loop import Worker, train_loop

@@ -48,7 +48,8 @@ from samray.instances.metrics import (
 from samray.instances.saved import load_instances
 from samray.instances.segment import find_objects, maps_of
 from samray.prediction.segmentation import find_everything, generator_settings
-from samray.sam.checkpoint import RunFolder, load_checkpoint
+from samray.runs import RunFolder
+from samray.sam.checkpoint import load_checkpoint
 from samray.sam.embeddings import encode_image
 
 Found = list[tuple[CroppedMask, float, str]]  # mask, score, label

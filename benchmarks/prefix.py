@@ -26,8 +26,9 @@ import torch
 from samray.config import Config, load_config, resolve_model
 from samray.data.dataset import PreparedDataset
 from samray.geometry.images import decode_image
+from samray.runs import RunFolder
 from samray.sam.adapt import num_blocks, num_frozen_blocks, prefix, set_trainable, suffix
-from samray.sam.checkpoint import RunFolder, save_checkpoint
+from samray.sam.checkpoint import save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_images, entry_bytes
 from samray.sam.model import build_model
 from samray.training.finetuning import FineTuning

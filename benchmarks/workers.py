@@ -24,7 +24,8 @@ import torch
 
 from samray.config import load_config
 from samray.data.dataset import PreparedDataset
-from samray.sam.checkpoint import RunFolder, save_checkpoint
+from samray.runs import RunFolder
+from samray.sam.checkpoint import save_checkpoint
 from samray.training.finetuning import FineTuning, instance_labels
 from samray.training.loop import Worker, train_loop
 from samray.training.train import base_checkpoint

@@ -20,6 +20,7 @@ import ray.train
 import ray.train.torch
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import (
@@ -37,6 +38,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
     ScalingPolicy,
+)
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
 )
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
@@ -114,9 +118,10 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         # The cleaner looks for the controller in the Ray that was started last on this machine:
-        # where that is another one, it would end our workers.
-        made = super()._create_default_callbacks()
-        return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
+        # where that is another one, it would end our workers. The other one serves datasets of Ray,
+        # which no worker reads, from a process that takes seconds of a CPU.
+        unwanted = PlacementGroupCleanerCallback | DatasetsCallback
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unwanted)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         return super()._initialize_and_run_controller(**arguments | self._policies)
@@ -230,6 +235,7 @@ class Room(ScalingPolicy):  # type: ignore[misc]
         self, scaling_config: Any, send: Send, say_seconds: float, wait_seconds: float
     ) -> None:
         super().__init__(scaling_config)
+        self._coordinator_client: Any = None
         self._send = send
         self._say_seconds, self._wait_seconds = say_seconds, wait_seconds
         self._waits_since: float | None = None
@@ -237,15 +243,23 @@ class Room(ScalingPolicy):  # type: ignore[misc]
         self._looked = float("-inf")
         self._asked = False
 
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Remember the run; Ray's own would ask for machines at once, even where all fits.
+
+        What takes the request is another process, whose start takes seconds.
+        """
+        self._requester_id = f"train-{train_run_context.run_id}"
+
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Return to start the workers, or nothing where there is no room yet.
 
         Raises:
             ClusterError: there has been none for `wait_seconds`.
         """
-        self._maybe_send_resource_request()
         self._asked = False
         room, least = self._room(), self.scaling_config.min_workers
+        if room < self.scaling_config.max_workers:
+            self._ask_for_machines()
         if room >= least:
             self._waits_since, self._said = None, False
             return self._resize(room)
@@ -272,7 +286,8 @@ class Room(ScalingPolicy):  # type: ignore[misc]
         self, worker_group_state: Any, worker_group_status: Any
     ) -> Any:
         """Return to start again with more workers, once they have written a checkpoint."""
-        self._maybe_send_resource_request()
+        if len(Group.workers) < self.scaling_config.max_workers:
+            self._ask_for_machines()
         first = worker_group_state.workers[0]
         if self._asked:
             with contextlib.suppress(ray.exceptions.RayError):  # it died, as Ray sees soon
@@ -290,8 +305,14 @@ class Room(ScalingPolicy):  # type: ignore[misc]
                 first.execute_async(want_checkpoint)
         return NoopDecision()
 
+    def _ask_for_machines(self) -> None:
+        """Tell a cluster that starts machines on demand what the highest number needs."""
+        if self._coordinator_client is None:
+            self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
+        self._maybe_send_resource_request()
+
     def _get_num_workers_for_resource_request(self) -> int:
-        return int(self.scaling_config.max_workers)  # for a cluster that starts machines on demand
+        return int(self.scaling_config.max_workers)
 
     def _resize(self, num_workers: int) -> Any:
         return ResizeDecision(num_workers, self.scaling_config._resources_per_worker_not_none)

@@ -137,7 +137,7 @@ def _gib(size: int) -> str:
 
 
 def _best_epoch(state: dict[str, Any], stopped: bool) -> str:
-    from samray.sam.checkpoint import best_epoch
+    from samray.runs import best_epoch
 
     base, epochs, number = state.get("base_metrics") or {}, state["epochs"], best_epoch(state)
     if number is None:

@@ -29,13 +29,8 @@ from samray.geometry.drawing import draw_masks, draw_prompt_marks, encode_pictur
 from samray.geometry.images import decode_image
 from samray.instances.metrics import ImageObjects, score_instances
 from samray.instances.saved import InstanceModel, instances_of
-from samray.sam.checkpoint import (
-    Checkpoint,
-    RunFolder,
-    find_tuned,
-    load_checkpoint,
-    stands_alone,
-)
+from samray.runs import RunFolder
+from samray.sam.checkpoint import Checkpoint, find_tuned, load_checkpoint, stands_alone
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.sam.encode import full_precision

@@ -15,7 +15,8 @@ from samray.evaluation.scoring import CLICKS, MATRIX
 from samray.evaluation.summary import summary
 from samray.geometry.prompts import STRATEGIES
 from samray.instances.metrics import image_accuracy, score_instances
-from samray.sam.checkpoint import Checkpoint, RunFolder, find_tuned
+from samray.runs import RunFolder
+from samray.sam.checkpoint import Checkpoint, find_tuned
 from samray.sam.store import ModelStore, Version, require_name, require_store
 from samray.storage import Place, require_folder, resolve
 

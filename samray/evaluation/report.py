@@ -7,7 +7,7 @@ from samray.charts import curves_svg, jpeg_uri, reliability_svg, render_page
 from samray.config import load_config
 from samray.evaluation.metrics import Score
 from samray.evaluation.scoring import MATRIX
-from samray.sam.checkpoint import RunFolder
+from samray.runs import RunFolder
 
 MODELS = ("base", "tuned")
 ABOUT = ("image", "source", "instance", "label", "area", "strategy")  # what a row is about

@@ -17,7 +17,8 @@ import torch
 from samray import __version__
 from samray.config import load_config
 from samray.errors import CheckpointError
-from samray.sam.checkpoint import Checkpoint, RunFolder, load_checkpoint
+from samray.runs import RunFolder
+from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.model import build_model, load_weights, tiny_architecture
 from samray.sam.weights import digest_of
 from samray.storage import make_folder, read_json, write_bytes, write_json

@@ -22,8 +22,9 @@ from samray.instances.decoder import InstanceDecoder
 from samray.instances.losses import instance_loss
 from samray.instances.saved import InstanceModel, is_finished, load_instances, write_finished
 from samray.instances.segment import Way, maps_of
+from samray.runs import RunFolder
 from samray.sam.adapt import suffix
-from samray.sam.checkpoint import RunFolder, load_checkpoint
+from samray.sam.checkpoint import load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.model import low_res_size

@@ -24,6 +24,7 @@ from samray.config import Config, TrainConfig
 from samray.errors import CheckpointError, TrainingError
 from samray.instances.saved import InstanceModel, instance_files, load_instances, new_decoder
 from samray.instances.segment import Way
+from samray.runs import RunFolder
 from samray.sam.adapt import (
     merged_weights,
     num_blocks,
@@ -31,13 +32,7 @@ from samray.sam.adapt import (
     set_trainable,
     trained_state,
 )
-from samray.sam.checkpoint import (
-    Checkpoint,
-    RunFolder,
-    load_checkpoint,
-    load_optimizer,
-    save_checkpoint,
-)
+from samray.sam.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from samray.sam.weights import digest_of
 from samray.training.optimizer import Optimizer
 from samray.training.step import LOSSES, Batch, PromptedSam

@@ -18,13 +18,8 @@ from tqdm import tqdm
 from samray.config import MAX_BOX_NOISE, Config, required, resolve_model
 from samray.errors import ConfigError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
-from samray.sam.checkpoint import (
-    RunFolder,
-    load_checkpoint,
-    open_run,
-    require_same_run,
-    save_checkpoint,
-)
+from samray.runs import RunFolder, open_run, require_same_run
+from samray.sam.checkpoint import load_checkpoint, save_checkpoint
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.sam.losses import low_res_iou
 from samray.sam.model import build_model, low_res_size

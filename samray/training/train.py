@@ -35,15 +35,10 @@ from samray.config import (
 )
 from samray.data.dataset import PreparedDataset
 from samray.errors import CheckpointError, ConfigError
+from samray.events import EventQueue, send
+from samray.runs import RunFolder, open_run, require_same_run, resume_point
 from samray.sam.adapt import num_frozen_blocks
-from samray.sam.checkpoint import (
-    Checkpoint,
-    RunFolder,
-    load_checkpoint,
-    open_run,
-    require_same_run,
-    save_checkpoint,
-)
+from samray.sam.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.sam.encode import encode_missing, full_precision
 from samray.sam.model import build_model, load_weights
@@ -334,7 +329,7 @@ def _train(
     queue = EventQueue.options(  # type: ignore[attr-defined]
         num_cpus=0, scheduling_strategy=here
     ).remote()
-    arguments["report"] = functools.partial(_send, queue)
+    arguments["report"] = functools.partial(send, queue)
     trainer = _trainer(config, run, resources, arguments, in_process=False)
     done = threading.Event()
     show = (
@@ -369,7 +364,7 @@ def _trainer(
         worker_resources["GPU"] = scaling.gpus_per_worker
     return elastic.ElasticTrainer(
         send=arguments["report"],
-        checkpoint=functools.partial(_resume_point, run.path),
+        checkpoint=functools.partial(resume_point, run.path),
         train_loop_per_worker=train_loop_per_worker,
         train_loop_config=arguments,
         torch_config=ray.train.torch.TorchConfig(timeout_s=ceil(60 * scaling.hang_minutes)),
@@ -391,38 +386,9 @@ def _trainer(
     )
 
 
-def _resume_point(run: Place) -> str:
-    """Where workers that start now go on, in words."""
-    folder = RunFolder(run)
-    if folder.resume_from is None:
-        return "the beginning"
-    return f"epoch {len(folder.state['epochs']) + 1}, step {folder.step}"
-
-
 def _ray_folder(run: RunFolder) -> Place:
     """Ray Train's own files, which nothing reads; removed when training ends."""
     return run.path / "ray"
-
-
-@ray.remote
-class EventQueue:
-    """Events of the workers, on their way to the process that started them."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Add one event."""
-        self.events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Return and remove all events."""
-        events, self.events = self.events, []
-        return events
-
-
-def _send(queue: Any, event: dict[str, Any]) -> None:
-    queue.put.remote(event)
 
 
 def _forward(report: Report, queue: Any, done: threading.Event) -> None:

@@ -43,8 +43,9 @@ from samray.errors import ConfigError, SweepError
 from samray.evaluation.evaluate import score_models
 from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import summary
+from samray.runs import RunFolder, best_epoch
 from samray.sam.adapt import num_frozen_blocks
-from samray.sam.checkpoint import RunFolder, best_epoch, find_checkpoint, save_checkpoint
+from samray.sam.checkpoint import find_checkpoint, save_checkpoint
 from samray.sam.embeddings import embeddings_folder
 from samray.sam.encode import EncodingReport, encode_missing, full_precision
 from samray.storage import (

@@ -21,7 +21,7 @@ from PIL import Image
 
 from samray.config import load_config
 from samray.data.dataset import PreparedDataset
-from samray.sam.checkpoint import RunFolder
+from samray.runs import RunFolder
 from samray.sam.model import build_model
 from samray.storage import LOCK, lock_folder
 

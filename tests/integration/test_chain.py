@@ -23,7 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from samray import elastic
 from samray.config import load_config
 from samray.data.dataset import PreparedDataset
-from samray.sam.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from samray.runs import RunFolder
+from samray.sam.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "3", "train.warmup_steps=2"]

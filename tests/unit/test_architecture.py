@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # A folder imports only from folders above it; `*` marks the files that may import Ray.
 HOUSE = """
-.           errors storage config charts tracking cluster* elastic*
+.           errors storage config runs charts tracking cluster* events* elastic*
 geometry    shapes masks polygons images views tiles prompts frames drawing duplicates
 data        annotation labelme coco discovery pairing outcome intake prepare* splits dataset \
             export sample_data

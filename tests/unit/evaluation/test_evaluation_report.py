@@ -13,7 +13,7 @@ from samray.evaluation.scoring import MATRIX
 from samray.evaluation.summary import changes, objects_change, summary
 from samray.geometry.masks import CroppedMask, encode_rle
 from samray.instances.metrics import ImageObjects, score_instances
-from samray.sam.checkpoint import RunFolder
+from samray.runs import RunFolder
 
 
 def drawn_scores(shift, label="nut"):

@@ -1,4 +1,4 @@
-"""Runs and checkpoints: best and latest, registration, and the conditions of resuming."""
+"""Checkpoints: the best and the latest, registration, and what a path names."""
 
 import json
 import shutil
@@ -8,15 +8,13 @@ import torch
 from sam_parts import add_noise, small_sam
 
 from samray.config import load_config
-from samray.errors import CheckpointError, ConfigError
+from samray.errors import CheckpointError
+from samray.runs import RunFolder
 from samray.sam.checkpoint import (
-    RunFolder,
     find_checkpoint,
     find_tuned,
     load_checkpoint,
     load_optimizer,
-    open_run,
-    require_same_run,
     save_checkpoint,
 )
 from samray.sam.model import build_model
@@ -53,27 +51,6 @@ def test_consumers_take_the_best_and_only_best_and_latest_are_kept(run):
     for name in ("best", "latest"):
         assert (run.path / name).resolve() == run.path / run.state[name]
         assert (run.path / name / "weights.pth").is_file()
-
-
-@pytest.mark.parametrize("left", [(), ("run.json",), ("run.json", "config.yaml")])
-def test_a_run_killed_as_it_began_is_begun_again(left, tmp_path):
-    folder = tmp_path / "run"
-    RunFolder.create(folder, load_config(), "d1")
-    for name in {"run.json", "config.yaml"} - set(left):
-        (folder / name).unlink()
-    (folder / f".samray-{'0' * 32}").write_text("a probe")
-    (folder / ".config.yaml.0123abcd.tmp").write_text("half")
-    found = open_run(folder, resume=True)
-    assert (found is not None) == ("config.yaml" in left)
-    if left:
-        with pytest.raises(ConfigError, match="add --resume"):
-            open_run(folder, resume=False)
-    else:
-        assert open_run(folder, resume=False) is None
-    (folder / "mine.txt").write_text("somebody's")
-    if not left:
-        with pytest.raises(ConfigError, match="holds no run of samray"):
-            open_run(folder, resume=True)
 
 
 def test_the_base_is_the_best_until_an_epoch_beats_it_without_losing_on_a_row(tmp_path, tiny):
@@ -195,31 +172,6 @@ def test_a_run_without_an_epoch_says_so(tmp_path):
     RunFolder.create(tmp_path / "run", load_config(), "d1")
     with pytest.raises(CheckpointError, match="finished no epoch yet"):
         load_checkpoint(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.learning_rate=0.5", r"train.learning_rate \(was None, now 0.5\)"),
-        ("train.seed=9", "train.seed"),
-        ("prompts.point_selection=bbox", "prompts.point_selection"),
-        ("loss.dice_weight=2", "loss.dice_weight"),
-        ("model.freeze_mask_decoder=true", "model.freeze_mask_decoder"),
-    ],
-)
-def test_resuming_with_another_setting_is_refused_by_name(run, override, message):
-    with pytest.raises(ConfigError, match=message):
-        require_same_run(run, load_config(None, [override]), "d1")
-
-
-def test_resuming_with_other_epochs_and_workers_is_allowed(run):
-    config = load_config(None, ["train.num_epochs=99", "scaling.num_workers=4"])
-    require_same_run(run, config, "d1")
-
-
-def test_resuming_on_other_data_is_refused(run):
-    with pytest.raises(ConfigError, match="was trained on dataset d1"):
-        require_same_run(run, load_config(), "d2")
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_to_pass(tmp_path):

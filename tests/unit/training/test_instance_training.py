@@ -18,13 +18,8 @@ from samray.geometry.images import decode_image
 from samray.geometry.masks import crop_mask, encode_rle
 from samray.instances.saved import instances_of, is_finished, load_instances, new_decoder
 from samray.instances.segment import Way
-from samray.sam.checkpoint import (
-    Checkpoint,
-    RunFolder,
-    load_checkpoint,
-    load_optimizer,
-    save_checkpoint,
-)
+from samray.runs import RunFolder
+from samray.sam.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, encode_image
 from samray.sam.shipped import load_shipped
 from samray.training import finetuning

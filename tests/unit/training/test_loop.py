@@ -16,8 +16,9 @@ from samray.data.dataset import ImageRecord, Instance
 from samray.errors import ConfigError, TrainingError
 from samray.geometry.masks import CroppedMask, encode_rle
 from samray.instances.decoder import InstanceDecoder
+from samray.runs import RunFolder
 from samray.sam.adapt import num_blocks, prefix, set_trainable
-from samray.sam.checkpoint import RunFolder, save_checkpoint
+from samray.sam.checkpoint import save_checkpoint
 from samray.sam.decode import decode_prompts
 from samray.sam.embeddings import EmbeddingCache
 from samray.sam.losses import sam_loss

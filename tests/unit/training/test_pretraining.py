@@ -13,7 +13,8 @@ import torch
 from samray.cli import main
 from samray.config import load_config, resolve_model
 from samray.errors import ConfigError
-from samray.sam.checkpoint import RunFolder, load_checkpoint
+from samray.runs import RunFolder
+from samray.sam.checkpoint import load_checkpoint
 from samray.sam.model import build_model
 from samray.storage import LOCK
 from samray.training.pretraining import DrawnScenes, pretrain

@@ -1,0 +1,73 @@
+"""A RUN folder: when it is resumed, and from where."""
+
+import pytest
+
+from samray.config import load_config
+from samray.errors import ConfigError
+from samray.runs import RunFolder, open_run, require_same_run, resume_point
+from samray.storage import write_json
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(tmp_path / "run", load_config(), dataset_digest="d1")
+
+
+def test_where_workers_go_on(run):
+    assert resume_point(run.path) == "the beginning"
+    for name, register in (
+        ("epoch_0001", lambda name: run.register(name, {"val_iou": 0.5})),
+        ("step_000014", run.register_within),
+    ):
+        folder = run.path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        write_json(folder / "progress.json", {"step": 14 if "step" in name else 9})
+        register(name)
+        expected = "epoch 2, step 14" if "step" in name else "epoch 2, step 9"
+        assert resume_point(run.path) == expected
+
+
+@pytest.mark.parametrize("left", [(), ("run.json",), ("run.json", "config.yaml")])
+def test_a_run_killed_as_it_began_is_begun_again(left, tmp_path):
+    folder = tmp_path / "run"
+    RunFolder.create(folder, load_config(), "d1")
+    for name in {"run.json", "config.yaml"} - set(left):
+        (folder / name).unlink()
+    (folder / f".samray-{'0' * 32}").write_text("a probe")
+    (folder / ".config.yaml.0123abcd.tmp").write_text("half")
+    found = open_run(folder, resume=True)
+    assert (found is not None) == ("config.yaml" in left)
+    if left:
+        with pytest.raises(ConfigError, match="add --resume"):
+            open_run(folder, resume=False)
+    else:
+        assert open_run(folder, resume=False) is None
+    (folder / "mine.txt").write_text("somebody's")
+    if not left:
+        with pytest.raises(ConfigError, match="holds no run of samray"):
+            open_run(folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=0.5", r"train.learning_rate \(was None, now 0.5\)"),
+        ("train.seed=9", "train.seed"),
+        ("prompts.point_selection=bbox", "prompts.point_selection"),
+        ("loss.dice_weight=2", "loss.dice_weight"),
+        ("model.freeze_mask_decoder=true", "model.freeze_mask_decoder"),
+    ],
+)
+def test_resuming_with_another_setting_is_refused_by_name(run, override, message):
+    with pytest.raises(ConfigError, match=message):
+        require_same_run(run, load_config(None, [override]), "d1")
+
+
+def test_resuming_with_other_epochs_and_workers_is_allowed(run):
+    config = load_config(None, ["train.num_epochs=99", "scaling.num_workers=4"])
+    require_same_run(run, config, "d1")
+
+
+def test_resuming_on_other_data_is_refused(run):
+    with pytest.raises(ConfigError, match="was trained on dataset d1"):
+        require_same_run(run, load_config(), "d2")
