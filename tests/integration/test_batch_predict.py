@@ -105,14 +105,13 @@ def test_a_second_call_does_only_what_is_left(folder, predict, tmp_path):
     out = tmp_path / "out"
     grid = ("predict.points_per_side=6", "predict.pred_iou_thresh=0.3")
     words = ("--image-path", folder, "--output-dir", out, *grid)
-    predict(*words)
+    predict(*words, "--coco")
     kept, gone = out / "one/photo 0.json", out / "two/photo 2.csv"
     before = kept.stat().st_mtime_ns
     gone.unlink()
     assert "2 were done before" in predict(*words)
     assert gone.is_file()
     assert kept.stat().st_mtime_ns == before
-    predict(*words, "--coco")
     assert "done before" not in predict(*words, "--label", "cell")
     assert json.loads(kept.read_text())["shapes"][0]["label"] == "cell"
     categories = json.loads((out / "coco.json").read_text())["categories"]

@@ -47,12 +47,17 @@ def first_run(prepared, tmp_path_factory, run_cli):
 
 @pytest.fixture(scope="module")
 def tuned_run(prepared, first_run, tmp_path_factory, run_cli):
-    """Two epochs from the first run's weights: the encoder is frozen and embeddings are cached."""
+    """Two epochs from the first run's weights: the encoder is frozen and embeddings are cached.
+
+    The dataset is named by a relative path.
+    """
     run = tmp_path_factory.mktemp("runs") / "tuned"
-    status, _, err = run_cli(
-        "train", "--data-dir", prepared, "--output-dir", run, "--model-type", "tiny",
-        "--checkpoint", first_run, "--num-epochs", 2, *FROZEN,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared.parent)
+        status, _, err = run_cli(
+            "train", "--data-dir", prepared.name, "--output-dir", run, "--model-type", "tiny",
+            "--checkpoint", first_run, "--num-epochs", 2, *FROZEN,
+        )  # fmt: skip
     assert status == 0, err
     return run
 
@@ -111,28 +116,16 @@ def test_training_moves_the_encoder_from_random_weights_and_not_when_frozen(firs
     assert not torch.equal(before[decoder], after[decoder])
 
 
-@pytest.mark.slow
-def test_each_image_is_encoded_once_for_all_epochs_and_runs(
-    tuned_run, first_run, prepared, tmp_path, run_cli, monkeypatch
-):
-    """The second run names the dataset by a relative path, which it saves as an absolute one."""
-    dataset = PreparedDataset(prepared)
-    images = len(dataset.split("train")) + len(dataset.split("val"))
-    assert state_of(tuned_run)["embeddings"]["encoded"] == images
+def test_each_image_is_encoded_once_and_paths_are_saved_as_absolute_ones(tuned_run, prepared):
+    assert state_of(tuned_run)["embeddings"]["encoded"] == num_learned(prepared)
     assert state_of(tuned_run)["embeddings"]["found"] == 0
-    again = tmp_path / "again"
-    monkeypatch.chdir(prepared.parent)
-    status, out, err = run_cli(
-        "train", "--data-dir", prepared.name, "--output-dir", again, "--checkpoint", first_run,
-        "--num-epochs", 1, *FROZEN,
-    )  # fmt: skip
-    assert status == 0, err
-    assert f"0 images encoded, {images} found" in out
-    monkeypatch.chdir(tmp_path)
-    saved = load_config(again / "config.yaml").train
-    assert (saved.data_dir, saved.output_dir) == (str(prepared), str(again))
-    status, _, err = run_cli("promote", "again", "--name", "nuts", "--store", "store", "--force")
-    assert status == 0, err
+    saved = load_config(tuned_run / "config.yaml").train
+    assert (saved.data_dir, saved.output_dir) == (str(prepared), str(tuned_run))
+
+
+def num_learned(prepared):
+    dataset = PreparedDataset(prepared)
+    return len(dataset.split("train")) + len(dataset.split("val"))
 
 
 def untested(prepared, folder):
@@ -237,7 +230,7 @@ def test_evaluate_scores_a_model_of_no_run_alone(tuned_run, prepared, tmp_path, 
 
 @pytest.mark.slow
 def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
-    tuned_run, prepared, tmp_path, run_cli
+    tuned_run, prepared, tmp_path, run_cli, monkeypatch
 ):
     """`best` and `latest` are made to differ, by a copy whose best epoch is the first."""
     run = tmp_path / "run"
@@ -262,8 +255,9 @@ def test_evaluate_and_promote_take_the_checkpoint_that_is_named(
     evaluation = json.loads((tmp_path / "report/evaluation.json").read_text())
     assert evaluation["checkpoint"] == latest
     assert latest.endswith(f"{evaluation['epoch']:04d}")
+    monkeypatch.chdir(tmp_path)
     status, _, err = run_cli(
-        "promote", run / "latest", "--name", "nuts", "--store", tmp_path / "store", "--force"
+        "promote", "run/latest", "--name", "nuts", "--store", "store", "--force"
     )
     assert status == 0, err
     stored = load_checkpoint(tmp_path / "store" / "nuts").weights
@@ -289,6 +283,8 @@ def test_ctrl_c_ends_a_training_and_its_status(tuned_run, first_run, prepared, t
         check_interruption(process, again, run, log, run_cli)
     finally:
         process.kill()
+    found = f"embeddings: 0 images to encode, {num_learned(prepared)} found"
+    assert found in log.read_text(), "what an earlier run has encoded"
 
 
 def restore_sigint():

@@ -118,7 +118,7 @@ def prepared_on_two_nodes(cluster, photos, tmp_path_factory):
 
 
 def test_a_training_job_is_stopped_and_submitted_again(cluster, prepared_on_two_nodes, tmp_path):
-    """Across two nodes. Meanwhile the same submission is refused, and harms nothing."""
+    """Across two nodes."""
     environment, *_ = cluster
     run = tmp_path / "run"
     words = [
@@ -134,10 +134,6 @@ def test_a_training_job_is_stopped_and_submitted_again(cluster, prepared_on_two_
     while not ((run / "run.json").exists() and state_of(run)["epochs"]):
         assert time.monotonic() < deadline, "no epoch within five minutes"
         time.sleep(0.2)
-    status, log = submit(environment, *words)
-    assert status != 0
-    assert "exit code 2" in log
-    assert "is in use by process" in log
     subprocess.run(["ray", "job", "stop", job], env=environment, check=True, capture_output=True)
     state = state_of(run)
     assert state["status"] in ("interrupted", "running")  # Ray kills it after three seconds
