@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from samray.errors import AnnotationError
 from samray.storage import Place, read_bytes
@@ -34,7 +35,7 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 STRETCH_PERCENTILES = (0.1, 99.9)
 STRETCH_ROWS = 256  # converted together
 # Tags of TIFF. GDAL's: the value of pixels without a measurement, as text.
-BITS, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 339, 42113
+WIDTH, HEIGHT, BITS, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 256, 257, 258, 262, 339, 42113
 WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
 
 
@@ -92,6 +93,9 @@ def size_from_header(raw: bytes) -> tuple[int, int]:
         try:
             picture = Image.open(io.BytesIO(raw), formats=FORMATS)
             turned = _orientation(picture, raw) in (5, 6, 7, 8)
+            width, height = picture.size
+            if isinstance(picture, TiffImageFile):  # Pillow may have turned its size
+                width, height = picture.tag_v2[WIDTH], picture.tag_v2[HEIGHT]
         except UnidentifiedImageError as exc:
             raise AnnotationError(
                 "format", "is no JPEG, PNG, BMP, TIFF or WebP file by its content"
@@ -102,7 +106,6 @@ def size_from_header(raw: bytes) -> tuple[int, int]:
         # Pillow's parsers raise almost anything on damaged files.
         except Exception as exc:
             raise AnnotationError("image", "is damaged; its header cannot be read") from exc
-    height, width = picture.size[::-1]
     return (width, height) if turned else (height, width)
 
 

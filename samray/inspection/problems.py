@@ -62,8 +62,8 @@ LEAK_KIND = (
     "Nearly the same image in different splits",
     "The model is evaluated on images it was trained on, so its scores are too high. Prepare again "
     "with --group-by, or with --split-file and the splits.json beside this report, which keeps "
-    "each such group together (it is missing where that would leave a split empty); or delete the "
-    "copies.",
+    "each such group together (none is written where that would leave a split empty, or where the "
+    "tiles of two photos differ); or delete the copies.",
 )
 
 # (key, title, what to do)
@@ -93,11 +93,14 @@ NOTES = (
 )  # fmt: skip
 
 
-def find_problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def find_problems(
+    manifest: dict[str, Any], leaks: list[dict[str, Any]], leaking: set[str]
+) -> list[dict[str, Any]]:
     """Return what `--strict` does not allow: leaks, rejected items, warnings, in this order.
 
     Args:
         leaks: groups of near-duplicates (`report.json`) whose images are in different splits.
+        leaking: the photos of these groups.
     """
     kinds: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for group in leaks:
@@ -105,7 +108,11 @@ def find_problems(manifest: dict[str, Any], leaks: list[dict[str, Any]]) -> list
     levels = (("problem", manifest["rejected"]), ("warning", manifest["warnings"]))
     for level, entry in ((level, entry) for level, entries in levels for entry in entries):
         if re.match(r"(\(\w+\) )?is (nearly )?the same photo as", entry["reason"]):
-            continue  # a group of `leaks`, with all its copies
+            # `prepare` compares photos, the report their tiles, which can differ nevertheless.
+            if entry["file"] not in leaking:
+                item = {key: entry[key] for key in ("file", "field", "reason")}
+                kinds["problem", *LEAK_KIND].append(item)
+            continue
         reason = re.sub(LABEL_IN_BRACKETS, "", entry["reason"])  # a label may hold any word
         text = re.sub(r"\[\d+\]", "", entry["field"]) + ": " + reason
         found = (kind[1:] for kind in KINDS if re.search(kind[0], text))

@@ -70,7 +70,8 @@ def report(config: Config) -> dict[str, Any]:
     """Write report.html and report.json on a prepared dataset.
 
     If nearly the same image is in different splits, splits.json beside them is a split file for
-    `samray prepare` that corrects it, unless it would leave a split empty.
+    `samray prepare` that corrects it, unless it would leave a split empty. One of an earlier report
+    stays: the dataset may have been prepared with it.
 
     Args:
         config: its `inspect` section.
@@ -109,8 +110,6 @@ def _write(dataset: PreparedDataset, output: Place) -> dict[str, Any]:
     emptied = [split for split in splits if dataset.manifest["splits"][split] and not splits[split]]
     if splits and not emptied:  # `prepare` refuses an empty split
         write_json(output / "splits.json", splits)
-    else:
-        (output / "splits.json").unlink(missing_ok=True)  # of an earlier report
     write_json(output / "report.json", facts)
     write_bytes(output / "report.html", html.encode())
     return facts
@@ -187,7 +186,10 @@ def _facts(
         model: _resolution(instances, records, model, side) for model, side in MODEL_SIDES.items()
     }
     labels = _labels(records, names, instances, splits)
-    problems = find_problems(manifest, leaks) + find_notes(manifest, records, instances, labels)
+    sources = {record.name: record.source for record in records}
+    leaking = {sources[image["image"]] for group in leaks for image in group["images"]}
+    problems = find_problems(manifest, leaks, leaking)
+    problems += find_notes(manifest, records, instances, labels)
     annotated = [record for record in records if record.name in splits]
     num_problems = sum(len(kind["items"]) for kind in problems if kind["level"] != "note")
     sizes = Counter(record.size for record in records)

@@ -72,6 +72,15 @@ def test_rotated_jpeg_is_decoded_as_shown(photo: np.ndarray, orientation: int) -
     assert np.array_equal(decode_image(raw), UPRIGHT[orientation](stored))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_decoded_image(photo, kind, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    raw = encode(photo, kind, exif=exif)
+    assert size_from_header(raw) == decode_image(raw).shape[:2]
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_content_decides_whatever_the_name_says(photo: np.ndarray, kind: str) -> None:
     """The file name is not passed: a BMP named .jpg is a BMP."""

@@ -315,6 +315,25 @@ def test_a_leak_across_splits_is_found_and_corrected(forms, tmp_path):
     assert warnings == []
 
 
+def test_a_leak_that_only_prepare_sees_stays_in_the_report(tmp_path):
+    """Of photos that are nearly the same, whose tiles are not."""
+    size = (120, 160)
+    one = [("nut", rectangle(10, 10, 50, 50, size))]
+    images = [
+        (f"{seed}.png", split, photo(seed, size), size, one)
+        for seed, split in ((1, "train"), (2, "val"), (3, "test"))
+    ]
+    reason = "(train) is nearly the same photo as 2.png (val)"
+    warnings = [{"file": "1.png", "field": "image", "reason": reason}]
+    dataset = write_dataset(tmp_path / "prepared", images, warnings=warnings)
+    facts, html = reported(dataset, tmp_path / "out")
+    assert (facts["leaks"], facts["num_problems"]) == (0, 1)
+    (problem,) = [kind for kind in facts["problems"] if kind["level"] == "problem"]
+    assert problem["title"] == "Nearly the same image in different splits"
+    assert problem["items"][0]["file"] == "1.png"
+    assert problem["title"] in html
+
+
 def real_warnings(images, *words):
     """The splits of `samray prepare`, and its warnings about one image in two splits."""
     if not words:
