@@ -42,7 +42,11 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
     TrainAutoscalingCoordinatorClient,
 )
-from ray.util.placement_group import get_current_placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_current_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from samray.errors import ClusterError, SamrayError, TrainingError
 
@@ -184,6 +188,17 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def __init__(self, send: Send) -> None:
         self._send, self._asked = send, float("-inf")
 
+    @classmethod
+    def nodes(cls) -> list[str]:
+        """The nodes that hold the workers' resources, once for each worker.
+
+        Not always those of the workers: what a dead machine held is taken elsewhere at once.
+        """
+        if cls.placement is None:
+            return []
+        held = placement_group_table(cls.placement)["bundles_to_node_id"]
+        return [node_id for node_id in held.values() if node_id]
+
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Remember the workers."""
         Group.workers = list(workers)
@@ -322,11 +337,11 @@ class Room(ScalingPolicy):  # type: ignore[misc]
         free = available_resources_per_node()
         for node in ray_state.get_draining_nodes():
             free.pop(node, None)
-        for worker in Group.workers:
-            node = free.get(worker.metadata.node_id)
-            for name, amount in worker.resources.items() if node else ():
-                node[name] = node.get(name, 0) + amount
         each = self.scaling_config._resources_per_worker_not_none
+        for node_id in Group.nodes():
+            node = free.get(node_id)
+            for name, amount in each.items() if node else ():
+                node[name] = node.get(name, 0) + amount
         room = sum(
             min(int(node.get(name, 0) / amount + 1e-6) for name, amount in each.items() if amount)
             for node in free.values()

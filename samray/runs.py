@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "base"
 
     @property
+    def has_base(self) -> bool:
+        """Whether the base is whole: a kill can leave some of its files in S3; this is the last."""
+        return (self.base / "weights.pth").exists()
+
+    @property
     def latest(self) -> Place | None:
         """Folder of the last finished epoch's checkpoint."""
         return self.path / self.state["latest"] if self.state["latest"] else None

@@ -82,12 +82,17 @@ class Tracker:
         if self._writers is None:
             self._writers = [_TensorBoard(self.run / "tensorboard", self.first_step)]
             if self.config.train.mlflow_uri is not None:
-                self._writers.append(_MLflow(self.run, self.config))
+                self._writers.append(_MLflow(self.run, self.config, self._tell))
         step, figures = _figures(event)
-        pictures = self.pictures() if event["event"] != "step" else {}
+        pictures = self.pictures() if event["event"] in ("base", "epoch") else {}
         for writer in self._writers:
             writer.write(step, figures, pictures)
-        self.pass_on(event)
+        if event["event"] != "within":
+            self.pass_on(event)
+
+    def _tell(self, text: str) -> None:
+        """Pass on a line for the user: what a worker prints, nobody sees."""
+        self.pass_on({"event": "warning", "text": text})
 
 
 def _figures(event: dict[str, Any]) -> tuple[int, dict[str, float]]:
@@ -146,9 +151,14 @@ class _TensorBoard:
 
 
 class _MLflow:
-    """A run in MLflow; figures are sent after every epoch, because each request takes a while."""
+    """A run in MLflow; figures are sent with every checkpoint, because each request takes a while.
 
-    def __init__(self, run: Place, config: Config) -> None:
+    Args:
+        tell: receives a line for the user.
+    """
+
+    def __init__(self, run: Place, config: Config, tell: Callable[[str], None]) -> None:
+        self._tell = tell
         uri = config.train.mlflow_uri
         assert uri is not None
         require_mlflow("train.mlflow_uri", uri)
@@ -178,8 +188,8 @@ class _MLflow:
         try:
             self._client.update_run(run_id, status="RUNNING")
         except Exception as exc:
-            what = f"note: MLflow's run {run_id} cannot be continued ({_short(exc)})"
-            print(f"{what}; the figures from here on go to a new one", flush=True)
+            what = f"MLflow's run {run_id} cannot be continued ({_short(exc)})"
+            self._tell(f"{what}; the figures from here on go to a new one")
             return None
         return run_id
 
@@ -225,7 +235,7 @@ class _MLflow:
                 self._client.log_batch(self._run_id, metrics=some)
                 del self._waiting[:1000]
         except Exception as exc:
-            print(f"note: MLflow does not take the figures now ({_short(exc)})", flush=True)
+            self._tell(f"MLflow does not take the figures now ({_short(exc)})")
 
 
 def require_mlflow(setting: str, uri: str) -> None:

@@ -59,7 +59,7 @@ MAX_SKIPPED = 3  # steps in a row whose gradient is not finite
 
 # Called on every worker after a step, with the number of steps so far.
 Save = Callable[[int, EpochPart], None]
-# Called on rank 0 with {"event": "step" | "epoch", ...}.
+# Called on rank 0 with {"event": "base" | "step" | "within" | "epoch", ...}.
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -120,7 +120,7 @@ def train_loop(
     Args:
         config: resolved, so `freeze_image_encoder` and the loss weights are set.
         open_source: receives the model and what learns beside it, on the worker's device.
-        report: receives every step and epoch, on rank 0.
+        report: receives every step, checkpoint within an epoch, and epoch, on rank 0.
         max_minutes: for a single worker: stop before an epoch that would exceed them.
         labels: of the objects that an instance decoder learns to find; None: no such decoder.
         wanted: set on rank 0 from outside to have a checkpoint within the epoch after the next
@@ -161,7 +161,7 @@ def train_loop(
             break
         started = now
         module.balanced_weight = _balanced_weight(config, epoch)
-        save = functools.partial(_save_within, run, write, clock, worker, epoch)
+        save = functools.partial(_save_within, run, write, report, clock, worker, epoch)
         try:
             losses, step = train_epoch(
                 model, optimizer, source, settings, worker, epoch, step, report, part, save
@@ -425,6 +425,7 @@ def _write(
 def _save_within(
     run: RunFolder,
     write: Callable[[str, dict[str, Any]], None],
+    report: Report,
     clock: "_Clock",
     worker: Worker,
     epoch: int,
@@ -440,6 +441,7 @@ def _save_within(
         of_all = asdict(replace(part, sums=sums.tolist()))
         write(name, {"epoch": epoch, "step": step, "part": of_all})
         run.register_within(name)
+        report({"event": "within", "step": step})
     clock.start()
 
 

@@ -207,7 +207,7 @@ def _pretrain(config: Config, output: Place) -> dict[str, Any]:
         require_same_run(resumed, config, digest)
         print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     run = resumed or RunFolder.create(output, config, digest)
-    if not run.base.exists():
+    if not run.has_base:
         _write_base(run, config)
     if device.type == "cpu":
         # One core draws the next scenes in the meantime.
@@ -229,8 +229,10 @@ def _pretrain(config: Config, output: Place) -> dict[str, Any]:
             tracker.report,
             config.pretrain.max_minutes,
         )
-        if len(run.state["epochs"]) >= config.train.num_epochs:
-            run.update(status="finished")
+        ended = len(run.state["epochs"]) >= config.train.num_epochs
+        patience = config.train.patience
+        ended = ended or (patience is not None and run.epochs_without_best >= patience)
+        run.update(status="finished" if ended else "interrupted")  # by pretrain.max_minutes
     if config.pretrain.export_dir is not None:
         export_weights(run, resolve_local(config.pretrain.export_dir, "--export"))
     return run.state
@@ -277,6 +279,9 @@ def local_device(config: Config) -> torch.device:
 def _show(bar: Any, config: Config, event: dict[str, Any]) -> None:
     """Show a bar on a terminal, else print a line per epoch."""
     if event["event"] == "base":
+        return
+    if "text" in event:
+        bar.write(event["text"], file=sys.stderr)
         return
     if event["event"] == "step":
         bar.n = (event["epoch"] - 1) * event["steps"] + event["step"]

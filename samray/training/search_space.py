@@ -1,6 +1,9 @@
 """Which settings a sweep searches: `tune.search_space` as Ray Tune's domains, checked at once."""
 
+import contextlib
 import importlib.util
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from ray import tune
@@ -23,6 +26,14 @@ FIXED = {
     "train.num_epochs": "it is what the trials are compared at; set it in the config",
     "train.resume": "the same command resumes a sweep by itself",
 }
+# Settings that decide what of the images is cached, which is done before the trials.
+CACHED = (
+    "model.adapt",
+    "model.adapt_blocks",
+    "model.freeze_image_encoder",
+    "train.cached_views",
+)
+LISTED = ("choice", "grid_search")
 NUM_RANDOM_TRIALS = 16
 # `center` is left out, because the points of users and of `random` are not in the centre.
 DEFAULT_STRATEGIES = ("mixed", "interactive", "random", "bbox")
@@ -96,6 +107,23 @@ def count_trials(config: Config, space: dict[str, Any]) -> int:
     return number
 
 
+def cached_configs(config: Config) -> Iterator[Config]:
+    """Yield the config with each combination of the searched settings that decide what is cached.
+
+    Without combinations that no trial can have.
+    """
+    values = {}
+    for dotted in CACHED:
+        if dotted in config.tune.search_space:
+            (listed,) = config.tune.search_space[dotted].values()
+            values[dotted] = listed if isinstance(listed, list) else [listed]
+    for chosen in itertools.product(*values.values()):
+        with contextlib.suppress(ConfigError):  # the trial itself says it
+            one = with_settings(config, dict(zip(values, chosen, strict=True)), "sweep")
+            resolve_model(one, weights_given=one.model.checkpoint != "none")
+            yield one
+
+
 def default_point(config: Config, space: dict[str, Any]) -> dict[str, Any] | None:
     """Return the config's own values of the searched settings, if they lie in the space."""
     resolved = resolve_model(config, weights_given=config.model.checkpoint != "none").model_dump()
@@ -127,12 +155,17 @@ def _domain(config: Config, dotted: str, spec: Any) -> Any:
         raise ConfigError(f"must be one of {{{', '.join(WORDS)}}} with its arguments, not {spec!r}")
     ((word, arguments),) = spec.items()
     arguments = arguments if isinstance(arguments, list) else [arguments]
-    if word in ("choice", "grid_search"):
+    if word in LISTED:
         if not arguments:
             raise ConfigError(f"{word} has nothing to choose from")
         for value in arguments:
             with_settings(config, {dotted: value}, word)
         return getattr(tune, word)(arguments)
+    if dotted in CACHED:
+        raise ConfigError(
+            f"takes {' or '.join(LISTED)}, not {word}: the images are encoded for each value "
+            "before the trials"
+        )
     if not all(isinstance(value, int | float) for value in arguments):
         raise ConfigError(
             f"{word} takes numbers, not {arguments!r}; YAML reads 1e-5 as a text, write 1.0e-5"

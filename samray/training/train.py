@@ -114,7 +114,7 @@ def _fit(
     resumed = open_run(output, config.train.resume)
     _require_enough_images(config, dataset)
     base = None
-    if trial is None and not (resumed and resumed.base.exists()):
+    if trial is None and not (resumed and resumed.has_base):
         base, config = base_checkpoint(config)
     else:  # RUN/base or the sweep holds the weights; their origin may be gone
         config = resolve_model(config, weights_given=config.model.checkpoint != "none")
@@ -138,7 +138,7 @@ def _fit(
     cluster.require_shared(output, "--output-dir")
     run = resumed or RunFolder.create(output, config, dataset.digest)
     with run.running():
-        if not run.base.exists():
+        if not run.has_base:
             if base is not None:
                 save_checkpoint(run.base, base.weights, config, base.progress)
             elif trial is not None:

@@ -26,7 +26,7 @@ import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 from tqdm import tqdm
 
 from samray import __version__, cluster
@@ -63,6 +63,7 @@ from samray.tracking import require_mlflow
 from samray.training.finetuning import cache_entries
 from samray.training.search_space import (
     SEARCHED,
+    cached_configs,
     count_trials,
     default_point,
     grid_points,
@@ -265,20 +266,30 @@ def _start(config: Config, dataset: PreparedDataset, output: Place, num_trials: 
 def _encode(
     plan: SweepPlan, dataset: PreparedDataset, records: Sequence[ImageRecord]
 ) -> EncodingReport:
-    """Fill the cache that all trials and the final test share."""
-    model = resolve_model(plan.config, plan.config.model.checkpoint != "none").model
-    num_frozen = num_frozen_blocks(ENCODER_BLOCKS[model.type], model)
-    if num_frozen == 0:
-        return EncodingReport(0, 0, 0.0)
+    """Fill the cache that all trials and the final test share.
+
+    A trial cannot do it: what would encode finds no room beside the trials.
+    """
     tested = [(record, 0) for record in records]  # the test split too
-    return encode_missing(
-        dataset,
-        [*cache_entries(plan.config, dataset), *tested],
-        plan.output / "base",
-        embeddings_folder(plan.config, dataset),
-        plan.config,
-        num_frozen,
-    )
+    entries: dict[int, list[tuple[ImageRecord, int]]] = {}  # by the number of frozen blocks
+    for config in cached_configs(plan.config):
+        model = resolve_model(config, config.model.checkpoint != "none").model
+        if num_frozen := num_frozen_blocks(ENCODER_BLOCKS[model.type], model):
+            entries.setdefault(num_frozen, []).extend([*cache_entries(config, dataset), *tested])
+    total = EncodingReport(0, 0, 0.0)
+    for num_frozen, views in entries.items():
+        found = encode_missing(
+            dataset,
+            views,
+            plan.output / "base",
+            embeddings_folder(plan.config, dataset),
+            plan.config,
+            num_frozen,
+        )
+        total = EncodingReport(
+            total.encoded + found.encoded, total.found + found.found, total.seconds + found.seconds
+        )
+    return total
 
 
 def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
@@ -302,8 +313,9 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
                 num_samples=plan.num_trials // grid_points(space),
                 search_alg=_searcher(plan, space),
                 scheduler=_scheduler(plan.config),
-                max_concurrent_trials=_concurrent(plan),
-                reuse_actors=True,  # a trial starts in the process of the previous one
+                # A trial starts in the process of the previous one, if that does not wait for the
+                # workers of a trial that was stopped.
+                reuse_actors=plan.resources.num_workers == 1,
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -386,8 +398,13 @@ def _searcher(plan: SweepPlan, space: dict[str, Any]) -> Searcher | BasicVariant
     if settings.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(seed=settings.seed, points_to_evaluate=points)
-    return BasicVariantGenerator(random_state=settings.seed, points_to_evaluate=points)
+        searcher = OptunaSearch(seed=settings.seed, points_to_evaluate=points)
+        return ConcurrencyLimiter(searcher, max_concurrent=_concurrent(plan))
+    return BasicVariantGenerator(
+        random_state=settings.seed,
+        points_to_evaluate=points,
+        max_concurrent=_concurrent(plan),  # it takes no notice of `TuneConfig`'s
+    )
 
 
 def _scheduler(config: Config) -> TrialScheduler:

@@ -12,6 +12,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from samray import elastic
 from samray.errors import ClusterError, TrainingError
@@ -126,6 +127,20 @@ def test_room_is_what_others_leave(ray_cluster):
         impatient.make_decision_for_non_running_worker_group()
     ray.kill(other)
     wait_for(lambda: number_of(room) == 3)
+
+
+def test_what_the_workers_hold_counts_wherever_it_is(ray_cluster, monkeypatch):
+    """After a machine died, Ray has taken their resources on another one before they start."""
+    scaling = ray.train.ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1})
+    room = elastic.Room(scaling, print, 0.0, 60.0)
+    room.after_controller_start(SimpleNamespace(run_id="test"))
+    wait_for(lambda: number_of(room) == 4)
+    held = placement_group([{"CPU": 1}] * 3)
+    ray.get(held.ready())
+    wait_for(lambda: number_of(room) == 1)
+    monkeypatch.setattr(elastic.Group, "placement", held)
+    assert number_of(room) == 4
+    remove_placement_group(held)
 
 
 def number_of(room):

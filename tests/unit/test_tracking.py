@@ -38,12 +38,15 @@ def events(first, last):
 
 
 def track(run, given, step=0, config=None, pictures=dict):
+    """Report events; return the lines for the user."""
     passed_on = []
     with Tracker(run, config or Config(), step, passed_on.append) as tracker:
         tracker.pictures = pictures
         for event in given:
             tracker.report(event)
-    assert passed_on == given
+    events = [event for event in passed_on if "text" not in event]
+    assert events == [event for event in given if event["event"] != "within"]
+    return [event["text"] for event in passed_on if "text" in event]
 
 
 def read_curves(folder):
@@ -127,7 +130,7 @@ def test_mlflow_has_settings_curves_and_status_and_a_resumed_run_goes_on(tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["empty", "deleted"])
-def test_a_run_that_mlflow_cannot_continue_is_followed_by_a_new_one(tmp_path, capsys, damage):
+def test_a_run_that_mlflow_cannot_continue_is_followed_by_a_new_one(tmp_path, damage):
     """As after a kill while MLflow wrote the file."""
     pytest.importorskip("mlflow", reason="mlflow is not installed here")
     from mlflow import MlflowClient
@@ -143,12 +146,29 @@ def test_a_run_that_mlflow_cannot_continue_is_followed_by_a_new_one(tmp_path, ca
         meta.write_text("")
     else:
         client.delete_run(first)
-    track(run, events(2, 2), STEPS, config)
-    assert f"MLflow's run {first} cannot be continued" in capsys.readouterr().out
+    (text,) = track(run, events(2, 2), STEPS, config)
+    assert f"MLflow's run {first} cannot be continued" in text
     second = read_json(run / "mlflow.json")["run_id"]
     assert client.get_run(second).info.status == "FINISHED"
     assert second != first
     assert [m.step for m in client.get_metric_history(second, "val/iou")] == [6]
+
+
+def test_with_a_checkpoint_within_an_epoch_the_steps_before_it_are_kept(tmp_path, bucket):
+    """What comes after it, a killed run computes again."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed here")
+    from mlflow import MlflowClient
+
+    store, run = tmp_path / "store", resolve(f"{bucket}/run", "run")
+    config = load_config(options={"train.mlflow_uri": str(store)})
+    tracker = Tracker(run, config, 0, lambda event: None)  # never closed, as after a kill
+    for event in [*events(1, 1)[:3], {"event": "within", "step": 2}, events(1, 1)[3]]:
+        tracker.report(event)
+    client = MlflowClient(tracking_uri=str(store))
+    run_id = read_json(run / "mlflow.json")["run_id"]
+    assert [m.step for m in client.get_metric_history(run_id, "step/loss")] == [1, 2]
+    curves, _ = read_curves(run / "tensorboard")
+    assert [step for step, _ in curves["step/loss"]] == [1, 2]
 
 
 def test_an_mlflow_that_does_not_work_is_a_mistake_in_the_setting(tmp_path):

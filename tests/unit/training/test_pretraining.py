@@ -82,7 +82,7 @@ def test_a_run_stopped_and_resumed_equals_an_undisturbed_one(tmp_path):
     limit = "pretrain.max_minutes=0.0001"  # one epoch always runs, a second would be too long
     first = pretrain(config_of(pieces, "train.num_epochs=2", limit))
     assert len(first["epochs"]) == 1
-    assert first["status"] == "running"
+    assert first["status"] == "interrupted"
     with pytest.raises(ConfigError, match="--resume"):
         pretrain(config_of(pieces, "train.num_epochs=2"))
     second = pretrain(config_of(pieces, "train.num_epochs=2", "train.resume=true"))

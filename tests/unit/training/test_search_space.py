@@ -5,6 +5,7 @@ import pytest
 from samray.config import load_config
 from samray.errors import ConfigError
 from samray.training.search_space import (
+    cached_configs,
     count_trials,
     default_point,
     grid_points,
@@ -39,6 +40,21 @@ def test_the_default_is_a_point_only_if_the_space_contains_it():
     config = config_of({**space, "prompts.point_selection": {"choice": ["center"]}})
     assert default_point(config, search_space(config)) is None
     assert count_trials(config, search_space(config)) == 16
+
+
+def test_every_combination_that_is_cached_in_its_own_way_is_known_before_the_trials():
+    config = config_of(
+        {
+            "model.adapt": {"choice": ["none", "lora"]},
+            "model.adapt_blocks": {"grid_search": [1, 2]},
+            "train.learning_rate": {"uniform": [0.1, 1.0]},
+        },
+        **{"model.type": "vit_b"},
+    )
+    found = [(one.model.adapt, one.model.adapt_blocks) for one in cached_configs(config)]
+    assert found == [("lora", 1), ("lora", 2)]  # `none` has no blocks: those trials are refused
+    with pytest.raises(ConfigError, match=r"train.cached_views: takes choice or grid_search, not"):
+        search_space(config_of({"train.cached_views": {"randint": [1, 4]}}))
 
 
 @pytest.mark.parametrize(
