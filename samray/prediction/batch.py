@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.config import Config, PredictConfig, required
-from samray.data.discovery import RawFiles, find_files
+from samray.data.discovery import RawFiles, find_files, unread_reason
 from samray.data.labelme import labelme_document, shapes_digest
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.geometry.drawing import encode_picture
@@ -319,14 +319,27 @@ def _find_images(path: Place, output: Place) -> RawFiles:
                 "taken for images the next time; choose another folder, inside the images' or not"
             )
         way = None
-    files = find_files(path)
-    if way is not None:
-        images = [name for name in files.images if not name.startswith(f"{way}/")]
-        skipped = [item for item in files.skipped if not item[0].startswith(f"{way}/")]
-        files = RawFiles(path, [], images, skipped, files.stamps)
+    files = _without(find_files(path), [] if way is None else [way])
     if not files.images:
-        raise ConfigError(f"--image-path: {path} has no image in it or below; check the path")
+        hint = ""
+        if files.unread:
+            name = files.unread[0]
+            hint = (
+                f"; {len(files.unread)} of other formats, the first: {name} {unread_reason(name)}"
+            )
+        raise ConfigError(f"--image-path: {path} has no image in it or below; check the path{hint}")
     return files
+
+
+def _without(files: RawFiles, folders: list[str]) -> RawFiles:
+    """Leave out what lies in some folders or below."""
+    starts = tuple(f"{folder}/" for folder in folders)
+    annotations, images, unread = (
+        [name for name in names if not name.startswith(starts)]
+        for names in (files.annotations, files.images, files.unread)
+    )
+    skipped = [item for item in files.skipped if not item[0].startswith(starts)]
+    return RawFiles(files.root, annotations, images, skipped, files.stamps, unread)
 
 
 def _relative_folder(folder: Place, other: Place) -> str | None:
@@ -372,12 +385,17 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
 def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
     """Collect the prompts of each image, and reject what cannot work before a model is loaded."""
     rejected = [_rejection(name, problem) for name, problem in files.skipped]
+    rejected += [
+        _rejection(name, AnnotationError("format", unread_reason(name))) for name in files.unread
+    ]
     asked: dict[str, str | None] = dict.fromkeys(files.images)
     if entries is not None:
         asked = {}
         for key, content in entries.items():
             try:
                 name = _image_named(key, files)
+                if name in files.unusable:
+                    continue  # it is rejected above, with the reason
                 if name in asked:
                     raise AnnotationError("name", f"is {name} once more; join the two entries")
                 asked[name] = _checked(content)
@@ -402,7 +420,7 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
 
 
 def _image_named(key: str, files: RawFiles) -> str:
-    """Return the image that an entry of the prompts file names.
+    """Return the image that an entry of the prompts file names, usable or not.
 
     Raises:
         AnnotationError: field `name`; no such image was found.
@@ -411,7 +429,7 @@ def _image_named(key: str, files: RawFiles) -> str:
     if posixpath.isabs(name) or name.split("/")[0] == "..":
         reason = "leads out of --image-path and is not followed; name the image as seen from there"
         raise AnnotationError("name", reason)
-    if name not in files.image_set:
+    if name not in files.image_set and name not in files.unusable:
         reason = "there is no such image; names are those seen from --image-path"
         raise AnnotationError("name", reason)
     return name

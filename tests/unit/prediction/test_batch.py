@@ -1,0 +1,61 @@
+"""`samray predict` for many images: what is listed and planned, before Ray or a model is needed."""
+
+import pytest
+
+from samray.errors import ConfigError
+from samray.prediction import batch
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """`photos(*names) -> folder` with such files, all empty."""
+    folder = tmp_path / "photos"
+
+    def make(*names):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"")
+        return folder
+
+    return make
+
+
+def plan(folder, output, entries=None):
+    return batch._plan(batch._find_images(folder, output), entries)
+
+
+def names(found):
+    return [item["name"] for item in found.work]
+
+
+def problems(found):
+    return [(item["file"], item["field"], item["reason"]) for item in found.rejected]
+
+
+@pytest.mark.parametrize("output", ["out", "photos/out"])
+def test_images_of_formats_that_are_not_read_are_rejected(output, photos, tmp_path):
+    folder = photos("a.jpg", "b.HEIC", "sub/c.gif", "out/d.gif")
+    found = plan(folder, tmp_path / output)
+    assert names(found) == ["a.jpg"]
+    listed = (
+        ["b.HEIC", "sub/c.gif"] if output == "photos/out" else ["b.HEIC", "out/d.gif", "sub/c.gif"]
+    )
+    assert [(file, field) for file, field, _ in problems(found)] == [
+        (file, "format") for file in listed
+    ]
+    assert "does not read .heic; convert it to PNG or JPEG" in problems(found)[0][2]
+
+
+def test_an_entry_for_an_image_of_such_a_format_is_rejected_once_with_the_reason(photos, tmp_path):
+    folder = photos("a.jpg", "b.heic")
+    found = plan(folder, tmp_path / "out", {"./b.heic": [], "c.heic": []})
+    assert [(file, field) for file, field, _ in problems(found)] == [
+        ("b.heic", "format"),
+        ("c.heic", "name"),
+    ]
+    assert found.skipped == 1
+
+
+def test_a_folder_of_such_images_alone_says_so(photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"no image in it or below.*2 .*a\.heic .*convert it to"):
+        plan(photos("a.heic", "b.heic"), tmp_path / "out")
