@@ -11,6 +11,7 @@ actors that load the model once (`ImageSegmenter`), and sum up the outcomes.
     OUT/coco.json                                          all objects, with predict.coco
 """
 
+import contextlib
 import hashlib
 import json
 import posixpath
@@ -303,9 +304,11 @@ _OUTCOMES = pa.schema([("outcome", pa.string()), ("error", pa.binary())])
 
 
 def _find_images(path: Place, output: Place) -> RawFiles:
-    """List the images to segment; files in the output folder are not among them."""
+    """List the images to segment; what this command has written is not among them."""
     with plain_errors(f"--image-path: {path}"):
         if path.is_file():
+            if _relative_folder(path.parent, output) == ".":
+                raise _among_images(output)
             status = path.stat()
             stamps = {path.name: f"{status.st_size} {status.st_mtime}"}
             return RawFiles(path.parent, [], [path.name], [], stamps)
@@ -314,12 +317,14 @@ def _find_images(path: Place, output: Place) -> RawFiles:
     way = _relative_folder(path, output)
     if way is not None and way.split("/")[0] in (".", ".."):
         if set(way.split("/")) <= {".", ".."}:
-            raise ConfigError(
-                f"--output-dir: the images lie in {output}, and what is written there would be "
-                "taken for images the next time; choose another folder, inside the images' or not"
-            )
+            raise _among_images(output)
         way = None
-    files = _without(find_files(path), [] if way is None else [way])
+    found = _without(find_files(path), [] if way is None else [way])
+    earlier = _folders_of_results(found)
+    files = _without(found, earlier)
+    if left_out := len(found.images) - len(files.images):
+        folders = ", ".join(earlier)
+        print(f"note: {left_out} images are left out: results of earlier calls, in {folders}")
     if not files.images:
         hint = ""
         if files.unread:
@@ -329,6 +334,24 @@ def _find_images(path: Place, output: Place) -> RawFiles:
             )
         raise ConfigError(f"--image-path: {path} has no image in it or below; check the path{hint}")
     return files
+
+
+def _among_images(output: Place) -> ConfigError:
+    return ConfigError(
+        f"--output-dir: the images lie in {output}, and what is written there would be taken for "
+        "images the next time; choose another folder, inside the images' or not"
+    )
+
+
+def _folders_of_results(files: RawFiles) -> list[str]:
+    """The folders below the root that this command has written to."""
+    folders = []
+    for name in files.annotations:
+        if name.endswith(f"/{SUMMARY}"):
+            with contextlib.suppress(DatasetError):  # no JSON: not of this command
+                if _is_summary(read_json(files.root / name)):
+                    folders.append(posixpath.dirname(name))
+    return folders
 
 
 def _without(files: RawFiles, folders: list[str]) -> RawFiles:
@@ -487,13 +510,16 @@ def _require_own(output: Place, coco: bool) -> None:
         raise ConfigError(
             f"--output-dir: {output} holds a {COCO} that samray did not write; choose another"
         )
-    if (output / SUMMARY).exists():
-        content = read_json(output / SUMMARY)
-        if not isinstance(content, dict) or not {"model", "rejected", "found"} <= content.keys():
-            raise ConfigError(
-                f"--output-dir: {output} holds a {SUMMARY} that samray did not write; choose "
-                "another folder"
-            )
+    if (output / SUMMARY).exists() and not _is_summary(read_json(output / SUMMARY)):
+        raise ConfigError(
+            f"--output-dir: {output} holds a {SUMMARY} that samray did not write; choose another "
+            "folder"
+        )
+
+
+def _is_summary(content: Any) -> bool:
+    """Whether a file's content is a summary of this command."""
+    return isinstance(content, dict) and {"model", "rejected", "found"} <= content.keys()
 
 
 def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:

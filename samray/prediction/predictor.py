@@ -215,11 +215,10 @@ def predict(config: Config) -> dict[str, Place]:
     }
     if settings.coco:
         raise ConfigError("--coco is for all objects of images; leave it out, or the prompt")
-    same_folder = type(path) is type(output) and relative_path(path, output) == path.name
-    if same_folder and (output / f"{path.stem}.json").exists():
+    if relative_path(path.parent, output) == ".":
         raise ConfigError(
-            f"--output-dir: {output} holds {path.stem}.json, the annotation of this image, which "
-            "would be overwritten; choose another folder"
+            f"--output-dir: the image lies in {output}, and mask and overlay would be taken for "
+            "images there; choose another folder"
         )
     image_name = relative_path(path, output)
     _require_own(outputs, image_name)

@@ -1,5 +1,7 @@
 """`samray predict` for many images: what is listed and planned, before Ray or a model is needed."""
 
+import json
+
 import pytest
 
 from samray.errors import ConfigError
@@ -59,3 +61,25 @@ def test_an_entry_for_an_image_of_such_a_format_is_rejected_once_with_the_reason
 def test_a_folder_of_such_images_alone_says_so(photos, tmp_path):
     with pytest.raises(ConfigError, match=r"no image in it or below.*2 .*a\.heic .*convert it to"):
         plan(photos("a.heic", "b.heic"), tmp_path / "out")
+
+
+SUMMARY = json.dumps({"model": {}, "rejected": [], "found": 0})
+
+
+def test_results_of_earlier_calls_inside_the_images_folder_are_no_images(photos, tmp_path, capsys):
+    folder = photos("a.jpg", "v1/a_labels.png", "v1/sub/b_labels.png", "theirs/c.jpg", "v2/d.jpg")
+    photos("other/predictions.json", "other/e.jpg")  # an empty file
+    (folder / "v1/predictions.json").write_text(SUMMARY)
+    (folder / "theirs/predictions.json").write_text('{"mine": 1}')
+    assert names(plan(folder, folder / "v2")) == ["a.jpg", "other/e.jpg", "theirs/c.jpg"]
+    assert (
+        "note: 2 images are left out: results of earlier calls, in v1\n" in capsys.readouterr().out
+    )
+    assert names(plan(folder / "v1", tmp_path / "out")) == ["a_labels.png", "sub/b_labels.png"]
+
+
+def test_one_image_is_not_answered_among_the_images(photos):
+    folder = photos("a.jpg")
+    with pytest.raises(ConfigError, match=r"^--output-dir: the images lie in .*choose another"):
+        plan(folder / "a.jpg", folder)
+    assert names(plan(folder / "a.jpg", folder / "out")) == ["a.jpg"]

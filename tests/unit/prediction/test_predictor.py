@@ -49,3 +49,9 @@ def test_a_file_of_all_objects_of_the_image_is_left_alone(ask):
     with pytest.raises(ConfigError, match=r"0001\.json is there .* for this image"):
         ask("cam1/0001.jpg", "second")
     assert json.loads(path.read_text()) == document
+
+
+def test_the_images_folder_gets_no_mask(ask, tmp_path):
+    with pytest.raises(ConfigError, match=r"^--output-dir: the image lies in .*choose another"):
+        ask("out/0001.jpg", "first")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0001.jpg"]
