@@ -121,7 +121,8 @@ def predict_images(config: Config) -> dict[str, Any]:
 
     Returns:
         The summary, as written to OUTPUT_DIR/predictions.json: `images` done, `objects` in them,
-        `found` (images done by an earlier call), `skipped`, `rejected`, `model`, `settings`.
+        `found` (images done by an earlier call), `corrected` (those whose LabelMe file was changed
+        since), `skipped`, `rejected`, `model`, `settings`.
 
     Raises:
         ConfigError: a setting, a folder or the prompts file cannot be used.
@@ -165,6 +166,7 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config, coco: bool) -> dict
         "images": len(done),
         "objects": sum(outcome["objects"] for outcome in done),
         "found": sum(outcome["found"] for outcome in done),
+        "corrected": sorted(outcome["file"] for outcome in done if outcome["corrected"]),
         "skipped": plan.skipped,
         "rejected": sorted(rejected, key=lambda problem: problem["file"]),
         "model": job.model,
@@ -249,7 +251,8 @@ class ImageSegmenter:
         outputs = {kind: _beside(target, suffix) for kind, suffix in SUFFIXES.items()}
         record = _record(outputs["labelme"])
         if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
-            return {"file": name, "objects": record["objects"], "found": True}
+            counts = {"objects": record["objects"], "found": True}
+            return {"file": name, **counts, "corrected": record["corrected"]}
         if record and record["corrected"]:
             raise AnnotationError(
                 "output",
@@ -297,7 +300,7 @@ class ImageSegmenter:
             raise
         except OSError as exc:
             raise ConfigError(f"--output-dir: {target.parent} cannot be written ({exc})") from exc
-        return {"file": name, "objects": len(objects), "found": False}
+        return {"file": name, "objects": len(objects), "found": False, "corrected": False}
 
 
 _OUTCOMES = pa.schema([("outcome", pa.string()), ("error", pa.binary())])

@@ -1,9 +1,12 @@
 """`samray predict` for many images: what is listed and planned, before Ray or a model is needed."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
+from samray import stages
+from samray.config import Config
 from samray.errors import ConfigError
 from samray.prediction import batch
 
@@ -83,3 +86,21 @@ def test_one_image_is_not_answered_among_the_images(photos):
     with pytest.raises(ConfigError, match=r"^--output-dir: the images lie in .*choose another"):
         plan(folder / "a.jpg", folder)
     assert names(plan(folder / "a.jpg", folder / "out")) == ["a.jpg"]
+
+
+def job(tmp_path):
+    return batch.BatchJob(tmp_path, tmp_path / "out", None, {}, {}, None, None)
+
+
+def test_images_corrected_by_hand_are_counted_and_named(tmp_path, monkeypatch, capsys):
+    done = {"reason": None, "objects": 2, "found": True}
+    outcomes = [{"file": f"{n}.jpg", **done, "corrected": n > 0} for n in range(12)]
+    monkeypatch.setattr(batch, "_run", lambda *_: outcomes)
+    monkeypatch.setattr(batch, "cluster", Mock())
+    work = [{"name": "0.jpg"}]
+    summary = batch._predict(batch.BatchPlan(work, 0, []), job(tmp_path), Config(), False)
+    assert len(summary["corrected"]) == 11
+    monkeypatch.setattr(batch, "predict_images", lambda _: summary)
+    stages.run_predict(Config())
+    printed = capsys.readouterr().out
+    assert "11 corrected by hand; the other outputs show what was found: 1.jpg, 10.jpg" in printed
