@@ -172,10 +172,11 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config, coco: bool) -> dict
         "model": job.model,
         "settings": {"label": job.label, "prompts": config.predict.prompts, **job.generator},
     }
+    # First, as it says whose a coco.json is: a call that is killed in between can be given again.
+    write_json(job.output / SUMMARY, summary)
     if coco:
         named = [(outcome["file"], _labelme_file(job.output, outcome["file"])) for outcome in done]
         write_coco(job.output / COCO, sorted(named))
-    write_json(job.output / SUMMARY, summary)
     return summary
 
 

@@ -104,3 +104,23 @@ def test_images_corrected_by_hand_are_counted_and_named(tmp_path, monkeypatch, c
     stages.run_predict(Config())
     printed = capsys.readouterr().out
     assert "11 corrected by hand; the other outputs show what was found: 1.jpg, 10.jpg" in printed
+
+
+def test_a_call_that_is_killed_between_two_outputs_can_be_given_again(tmp_path, monkeypatch):
+    def killed_after(write):
+        def run(*arguments):
+            write(*arguments)
+            raise KeyboardInterrupt
+
+        return run
+
+    nothing = batch.BatchPlan([], 0, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_json", killed_after(batch.write_json))
+        patch.setattr(batch, "write_coco", killed_after(batch.write_coco))
+        with pytest.raises(KeyboardInterrupt):
+            batch._predict(nothing, job(tmp_path), Config(), coco=True)
+    batch._require_own(tmp_path / "out", coco=True)
+    batch._predict(nothing, job(tmp_path), Config(), coco=True)
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["coco.json", "predictions.json"]
