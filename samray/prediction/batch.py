@@ -17,6 +17,7 @@ import json
 import posixpath
 import sys
 import traceback
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -84,7 +85,7 @@ class BatchJob:
         checkpoint: folder or file; None is `tiny` as it ships.
         model: name, version and checkpoint_digest.
         generator: arguments of SAM's mask generator; of a model that has an instance decoder,
-            which one it is and how its maps become objects.
+            which one it is and how its maps become objects; with prompts, empty.
         label: of all shapes; None: those that the model has learnt.
         tile: side of the windows to look at larger images through; None: at the whole image.
     """
@@ -180,6 +181,11 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config, coco: bool) -> dict
     return summary
 
 
+def _suffixes(prompts: str | None) -> dict[str, str]:
+    """Of the files of an image."""
+    return SUFFIXES if prompts is None else {**SUFFIXES, "answers": ANSWERS}
+
+
 def _labelme_file(output: Place, name: str) -> Place:
     """Where the LabelMe file of an image is written."""
     return _beside(output / PurePosixPath(name).with_suffix("").as_posix(), SUFFIXES["labelme"])
@@ -249,7 +255,9 @@ class ImageSegmenter:
         job, name = self.job, row["name"]
         digest = _digest([FORMAT, job.model["checkpoint_digest"], job.label, job.generator, row])
         target = job.output / PurePosixPath(name).with_suffix("").as_posix()
-        outputs = {kind: _beside(target, suffix) for kind, suffix in SUFFIXES.items()}
+        outputs = {
+            kind: _beside(target, suffix) for kind, suffix in _suffixes(row["prompts"]).items()
+        }
         record = _record(outputs["labelme"])
         if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
             counts = {"objects": record["objects"], "found": True}
@@ -295,7 +303,7 @@ class ImageSegmenter:
             write_bytes(outputs["table"], object_table(objects, job.label))  # see _require_ours
             write_bytes(outputs["labels"], encode_picture(label_map(objects, size), ".png"))
             if answer is not None:
-                write_json(_beside(target, ANSWERS), answer)
+                write_json(outputs["answers"], answer)
             write_json(outputs["labelme"], document)  # last: it marks the other files as complete
         except StorageError:
             raise
@@ -392,7 +400,8 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
         return None
     path = resolve(settings.prompts, "--prompts")
     try:
-        content = json.loads(read_bytes(path, MAX_PROMPTS_BYTES))
+        raw = read_bytes(path, MAX_PROMPTS_BYTES)
+        content = json.loads(raw, object_pairs_hook=_each_once)
     except StorageError:
         raise
     except AnnotationError as exc:
@@ -406,6 +415,15 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
             f'--prompts: {path} must hold an object such as {{"images/a.jpg": [prompt, ...]}}, '
             f"not a {type(content).__name__}"
         )
+    return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; refuse a key that it has twice, as Python keeps only the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((double, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise AnnotationError("file", f"has {double!r:.100} twice in one object; join the two")
     return content
 
 
@@ -543,7 +561,9 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
         name, version = PurePosixPath(given).name, f"{checkpoint.path.name}-{digest[:8]}"
     model = {"name": name, "version": version, "checkpoint_digest": digest}
     generator = generator_settings(settings, checkpoint.model_type)
-    if instances is not None:  # another decoder or another way gives other objects
+    if settings.prompts is not None:
+        generator = {}  # each prompt gives an object; nothing searches for more
+    elif instances is not None:  # another decoder or another way gives other objects
         decoder = digest_of(instances.decoder.state_dict())
         way = asdict(instances.way)
         unused = [key for key in generator if getattr(settings, key) != getattr(PLAIN, key)]

@@ -3,10 +3,12 @@
 import json
 from unittest.mock import Mock
 
+import cv2
+import numpy as np
 import pytest
 
 from samray import stages
-from samray.config import Config
+from samray.config import Config, PredictConfig
 from samray.errors import ConfigError
 from samray.prediction import batch
 
@@ -124,3 +126,42 @@ def test_a_call_that_is_killed_between_two_outputs_can_be_given_again(tmp_path, 
     batch._predict(nothing, job(tmp_path), Config(), coco=True)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["coco.json", "predictions.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"a.jpg": [], "b.jpg": [], "a.jpg": []}', "a.jpg"),
+        ('{"a.jpg": [{"box": [1, 2, 3, 4], "box": [5, 6, 7, 8]}]}', "box"),
+    ],
+)
+def test_a_key_that_is_twice_in_the_prompts_is_refused(text, key, tmp_path):
+    (tmp_path / "prompts.json").write_text(text)
+    settings = PredictConfig(prompts=str(tmp_path / "prompts.json"))
+    with pytest.raises(ConfigError, match=rf"^--prompts: .*prompts\.json has '{key}' twice"):
+        batch._read_prompts(settings)
+
+
+def test_prompts_need_no_grid(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "instances_of", lambda *_: None)
+    asked = PredictConfig(prompts="prompts.json", points_per_side=5)
+    assert batch._job(tmp_path, tmp_path, asked).generator == {}
+    assert "grid" not in capsys.readouterr().out
+
+
+def test_with_prompts_only_a_missing_file_has_them_answered_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch.cluster, "actor_device", lambda: "cpu")  # it asks Ray
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in/a.png"), np.full((40, 60, 3), 90, np.uint8))
+    row = {"name": "a.png", "stamp": "1", "prompts": '[{"box": [5, 5, 30, 30]}]'}
+
+    def found(**settings):
+        asked = PredictConfig(prompts="prompts.json", **settings)
+        segmenter = batch.ImageSegmenter(batch._job(tmp_path / "in", tmp_path / "out", asked))
+        return segmenter._segment(row)["found"]
+
+    assert not found()
+    assert found(points_per_side=5)  # no grid is used
+    (tmp_path / "out/a.predictions.json").unlink()
+    assert not found()
+    assert (tmp_path / "out/a.predictions.json").is_file()
