@@ -14,6 +14,7 @@ actors that load the model once (`ImageSegmenter`), and sum up the outcomes.
 import contextlib
 import hashlib
 import json
+import os
 import posixpath
 import sys
 import traceback
@@ -53,6 +54,7 @@ from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import (
+    MAX_NAME,
     Place,
     csv_bytes,
     lock_folder,
@@ -135,7 +137,7 @@ def predict_images(config: Config) -> dict[str, Any]:
     output = resolve(output_dir, "--output-dir")
     files = _find_images(resolve(image_path, "--image-path"), output)
     _require_batch(settings)
-    plan = _plan(files, _read_prompts(settings))
+    plan = _plan(files, _read_prompts(settings), isinstance(output, Path))
     # The files of an image belong together; of two calls at once, each could write some of them.
     with lock_folder(output, "--output-dir"):
         _require_own(output, settings.coco)
@@ -427,8 +429,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
-    """Collect the prompts of each image, and reject what cannot work before a model is loaded."""
+def _plan(files: RawFiles, entries: dict[str, Any] | None, on_disk: bool) -> BatchPlan:
+    """Collect the prompts of each image, and reject what cannot work before a model is loaded.
+
+    Args:
+        on_disk: whether the outputs are files, whose names must not be long.
+    """
     rejected = [_rejection(name, problem) for name, problem in files.skipped]
     rejected += [
         _rejection(name, AnnotationError("format", unread_reason(name))) for name in files.unread
@@ -451,6 +457,11 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
     owners = {SUMMARY: "the list of all results", COCO: "the list of all objects"}
     for name in sorted(asked):
         stem = PurePosixPath(name).with_suffix("").as_posix()
+        longest = max(_suffixes(asked[name]).values(), key=len)
+        if on_disk and len(os.fsencode(posixpath.basename(stem) + longest)) > MAX_NAME:
+            reason = f"is too long to write a file with {longest} after it; rename the image"
+            rejected.append(_rejection(name, AnnotationError("name", reason)))
+            continue
         outputs = [stem + suffix for suffix in (*SUFFIXES.values(), ANSWERS)]
         taken = [output for output in outputs if output in owners]
         if taken:

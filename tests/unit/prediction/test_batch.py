@@ -11,6 +11,7 @@ from samray import stages
 from samray.config import Config, PredictConfig
 from samray.errors import ConfigError
 from samray.prediction import batch
+from samray.storage import write_bytes
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def photos(tmp_path):
 
 
 def plan(folder, output, entries=None):
-    return batch._plan(batch._find_images(folder, output), entries)
+    return batch._plan(batch._find_images(folder, output), entries, on_disk=True)
 
 
 def names(found):
@@ -165,3 +166,18 @@ def test_with_prompts_only_a_missing_file_has_them_answered_again(tmp_path, monk
     (tmp_path / "out/a.predictions.json").unlink()
     assert not found()
     assert (tmp_path / "out/a.predictions.json").is_file()
+
+
+def test_an_image_whose_outputs_would_have_too_long_names_is_rejected(photos, tmp_path):
+    long, fits = "核" * 77 + ".jpg", "n" * 230 + ".jpg"
+    folder = photos(f"sub/{long}", f"sub/{fits}")
+    found = plan(folder, tmp_path / "out")
+    assert names(found) == [f"sub/{fits}"]
+    ((file, field, reason),) = problems(found)
+    assert (file, field) == (f"sub/{long}", "name")
+    assert reason.endswith("rename the image")
+    write_bytes(tmp_path / f"{'n' * 230}_labels.png", b"")
+    with pytest.raises(OSError, match="too long"):
+        write_bytes(tmp_path / f"{'n' * 231}_labels.png", b"")
+    prompts = {f"sub/{fits}": [{"box": [1, 1, 5, 5]}]}  # their answers have longer names
+    assert problems(plan(folder, tmp_path / "out", prompts))[0][:2] == (f"sub/{fits}", "name")
