@@ -350,6 +350,9 @@ def run_predict(config: Config) -> None:
     earlier = f" ({summary['found']} were done before)" if summary["found"] else ""
     print(f"{summary['images']} images{earlier}, {summary['objects']} objects")
     print(f"{summary['skipped']} skipped, {len(summary['rejected'])} rejected")
+    if corrected := summary["corrected"]:
+        named = ", ".join(corrected[:10]) + (", ..." if len(corrected) > 10 else "")
+        print(f"{len(corrected)} corrected by hand; the other outputs show what was found: {named}")
     output = config.predict.output_dir
     _print_rejected(summary["rejected"], f"{output}/predictions.json")
     if advice := _nothing_found(summary):

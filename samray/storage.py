@@ -41,6 +41,8 @@ from urllib3.exceptions import HTTPError
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 
 Place = Path | S3Path
+# Bytes of a file's name that `whole_file` can write: of 255, its temporary file takes 14 more.
+MAX_NAME = 241
 FULL_DISK = 2**16  # free bytes, below which a failed write is due to that
 LOCK = ".samray.lock"  # in an output folder: the process that writes to it
 # What a killed process may leave: a lock, a probe of `cluster`, a temporary file of `whole_file`.
@@ -560,6 +562,14 @@ def remove_folder(path: Place) -> None:
     with plain_errors(str(path)):
         if path.exists():
             path.rmtree()
+
+
+def short_name(name: str) -> str:
+    """Return a file's name that leaves room for a longer extension (see MAX_NAME)."""
+    raw = name.encode()
+    if len(raw) <= 200:
+        return name
+    return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"
 
 
 def relative_path(file: Place, folder: Place) -> str:

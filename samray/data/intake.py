@@ -37,7 +37,7 @@ from samray.geometry.masks import (
 )
 from samray.geometry.shapes import Shape
 from samray.geometry.tiles import Window, part_in, place_in_tiles, tile_windows
-from samray.storage import Place, make_folder, read_bytes, write_bytes
+from samray.storage import Place, make_folder, read_bytes, short_name, write_bytes
 
 
 @dataclass(frozen=True)
@@ -460,14 +460,7 @@ def _instance(label: str, mask: CroppedMask, size: tuple[int, int], outside: int
 
 
 def _write_overlay(folder: Place, name: str, image: np.ndarray, masks: list[CroppedMask]) -> None:
-    path = folder / PurePosixPath(name).parent / f"{_short(PurePosixPath(name).name)}.overlay.jpg"
+    image_path = PurePosixPath(name)
+    path = folder / image_path.parent / f"{short_name(image_path.name)}.overlay.jpg"
     make_folder(path.parent, "--output-dir")
     write_bytes(path, encode_picture(shrink(draw_masks(image, masks), 1600), ".jpg"))
-
-
-def _short(name: str) -> str:
-    """A file's name that leaves room for a longer extension; systems allow 255 bytes."""
-    raw = name.encode()
-    if len(raw) <= 200:
-        return name
-    return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"

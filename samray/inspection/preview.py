@@ -15,6 +15,7 @@ from samray.storage import (
     lock_folder,
     require_folder,
     resolve,
+    short_name,
     write_bytes,
     write_json,
 )
@@ -55,7 +56,8 @@ def _draw(dataset: PreparedDataset, output: Place, settings: InspectConfig) -> l
         picture = draw_masks(decode_image(dataset.image_bytes(record)), crops)
         for prompt in prompts:
             draw_prompt_marks(picture, prompt)
-        name = f"{number:03d}_{PurePosixPath(record.name).stem}_{settings.point_selection}.jpg"
+        stem = short_name(PurePosixPath(record.name).stem)
+        name = f"{number:03d}_{stem}_{settings.point_selection}.jpg"
         write_bytes(output / name, encode_picture(shrink(picture, 1600), ".jpg"))
         pictures.append(output / name)
         listing.append(

@@ -89,24 +89,6 @@ class _Matches:
         return cls(table.shape[0], table.shape[1], pairs)
 
 
-def label_map_ious(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return the IoU of the objects of two label maps.
-
-    Args:
-        found, true: H x W int, 0 background, objects numbered 1..N and 1..M.
-
-    Returns:
-        N x M float64.
-    """
-    num_found, num_true = int(found.max(initial=0)), int(true.max(initial=0))
-    pairs = found.astype(np.int64).ravel() * (num_true + 1) + true.ravel()
-    table = np.bincount(pairs, minlength=(num_found + 1) * (num_true + 1))
-    overlap = table.reshape(num_found + 1, num_true + 1).astype(np.float64)
-    union = overlap.sum(axis=1, keepdims=True) + overlap.sum(axis=0, keepdims=True) - overlap
-    ious: np.ndarray = overlap[1:, 1:] / np.maximum(union[1:, 1:], 1)
-    return ious
-
-
 def match(ious: np.ndarray, threshold: float) -> list[tuple[int, int]]:
     """Return the most pairs (found, true) whose IoU reaches a threshold; each object once.
 

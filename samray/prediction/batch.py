@@ -11,11 +11,14 @@ actors that load the model once (`ImageSegmenter`), and sum up the outcomes.
     OUT/coco.json                                          all objects, with predict.coco
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import posixpath
 import sys
 import traceback
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +31,7 @@ from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.config import Config, PredictConfig, required
-from samray.data.discovery import RawFiles, find_files
+from samray.data.discovery import RawFiles, find_files, unread_reason
 from samray.data.labelme import labelme_document, shapes_digest
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.geometry.drawing import encode_picture
@@ -51,6 +54,7 @@ from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.shipped import load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import (
+    MAX_NAME,
     Place,
     csv_bytes,
     lock_folder,
@@ -83,7 +87,7 @@ class BatchJob:
         checkpoint: folder or file; None is `tiny` as it ships.
         model: name, version and checkpoint_digest.
         generator: arguments of SAM's mask generator; of a model that has an instance decoder,
-            which one it is and how its maps become objects.
+            which one it is and how its maps become objects; with prompts, empty.
         label: of all shapes; None: those that the model has learnt.
         tile: side of the windows to look at larger images through; None: at the whole image.
     """
@@ -120,7 +124,8 @@ def predict_images(config: Config) -> dict[str, Any]:
 
     Returns:
         The summary, as written to OUTPUT_DIR/predictions.json: `images` done, `objects` in them,
-        `found` (images done by an earlier call), `skipped`, `rejected`, `model`, `settings`.
+        `found` (images done by an earlier call), `corrected` (those whose LabelMe file was changed
+        since), `skipped`, `rejected`, `model`, `settings`.
 
     Raises:
         ConfigError: a setting, a folder or the prompts file cannot be used.
@@ -132,7 +137,7 @@ def predict_images(config: Config) -> dict[str, Any]:
     output = resolve(output_dir, "--output-dir")
     files = _find_images(resolve(image_path, "--image-path"), output)
     _require_batch(settings)
-    plan = _plan(files, _read_prompts(settings))
+    plan = _plan(files, _read_prompts(settings), isinstance(output, Path))
     # The files of an image belong together; of two calls at once, each could write some of them.
     with lock_folder(output, "--output-dir"):
         _require_own(output, settings.coco)
@@ -164,16 +169,23 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config, coco: bool) -> dict
         "images": len(done),
         "objects": sum(outcome["objects"] for outcome in done),
         "found": sum(outcome["found"] for outcome in done),
+        "corrected": sorted(outcome["file"] for outcome in done if outcome["corrected"]),
         "skipped": plan.skipped,
         "rejected": sorted(rejected, key=lambda problem: problem["file"]),
         "model": job.model,
         "settings": {"label": job.label, "prompts": config.predict.prompts, **job.generator},
     }
+    # First, as it says whose a coco.json is: a call that is killed in between can be given again.
+    write_json(job.output / SUMMARY, summary)
     if coco:
         named = [(outcome["file"], _labelme_file(job.output, outcome["file"])) for outcome in done]
         write_coco(job.output / COCO, sorted(named))
-    write_json(job.output / SUMMARY, summary)
     return summary
+
+
+def _suffixes(prompts: str | None) -> dict[str, str]:
+    """Of the files of an image."""
+    return SUFFIXES if prompts is None else {**SUFFIXES, "answers": ANSWERS}
 
 
 def _labelme_file(output: Place, name: str) -> Place:
@@ -245,10 +257,13 @@ class ImageSegmenter:
         job, name = self.job, row["name"]
         digest = _digest([FORMAT, job.model["checkpoint_digest"], job.label, job.generator, row])
         target = job.output / PurePosixPath(name).with_suffix("").as_posix()
-        outputs = {kind: _beside(target, suffix) for kind, suffix in SUFFIXES.items()}
+        outputs = {
+            kind: _beside(target, suffix) for kind, suffix in _suffixes(row["prompts"]).items()
+        }
         record = _record(outputs["labelme"])
         if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
-            return {"file": name, "objects": record["objects"], "found": True}
+            counts = {"objects": record["objects"], "found": True}
+            return {"file": name, **counts, "corrected": record["corrected"]}
         if record and record["corrected"]:
             raise AnnotationError(
                 "output",
@@ -290,22 +305,24 @@ class ImageSegmenter:
             write_bytes(outputs["table"], object_table(objects, job.label))  # see _require_ours
             write_bytes(outputs["labels"], encode_picture(label_map(objects, size), ".png"))
             if answer is not None:
-                write_json(_beside(target, ANSWERS), answer)
+                write_json(outputs["answers"], answer)
             write_json(outputs["labelme"], document)  # last: it marks the other files as complete
         except StorageError:
             raise
         except OSError as exc:
             raise ConfigError(f"--output-dir: {target.parent} cannot be written ({exc})") from exc
-        return {"file": name, "objects": len(objects), "found": False}
+        return {"file": name, "objects": len(objects), "found": False, "corrected": False}
 
 
 _OUTCOMES = pa.schema([("outcome", pa.string()), ("error", pa.binary())])
 
 
 def _find_images(path: Place, output: Place) -> RawFiles:
-    """List the images to segment; files in the output folder are not among them."""
+    """List the images to segment; what this command has written is not among them."""
     with plain_errors(f"--image-path: {path}"):
         if path.is_file():
+            if _relative_folder(path.parent, output) == ".":
+                raise _among_images(output)
             status = path.stat()
             stamps = {path.name: f"{status.st_size} {status.st_mtime}"}
             return RawFiles(path.parent, [], [path.name], [], stamps)
@@ -314,19 +331,52 @@ def _find_images(path: Place, output: Place) -> RawFiles:
     way = _relative_folder(path, output)
     if way is not None and way.split("/")[0] in (".", ".."):
         if set(way.split("/")) <= {".", ".."}:
-            raise ConfigError(
-                f"--output-dir: the images lie in {output}, and what is written there would be "
-                "taken for images the next time; choose another folder, inside the images' or not"
-            )
+            raise _among_images(output)
         way = None
-    files = find_files(path)
-    if way is not None:
-        images = [name for name in files.images if not name.startswith(f"{way}/")]
-        skipped = [item for item in files.skipped if not item[0].startswith(f"{way}/")]
-        files = RawFiles(path, [], images, skipped, files.stamps)
+    found = _without(find_files(path), [] if way is None else [way])
+    earlier = _folders_of_results(found)
+    files = _without(found, earlier)
+    if left_out := len(found.images) - len(files.images):
+        folders = ", ".join(earlier)
+        print(f"note: {left_out} images are left out: results of earlier calls, in {folders}")
     if not files.images:
-        raise ConfigError(f"--image-path: {path} has no image in it or below; check the path")
+        hint = ""
+        if files.unread:
+            name = files.unread[0]
+            hint = (
+                f"; {len(files.unread)} of other formats, the first: {name} {unread_reason(name)}"
+            )
+        raise ConfigError(f"--image-path: {path} has no image in it or below; check the path{hint}")
     return files
+
+
+def _among_images(output: Place) -> ConfigError:
+    return ConfigError(
+        f"--output-dir: the images lie in {output}, and what is written there would be taken for "
+        "images the next time; choose another folder, inside the images' or not"
+    )
+
+
+def _folders_of_results(files: RawFiles) -> list[str]:
+    """The folders below the root that this command has written to."""
+    folders = []
+    for name in files.annotations:
+        if name.endswith(f"/{SUMMARY}"):
+            with contextlib.suppress(DatasetError):  # no JSON: not of this command
+                if _is_summary(read_json(files.root / name)):
+                    folders.append(posixpath.dirname(name))
+    return folders
+
+
+def _without(files: RawFiles, folders: list[str]) -> RawFiles:
+    """Leave out what lies in some folders or below."""
+    starts = tuple(f"{folder}/" for folder in folders)
+    annotations, images, unread = (
+        [name for name in names if not name.startswith(starts)]
+        for names in (files.annotations, files.images, files.unread)
+    )
+    skipped = [item for item in files.skipped if not item[0].startswith(starts)]
+    return RawFiles(files.root, annotations, images, skipped, files.stamps, unread)
 
 
 def _relative_folder(folder: Place, other: Place) -> str | None:
@@ -352,7 +402,8 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
         return None
     path = resolve(settings.prompts, "--prompts")
     try:
-        content = json.loads(read_bytes(path, MAX_PROMPTS_BYTES))
+        raw = read_bytes(path, MAX_PROMPTS_BYTES)
+        content = json.loads(raw, object_pairs_hook=_each_once)
     except StorageError:
         raise
     except AnnotationError as exc:
@@ -369,15 +420,33 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
     return content
 
 
-def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
-    """Collect the prompts of each image, and reject what cannot work before a model is loaded."""
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; refuse a key that it has twice, as Python keeps only the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((double, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise AnnotationError("file", f"has {double!r:.100} twice in one object; join the two")
+    return content
+
+
+def _plan(files: RawFiles, entries: dict[str, Any] | None, on_disk: bool) -> BatchPlan:
+    """Collect the prompts of each image, and reject what cannot work before a model is loaded.
+
+    Args:
+        on_disk: whether the outputs are files, whose names must not be long.
+    """
     rejected = [_rejection(name, problem) for name, problem in files.skipped]
+    rejected += [
+        _rejection(name, AnnotationError("format", unread_reason(name))) for name in files.unread
+    ]
     asked: dict[str, str | None] = dict.fromkeys(files.images)
     if entries is not None:
         asked = {}
         for key, content in entries.items():
             try:
                 name = _image_named(key, files)
+                if name in files.unusable:
+                    continue  # it is rejected above, with the reason
                 if name in asked:
                     raise AnnotationError("name", f"is {name} once more; join the two entries")
                 asked[name] = _checked(content)
@@ -388,6 +457,11 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
     owners = {SUMMARY: "the list of all results", COCO: "the list of all objects"}
     for name in sorted(asked):
         stem = PurePosixPath(name).with_suffix("").as_posix()
+        longest = max(_suffixes(asked[name]).values(), key=len)
+        if on_disk and len(os.fsencode(posixpath.basename(stem) + longest)) > MAX_NAME:
+            reason = f"is too long to write a file with {longest} after it; rename the image"
+            rejected.append(_rejection(name, AnnotationError("name", reason)))
+            continue
         outputs = [stem + suffix for suffix in (*SUFFIXES.values(), ANSWERS)]
         taken = [output for output in outputs if output in owners]
         if taken:
@@ -402,7 +476,7 @@ def _plan(files: RawFiles, entries: dict[str, Any] | None) -> BatchPlan:
 
 
 def _image_named(key: str, files: RawFiles) -> str:
-    """Return the image that an entry of the prompts file names.
+    """Return the image that an entry of the prompts file names, usable or not.
 
     Raises:
         AnnotationError: field `name`; no such image was found.
@@ -411,7 +485,7 @@ def _image_named(key: str, files: RawFiles) -> str:
     if posixpath.isabs(name) or name.split("/")[0] == "..":
         reason = "leads out of --image-path and is not followed; name the image as seen from there"
         raise AnnotationError("name", reason)
-    if name not in files.image_set:
+    if name not in files.image_set and name not in files.unusable:
         reason = "there is no such image; names are those seen from --image-path"
         raise AnnotationError("name", reason)
     return name
@@ -469,13 +543,16 @@ def _require_own(output: Place, coco: bool) -> None:
         raise ConfigError(
             f"--output-dir: {output} holds a {COCO} that samray did not write; choose another"
         )
-    if (output / SUMMARY).exists():
-        content = read_json(output / SUMMARY)
-        if not isinstance(content, dict) or not {"model", "rejected", "found"} <= content.keys():
-            raise ConfigError(
-                f"--output-dir: {output} holds a {SUMMARY} that samray did not write; choose "
-                "another folder"
-            )
+    if (output / SUMMARY).exists() and not _is_summary(read_json(output / SUMMARY)):
+        raise ConfigError(
+            f"--output-dir: {output} holds a {SUMMARY} that samray did not write; choose another "
+            "folder"
+        )
+
+
+def _is_summary(content: Any) -> bool:
+    """Whether a file's content is a summary of this command."""
+    return isinstance(content, dict) and {"model", "rejected", "found"} <= content.keys()
 
 
 def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
@@ -495,7 +572,9 @@ def _job(root: Place, output: Place, settings: PredictConfig) -> BatchJob:
         name, version = PurePosixPath(given).name, f"{checkpoint.path.name}-{digest[:8]}"
     model = {"name": name, "version": version, "checkpoint_digest": digest}
     generator = generator_settings(settings, checkpoint.model_type)
-    if instances is not None:  # another decoder or another way gives other objects
+    if settings.prompts is not None:
+        generator = {}  # each prompt gives an object; nothing searches for more
+    elif instances is not None:  # another decoder or another way gives other objects
         decoder = digest_of(instances.decoder.state_dict())
         way = asdict(instances.way)
         unused = [key for key in generator if getattr(settings, key) != getattr(PLAIN, key)]

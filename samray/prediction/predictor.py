@@ -215,13 +215,13 @@ def predict(config: Config) -> dict[str, Place]:
     }
     if settings.coco:
         raise ConfigError("--coco is for all objects of images; leave it out, or the prompt")
-    same_folder = type(path) is type(output) and relative_path(path, output) == path.name
-    if same_folder and (output / f"{path.stem}.json").exists():
+    if relative_path(path.parent, output) == ".":
         raise ConfigError(
-            f"--output-dir: {output} holds {path.stem}.json, the annotation of this image, which "
-            "would be overwritten; choose another folder"
+            f"--output-dir: the image lies in {output}, and mask and overlay would be taken for "
+            "images there; choose another folder"
         )
-    _require_own(outputs)
+    image_name = relative_path(path, output)
+    _require_own(outputs, image_name)
     checkpoint = settings.checkpoint
     predictor = Predictor.from_checkpoint(
         None if checkpoint is None else resolve(checkpoint, "--checkpoint")
@@ -234,7 +234,7 @@ def predict(config: Config) -> dict[str, Place]:
     make_folder(output, "--output-dir")
     size = (image.shape[0], image.shape[1])
     shapes = mask_to_shapes(mask, settings.label or UNNAMED)
-    document = labelme_document(relative_path(path, output), size, shapes)
+    document = labelme_document(image_name, size, shapes)
     # First, as it says whose the other files are.
     write_json(outputs["labelme"], {**document, "samray": {"shapes": shapes_digest(document)}})
     picture = draw_prompt_marks(draw_masks(image, [mask], [HIGHLIGHT]), prompt)
@@ -243,8 +243,11 @@ def predict(config: Config) -> dict[str, Place]:
     return outputs
 
 
-def _require_own(outputs: dict[str, Place]) -> None:
-    """Refuse to replace a file that this command has not written, or that was corrected since.
+def _require_own(outputs: dict[str, Place], image_name: str) -> None:
+    """Refuse to replace a file not written for this image, or that was corrected since.
+
+    Args:
+        image_name: as seen from the folder of the outputs.
 
     Raises:
         ConfigError: naming the file.
@@ -253,13 +256,17 @@ def _require_own(outputs: dict[str, Place]) -> None:
     if outputs["labelme"] in there:
         with contextlib.suppress(DatasetError, KeyError, TypeError, AttributeError):
             document = read_json(outputs["labelme"])
-            if document["samray"]["shapes"] == shapes_digest(document):
+            record = document["samray"]
+            same_image = document["imagePath"] == image_name
+            of_prompt = "digest" not in record  # else of all objects, by `predict_images`
+            if same_image and of_prompt and record["shapes"] == shapes_digest(document):
                 return
         there = [outputs["labelme"]]
     if there:
         raise ConfigError(
-            f"--output-dir: {there[0]} is there and was not written by this command, or was "
-            "corrected since; it is left as it is; choose another folder, or remove the file"
+            f"--output-dir: {there[0]} is there and was not written by this command for this "
+            "image, or was corrected since; it is left as it is; choose another folder, or remove "
+            "the file"
         )
 
 

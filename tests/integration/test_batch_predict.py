@@ -257,7 +257,7 @@ def outcome_of(folder, checkpoint, one_colour=False, **settings):
 def test_objects_have_the_labels_of_the_model_and_again_does_only_what_is_missing(tmp_path, finder):
     document, table, outcome = segment(tmp_path, finder)
     assert outcome == {
-        "file": "a.png", "reason": None, "objects": len(table), "found": False,
+        "file": "a.png", "reason": None, "objects": len(table), "found": False, "corrected": False,
     }  # fmt: skip
     assert table
     assert {row["label"] for row in table} <= {"leaf", "stone"}
@@ -277,7 +277,8 @@ def test_a_labelme_file_that_somebody_corrected_is_kept(by, tmp_path, finder):
     else:
         document["shapes"][0]["label"] = "corrected"
     (tmp_path / "out/a.json").write_text(json.dumps(document))
-    assert segment(tmp_path, finder)[2]["found"]  # nothing to do
+    outcome = segment(tmp_path, finder)[2]
+    assert (outcome["found"], outcome["corrected"]) == (True, True)  # nothing to do
     (tmp_path / "out/a_labels.png").unlink()
     for settings in ({}, {"label": "thing"}):
         kept, rows, outcome = segment(tmp_path, finder, **settings)

@@ -11,7 +11,6 @@ from samray.instances import metrics
 from samray.instances.metrics import (
     THRESHOLDS,
     ImageObjects,
-    label_map_ious,
     match,
     outside_region,
     score_instances,
@@ -81,15 +80,6 @@ def test_matching_finds_as_many_pairs_as_trying_all_of_them():
             for rows in itertools.permutations(range(4), 3)
         )
         assert len(match(ious, 0.5)) == best
-
-
-def test_ious_of_label_maps_are_those_of_masks():
-    found, true = np.zeros(SIZE, int), np.zeros(SIZE, int)
-    found[2:12, 0:10], found[2:12, 12:20] = 1, 2
-    true[2:12, 0:10], true[2:12, 10:20], true[2:12, 21:30] = 1, 2, 3
-    masks = objects([bar(0, 10), bar(12, 8)], [bar(0, 10), bar(10, 10), bar(21, 9)])
-    assert label_map_ious(found, true) == pytest.approx(masks.ious())
-    assert label_map_ious(np.zeros(SIZE, int), true).shape == (0, 3)
 
 
 def test_average_precision_by_hand():
