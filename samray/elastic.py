@@ -83,7 +83,8 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
     installed after it.
 
     Args:
-        send: receives {"event": "restart" | "waiting" | "warning", "text": ...}, in the controller.
+        send: receives {"event": "restart" | "waiting" | "warning", "text": ...}, in the controller;
+            when workers start {"event": "placement", "id": ...}, the group of their resources.
         checkpoint: says from where a restart goes on, e.g. "epoch 2, step 14"; called in the
             controller, too.
         arguments: of `TorchTrainer`.
@@ -203,6 +204,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         """Remember the workers."""
         Group.workers = list(workers)
         Group.placement = ray.get(workers[0].execute_async(get_current_placement_group))
+        self._send({"event": "placement", "id": Group.placement.id.hex()})
         return {}
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:

@@ -321,8 +321,6 @@ def _find_images(path: Place, output: Place) -> RawFiles:
     """List the images to segment; what this command has written is not among them."""
     with plain_errors(f"--image-path: {path}"):
         if path.is_file():
-            if _relative_folder(path.parent, output) == ".":
-                raise _among_images(output)
             status = path.stat()
             stamps = {path.name: f"{status.st_size} {status.st_mtime}"}
             return RawFiles(path.parent, [], [path.name], [], stamps)
@@ -331,7 +329,10 @@ def _find_images(path: Place, output: Place) -> RawFiles:
     way = _relative_folder(path, output)
     if way is not None and way.split("/")[0] in (".", ".."):
         if set(way.split("/")) <= {".", ".."}:
-            raise _among_images(output)
+            raise ConfigError(
+                f"--output-dir: the images lie in {output}, and what is written there would be "
+                "taken for images the next time; choose another folder, inside the images' or not"
+            )
         way = None
     found = _without(find_files(path), [] if way is None else [way])
     earlier = _folders_of_results(found)
@@ -348,13 +349,6 @@ def _find_images(path: Place, output: Place) -> RawFiles:
             )
         raise ConfigError(f"--image-path: {path} has no image in it or below; check the path{hint}")
     return files
-
-
-def _among_images(output: Place) -> ConfigError:
-    return ConfigError(
-        f"--output-dir: the images lie in {output}, and what is written there would be taken for "
-        "images the next time; choose another folder, inside the images' or not"
-    )
 
 
 def _folders_of_results(files: RawFiles) -> list[str]:

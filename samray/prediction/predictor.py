@@ -215,11 +215,6 @@ def predict(config: Config) -> dict[str, Place]:
     }
     if settings.coco:
         raise ConfigError("--coco is for all objects of images; leave it out, or the prompt")
-    if relative_path(path.parent, output) == ".":
-        raise ConfigError(
-            f"--output-dir: the image lies in {output}, and mask and overlay would be taken for "
-            "images there; choose another folder"
-        )
     image_name = relative_path(path, output)
     _require_own(outputs, image_name)
     checkpoint = settings.checkpoint

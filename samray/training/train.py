@@ -432,6 +432,8 @@ def _show_progress(config: Config, run: RunFolder, queue: Any, done: threading.E
                 if event["event"] == "start" or "text" in event:
                     workers = _say(event, config, workers)
                     continue
+                if event["event"] == "placement":
+                    continue
                 if event["event"] == "base":
                     if bar.disable:
                         print(f"base  val_iou {event['val_iou']:.3f}", flush=True)

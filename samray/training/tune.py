@@ -24,9 +24,10 @@ from typing import Any
 
 import ray
 import torch
-from ray import tune
+from ray import PlacementGroupID, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from tqdm import tqdm
 
 from samray import __version__, cluster
@@ -358,13 +359,18 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
     run_path = output / "trials" / context.get_trial_id()
     resume = (run_path / "run.json").is_file()
 
+    held: dict[str, str] = {}  # what the trial's workers hold, see `Progress`
+
     def report(event: dict[str, Any]) -> None:
+        if event["event"] == "placement":
+            held["placement"] = event["id"]
+            return
         if not first_step:
             first_step.append(round(time.perf_counter() - started, 2))
         if event["event"] == "epoch":
-            report_epoch(event, startup_seconds=first_step[0])
+            report_epoch(event, startup_seconds=first_step[0], **held)
 
-    def report_epoch(epoch: dict[str, Any], **more: float) -> None:
+    def report_epoch(epoch: dict[str, Any], **more: float | str) -> None:
         wanted = [key for key in ("epoch", "loss", "seconds", *METRICS) if key in epoch]
         tune.report({**{key: epoch[key] for key in wanted}, **more})
 
@@ -445,7 +451,10 @@ class Progress(tune.Callback):  # type: ignore[misc]
         return {key: value for key, value in self.__dict__.items() if key != "bar"}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Print the trial's best score."""
+        """Print the trial's best score, and free what the workers of a stopped trial hold."""
+        if placement := trial.last_result.get("placement"):
+            # Tune ends the trial's process, and Ray keeps the group until the sweep's end.
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(placement)))
         epochs = trial.last_result.get("epoch", 0)
         plural = "" if epochs == 1 else "s"
         self._print(trials, trial, f"{self.metric} {self._best(trial):.3f}, {epochs} epoch{plural}")

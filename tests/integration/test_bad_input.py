@@ -900,7 +900,7 @@ def test_predict_does_not_overwrite_the_annotation_of_its_image(few, unfinished_
     before = beside.read_bytes()
     words = ["predict", "--checkpoint", unfinished_run, "--point", 5, 5]
     words += ["--image-path", few / "images/sample_00000.jpg", "--output-dir", few / "images"]
-    refused(run_cli(*words), "--output-dir", "the image lies in", "choose another folder")
+    refused(run_cli(*words), "--output-dir", "sample_00000.json", "choose another folder")
     assert beside.read_bytes() == before
 
 

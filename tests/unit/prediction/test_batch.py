@@ -84,13 +84,6 @@ def test_results_of_earlier_calls_inside_the_images_folder_are_no_images(photos,
     assert names(plan(folder / "v1", tmp_path / "out")) == ["a_labels.png", "sub/b_labels.png"]
 
 
-def test_one_image_is_not_answered_among_the_images(photos):
-    folder = photos("a.jpg")
-    with pytest.raises(ConfigError, match=r"^--output-dir: the images lie in .*choose another"):
-        plan(folder / "a.jpg", folder)
-    assert names(plan(folder / "a.jpg", folder / "out")) == ["a.jpg"]
-
-
 def job(tmp_path):
     return batch.BatchJob(tmp_path, tmp_path / "out", None, {}, {}, None, None)
 

@@ -51,7 +51,14 @@ def test_a_file_of_all_objects_of_the_image_is_left_alone(ask):
     assert json.loads(path.read_text()) == document
 
 
-def test_the_images_folder_gets_no_mask(ask, tmp_path):
-    with pytest.raises(ConfigError, match=r"^--output-dir: the image lies in .*choose another"):
+def test_the_annotation_beside_the_image_is_left_alone(ask, tmp_path):
+    annotation = tmp_path / "out" / "0001.json"
+    annotation.parent.mkdir()
+    annotation.write_text("{}")
+    with pytest.raises(ConfigError, match=r"0001\.json is there .* for this image"):
         ask("out/0001.jpg", "first")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0001.jpg"]
+    assert annotation.read_text() == "{}"
+    annotation.unlink()
+    for label in ("first", "second"):
+        ask("out/0001.jpg", label)
+    assert '"second"' in annotation.read_text()
