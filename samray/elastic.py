@@ -193,7 +193,7 @@ class Group(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def nodes(cls) -> list[str]:
         """The nodes that hold the workers' resources, once for each worker.
 
-        Not always those of the workers: what a dead machine held is taken elsewhere at once.
+        Not always the workers' own: Ray may place elsewhere what a dead machine held.
         """
         if cls.placement is None:
             return []

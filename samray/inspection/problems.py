@@ -107,16 +107,15 @@ def find_problems(
         kinds["problem", *LEAK_KIND].append(_leak(group))
     levels = (("problem", manifest["rejected"]), ("warning", manifest["warnings"]))
     for level, entry in ((level, entry) for level, entries in levels for entry in entries):
+        item = {key: entry[key] for key in ("file", "field", "reason")}
         if re.match(r"(\(\w+\) )?is (nearly )?the same photo as", entry["reason"]):
             # `prepare` compares photos, the report their tiles, which can differ nevertheless.
             if entry["file"] not in leaking:
-                item = {key: entry[key] for key in ("file", "field", "reason")}
                 kinds["problem", *LEAK_KIND].append(item)
             continue
         reason = re.sub(LABEL_IN_BRACKETS, "", entry["reason"])  # a label may hold any word
         text = re.sub(r"\[\d+\]", "", entry["field"]) + ": " + reason
         found = (kind[1:] for kind in KINDS if re.search(kind[0], text))
-        item = {key: entry[key] for key in ("file", "field", "reason")}
         kinds[level, *next(found, OTHER_KIND)].append(item)
     return [
         {"level": level, "title": title, "fix": fix, "items": items}

@@ -314,8 +314,8 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
                 num_samples=plan.num_trials // grid_points(space),
                 search_alg=_searcher(plan, space),
                 scheduler=_scheduler(plan.config),
-                # A trial starts in the process of the previous one, if that does not wait for the
-                # workers of a trial that was stopped.
+                # A trial starts in the process of the previous one. Not with several workers: that
+                # process may still wait for the workers of a trial that was stopped.
                 reuse_actors=plan.resources.num_workers == 1,
             ),
             run_config=tune.RunConfig(
