@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
@@ -400,6 +399,8 @@ def actor_device() -> str:
     """Return torch's device of the calling actor; on a CPU, limit torch to one thread."""
     if ray.get_gpu_ids():
         return "cuda"
+    import torch  # here, as it takes two seconds to import, and `prepare` does without it
+
     torch.set_num_threads(1)  # the other actors use the other CPUs
     return "cpu"
 

@@ -84,6 +84,11 @@ def test_importing_samray_is_quick_and_loads_neither_torch_nor_ray():
     assert float(seconds) < 0.3
 
 
+def test_prepare_does_not_load_torch():
+    code = "import sys, samray.data.prepare; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_name_of_the_python_api_is_there():
     import samray
 
