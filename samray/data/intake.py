@@ -273,9 +273,11 @@ def _instances(
     for (label, *_), shapes in groups.items():
         try:
             mask = rasterize_instance(shapes, size)
-        except AnnotationError as problem:
-            outcome.rejected.append(Rejection.of(outcome.entry, problem, len(shapes)))
-            continue
+        except AnnotationError:
+            shapes = _usable(shapes, size, outcome)
+            if not shapes:
+                continue
+            mask = rasterize_instance(shapes, size)
         for shape in shapes:
             if (over := overhang(shape, size)) > 1:
                 reason = f"reach {over:.0f} pixels out of the image; cut off there"
@@ -284,6 +286,18 @@ def _instances(
         outcome.joined += len(shapes) - 1
     outcome.labels = dict(Counter(label for label, _ in instances))
     return instances
+
+
+def _usable(shapes: list[Shape], size: tuple[int, int], outcome: Outcome) -> list[Shape]:
+    """Those of a group's shapes that can be rasterised; each of the others is rejected."""
+    usable = []
+    for shape in shapes:
+        try:
+            rasterize_instance([shape], size)
+            usable.append(shape)
+        except AnnotationError as problem:
+            outcome.rejected.append(Rejection.of(outcome.entry, problem, 1))
+    return usable
 
 
 def _field_of(shape: Shape) -> str:

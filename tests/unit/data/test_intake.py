@@ -1,6 +1,8 @@
 """One entry to its outcome: regions labelled `__ignore__`, and what reaches out of the image."""
 
+import base64
 import hashlib
+import io
 import json
 
 import numpy as np
@@ -162,6 +164,34 @@ def test_shapes_that_reach_out_of_the_image_are_warned_about(entry, pixels, tmp_
     expected = [("shapes[0].points", f"reach {pixels} pixels out of the image; cut off there")]
     found = [(warning.field, warning.reason) for warning in outcome.warnings]
     assert found == (expected if pixels else [])
+
+
+def png_shape(png, x, y, **keys):
+    shape = {"label": "cat", "points": [[x, y], [x + 9, y + 9]], "shape_type": "mask", **keys}
+    return shape | {"mask": base64.b64encode(png).decode()}
+
+
+def test_a_shape_that_cannot_be_drawn_takes_no_other_of_its_group_with_it(tmp_path):
+    """All three were lost, and one was named."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(1, 255, (10, 10), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    group = {"label": "cat", "group_id": 1}
+    shapes = [
+        png_shape(whole, 0, 0, **group),
+        png_shape(whole[:80], 20, 0, **group),
+        shape("polygon", [50, 0], [59, 0], [59, 9], [50, 9]) | group,
+    ]
+    outcome, (row,) = read(tmp_path / "a", shapes)
+    assert [(p.field, p.num_shapes) for p in outcome.rejected] == [("shapes[1].mask", 1)]
+    assert (outcome.labels, outcome.joined, outcome.num_shapes) == ({"cat": 1}, 1, 3)
+    (instance,) = row["instances"]
+    assert (instance["box"], instance["area"]) == ([0.0, 0.0, 60.0, 10.0], 200)
+    cut = [png_shape(whole[:80], x, 0, **group) for x in (0, 20)]
+    alone, (row,) = read(tmp_path / "a", cut)
+    assert [p.field for p in alone.rejected] == ["shapes[0].mask", "shapes[1].mask"]
+    assert (row["instances"], alone.joined) == ([], 0)
 
 
 def read_coco_entry(folder, *segmentations, **settings):
