@@ -641,8 +641,12 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
         return {}
     path = resolve(settings.label_map, "--label-map")
     try:
-        content = yaml.safe_load(read_bytes(path))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as exc:
+        raw = read_bytes(path)
+        try:  # as YAML, JSON may have no tabs, and its "\ud83d\ude00" is two halves of a letter
+            content = json.loads(raw.decode("utf-8-sig"))
+        except ValueError:
+            content = yaml.safe_load(raw)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as exc:
         reason = " ".join(str(exc).split())  # YAML's message has several lines
         raise ConfigError(f"--label-map: {path} cannot be read as JSON or YAML ({reason})") from exc
     if not isinstance(content, dict) or not all(
@@ -653,4 +657,12 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
             f"--label-map: {path} must map texts to texts, such as {{old: new}}, or to null, which "
             "leaves a label out; a label has at least one letter"
         )
+    for old, new in content.items():
+        try:
+            (new or "").encode()
+        except UnicodeEncodeError as exc:  # half of a surrogate pair
+            raise ConfigError(
+                f"--label-map: {path} gives {old!r:.60} a label that is not Unicode text "
+                f"({new!r:.60}); write it without \\u escapes"
+            ) from exc
     return {old: new and new.strip() for old, new in content.items()}
