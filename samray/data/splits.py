@@ -5,6 +5,7 @@ By a split file, by groups, by folders named train, val and test, else by a hash
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -348,7 +349,7 @@ def _read_split_file(file: str) -> dict[str, str]:
             ):
                 raise TypeError("each split must have a list of image paths")
         else:
-            rows = [row for row in csv.reader(text.splitlines()) if row]
+            rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
             pairs = [(row[0].strip(), row[1].strip()) for row in rows]
             pairs = [pair for pair in pairs if pair != ("image", "split")]
     except (OSError, ValueError, AttributeError, TypeError, IndexError, csv.Error) as exc:
