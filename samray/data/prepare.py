@@ -131,7 +131,9 @@ def prepare(config: Config) -> dict[str, Any]:
     link_root = settings.link_root and resolve_local(settings.link_root, "prepare.link_root")
     if link_root:
         require_folder(link_root, "prepare.link_root")
-    files = find_files(root, link_root or None)
+    own = ((settings.split_file, "--split-file"), (settings.label_map, "--label-map"))
+    others = [resolve(file, option) for file, option in own if file]
+    files = find_files(root, link_root or None, others)
     coco, problems = _take_coco(files)
     if not files.annotations and not coco and not problems:
         raise _no_annotation(files)
