@@ -689,7 +689,7 @@ def load_config(
             continue
         try:
             changes.append((dotted, yaml.safe_load(text)))
-        except (yaml.YAMLError, ValueError) as exc:
+        except (yaml.YAMLError, ValueError, RecursionError) as exc:
             mistakes.append(f"{dotted}: {' '.join(str(exc).split())}")
     changes += (options or {}).items()
     return _checked(values, changes, mistakes, str(path) if path is not None else "config")
@@ -824,7 +824,7 @@ def _read_yaml(path: Place) -> dict[str, Any]:
         values = yaml.safe_load(read_bytes(path))
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read ({exc.strerror}); check --config") from exc
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # ValueError: no such date
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(exc).split())}") from exc
     if values is None:
         return {}

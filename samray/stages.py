@@ -57,7 +57,9 @@ def run_export(config: Config) -> None:
     """Write a prepared dataset as LabelMe or COCO files."""
     from samray.data.export import export
 
-    print(f"{config.export.format} files: {export(config)}")
+    folder = export(config)
+    print(f"{config.export.format} files: {folder}; to prepare them with the same splits, give")
+    print(f"--split-file {folder / 'splits.csv'}")
 
 
 def run_inspect(config: Config) -> None:

@@ -6,7 +6,7 @@
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -73,11 +73,14 @@ def unread_reason(name: str) -> str:
     return f"is there, but samray does not read {_extension(name)}; convert it to PNG or JPEG"
 
 
-def find_files(root: Place, link_root: Path | None = None) -> RawFiles:
+def find_files(
+    root: Place, link_root: Path | None = None, others: Sequence[Place] = ()
+) -> RawFiles:
     """List JSON and image files below a folder, without hidden files and links out of it.
 
     Args:
         link_root: a folder; links that lead into it are followed.
+        others: files that are no part of the dataset, wherever they lie, such as a split file.
 
     Raises:
         ConfigError: the folder itself cannot be listed.
@@ -87,15 +90,29 @@ def find_files(root: Place, link_root: Path | None = None) -> RawFiles:
         entries = _files_on_disk(root, link_root, files)
     else:
         entries = _files_in_s3(root, files)
+    left_out = _names_of(others, root)
     for name, stamp in sorted(entries):
+        if name in left_out:
+            continue
         if _extension(name) in UNREAD_EXTENSIONS:
             files.unread.append(name)
             continue
         files.stamps[name] = stamp
         (files.annotations if _extension(name) == ".json" else files.images).append(name)
-    return RawFiles(
-        root, files.annotations, files.images, files.skipped, files.stamps, files.unread
-    )
+    skipped = [item for item in files.skipped if item[0] not in left_out]
+    return RawFiles(root, files.annotations, files.images, skipped, files.stamps, files.unread)
+
+
+def _names_of(others: Sequence[Place], root: Place) -> set[str]:
+    """The paths from the root of files that lie in it, and of what they link to."""
+    names: set[str] = set()
+    for other in others:
+        if isinstance(other, Path) and isinstance(root, Path):
+            pairs = ((other, root), (other.resolve(), root.resolve()))
+            names |= {p.relative_to(top).as_posix() for p, top in pairs if p.is_relative_to(top)}
+        elif isinstance(other, S3Path) and isinstance(root, S3Path) and other.is_relative_to(root):
+            names.add(str(other.relative_to(root)))
+    return names
 
 
 def _files_on_disk(

@@ -3,6 +3,7 @@
 OUT/images/...                          the image files, unchanged
 OUT/annotations/....json                LabelMe, one per image; or
 OUT/annotations/instances_train.json    COCO, one per split, masks as RLE
+OUT/splits.csv                          the splits, for `prepare --split-file`
 """
 
 import io
@@ -32,6 +33,7 @@ from samray.storage import (
     resolve,
     whole_folder,
     write_bytes,
+    write_csv,
     write_json,
 )
 
@@ -75,6 +77,9 @@ def _export(dataset: PreparedDataset, folder: Path, form: str) -> None:
             names = dataset.manifest["splits"][split]
             document = _coco_document(dataset, [dataset.images[n] for n in names], paths)
             write_json(folder / "annotations" / f"instances_{split}.json", document)
+    splits = dataset.manifest["splits"]
+    rows = [(str(paths[name]), split) for split in SPLITS for name in splits[split]]
+    write_csv(folder / "splits.csv", [("image", "split"), *rows])
 
 
 def _image_paths(dataset: PreparedDataset) -> dict[str, PurePosixPath]:

@@ -3,6 +3,9 @@
 `read_entry` reads top-down: find the image, read and check both, rasterise the shapes, cut a
 large image into tiles. Bad input is part of the outcome, never an exception.
 
+From rasterising on, an instance is what the shard stores of it, and its RLE is decoded where its
+pixels are needed: the pixels of all instances of a large image at once may be more than fits.
+
 The ignored region of an image is where not every object is annotated: H x W bool, or None. It never
 has a pixel of an instance, so that what lies in it needs no second look.
 """
@@ -10,6 +13,7 @@ has a pixel of an instance, so that what lies in it needs no second look.
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -30,6 +34,7 @@ from samray.geometry.images import decode_and_stretch, read_image_file
 from samray.geometry.masks import (
     CroppedMask,
     crop_mask,
+    decode_crop,
     encode_rle,
     overhang,
     rasterize_instance,
@@ -128,9 +133,9 @@ def read_entry(
     outcome.warnings += [FileWarning(entry.name, *warning) for warning in annotation.warnings]
     outcome.not_instances = dict(Counter(kind for _, kind in annotation.not_instances))
     instances = _instances(annotation, size, rules, outcome)
-    ignored = _ignored_region(annotation, size, [mask for _, mask in instances], rules, outcome)
+    ignored = _ignored_region(annotation, size, instances, rules, outcome)
     if entry.name in rules.overlays:
-        _write_overlay(overlays, name, pixels, [mask for _, mask in instances])
+        _write_overlay(overlays, name, pixels, (_mask_of(instance, size) for instance in instances))
     outcome.image = PreparedImage(
         name=name,
         image_digest=hashlib.sha256(raw).hexdigest(),
@@ -265,25 +270,39 @@ def _read_image(
 
 def _instances(
     annotation: Annotation, size: tuple[int, int], rules: Rules, outcome: Outcome
-) -> list[tuple[str, CroppedMask]]:
-    """Rename, filter, join by group and rasterise the shapes of one image: label and mask each."""
+) -> list[dict[str, Any]]:
+    """Rename, filter, join by group and rasterise the shapes of one image."""
     groups = _groups(annotation.shapes, size, rules, outcome)
     _warn_of_a_group_of_nearly_all(groups, outcome)
     instances = []
     for (label, *_), shapes in groups.items():
         try:
             mask = rasterize_instance(shapes, size)
-        except AnnotationError as problem:
-            outcome.rejected.append(Rejection.of(outcome.entry, problem, len(shapes)))
-            continue
+        except AnnotationError:
+            shapes = _usable(shapes, size, outcome)
+            if not shapes:
+                continue
+            mask = rasterize_instance(shapes, size)
         for shape in shapes:
             if (over := overhang(shape, size)) > 1:
                 reason = f"reach {over:.0f} pixels out of the image; cut off there"
                 outcome.warnings.append(FileWarning(outcome.entry, _field_of(shape), reason))
-        instances.append((label, mask))
+        instances.append(_instance(label, mask, size, 0))
         outcome.joined += len(shapes) - 1
-    outcome.labels = dict(Counter(label for label, _ in instances))
+    outcome.labels = dict(Counter(instance["label"] for instance in instances))
     return instances
+
+
+def _usable(shapes: list[Shape], size: tuple[int, int], outcome: Outcome) -> list[Shape]:
+    """Those of a group's shapes that can be rasterised; each of the others is rejected."""
+    usable = []
+    for shape in shapes:
+        try:
+            rasterize_instance([shape], size)
+            usable.append(shape)
+        except AnnotationError as problem:
+            outcome.rejected.append(Rejection.of(outcome.entry, problem, 1))
+    return usable
 
 
 def _field_of(shape: Shape) -> str:
@@ -322,7 +341,7 @@ def _groups(shapes: list[Shape], size: tuple[int, int], rules: Rules, outcome: O
 def _ignored_region(
     annotation: Annotation,
     size: tuple[int, int],
-    instances: list[CroppedMask],
+    instances: list[dict[str, Any]],
     rules: Rules,
     outcome: Outcome,
 ) -> np.ndarray | None:
@@ -341,8 +360,8 @@ def _ignored_region(
         used += 1
     if used:
         outcome.not_instances[IGNORE] = used
-    for mask in instances:
-        _paint(region, mask, False)
+    for instance in instances:
+        _paint(region, _mask_of(instance, size), False)
     return region if region.any() else None
 
 
@@ -364,9 +383,9 @@ def _warn_of_a_group_of_nearly_all(groups: Groups, outcome: Outcome) -> None:
 
 
 def _instances_digest(
-    instances: list[tuple[str, CroppedMask]], ignored: np.ndarray | None, size: tuple[int, int]
+    instances: list[dict[str, Any]], ignored: np.ndarray | None, size: tuple[int, int]
 ) -> str:
-    content = [(label, encode_rle(mask, size).hex()) for label, mask in instances]
+    content = [(instance["label"], instance["rle"].hex()) for instance in instances]
     if ignored is not None:
         content.append((IGNORE, encode_rle(crop_mask(ignored), size).hex()))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -376,7 +395,7 @@ def _rows(
     image: PreparedImage,
     raw: bytes,
     pixels: np.ndarray,
-    instances: list[tuple[str, CroppedMask]],
+    instances: list[dict[str, Any]],
     ignored: np.ndarray | None,
     settings: PrepareConfig,
 ) -> list[dict[str, Any]]:
@@ -385,28 +404,32 @@ def _rows(
     if settings.tile is None or max(size) <= settings.tile or not instances:
         row = {"name": image.name, "image": raw, "image_digest": image.image_digest, "tile": None}
         row |= {"height": size[0], "width": size[1], "ignored": _region_rle(ignored)}
-        return [row | {"instances": [_instance(label, mask, size, 0) for label, mask in instances]}]
+        return [row | {"instances": instances}]
     windows = tile_windows(size, settings.tile, settings.overlap_pixels)
     members: dict[int, list[dict[str, Any]]] = defaultdict(list)
     owners = []  # the tile of each instance
-    for label, mask in instances:
-        number, part, outside = place_in_tiles(mask, windows)
-        window = windows[number]
-        members[number].append(_instance(label, part, (window.height, window.width), outside))
+    for instance in instances:
+        number, part, outside = place_in_tiles(_mask_of(instance, size), windows)
+        frame = (windows[number].height, windows[number].width)
+        members[number].append(_instance(instance["label"], part, frame, outside))
         owners.append(number)
         image.num_cut += outside > 0
     rows = []
     for number in sorted(members):
-        own = [mask for (_, mask), n in zip(instances, owners, strict=True) if n == number]
-        others = [mask for (_, mask), n in zip(instances, owners, strict=True) if n != number]
-        region = _ignored_in_tile(windows[number], ignored, own, others)
+        own = [i for i, owner in zip(instances, owners, strict=True) if owner == number]
+        others = [i for i, owner in zip(instances, owners, strict=True) if owner != number]
+        region = _ignored_in_tile(windows[number], ignored, size, own, others)
         rows.append(_tile_row(image.name, pixels, windows[number], members[number], region))
     image.tiles = [row["name"] for row in rows]
     return rows
 
 
 def _ignored_in_tile(
-    window: Window, ignored: np.ndarray | None, own: list[CroppedMask], others: list[CroppedMask]
+    window: Window,
+    ignored: np.ndarray | None,
+    size: tuple[int, int],
+    own: list[dict[str, Any]],
+    others: list[dict[str, Any]],
 ) -> np.ndarray:
     """The image's ignored region in a tile, and what is seen there of other tiles' objects.
 
@@ -414,11 +437,14 @@ def _ignored_in_tile(
     """
     shape = (window.height, window.width)
     region = np.zeros(shape, bool) if ignored is None else ignored[window.slices].copy()
-    for masks, value in ((others, True), (own, False)):
-        for mask in masks:
-            part = part_in(mask, window)
-            if part.pixels.size:
-                _paint(region, part, value)
+    right, bottom = window.x + window.width, window.y + window.height
+    for instances, value in ((others, True), (own, False)):
+        for instance in instances:
+            x1, y1, x2, y2 = instance["box"]
+            box = (max(x1, window.x), max(y1, window.y), min(x2, right), min(y2, bottom))
+            if box[0] < box[2] and box[1] < box[3]:
+                seen = decode_crop(instance["rle"], size, box)
+                _paint(region, part_in(seen, window), value)
     return region
 
 
@@ -459,7 +485,13 @@ def _instance(label: str, mask: CroppedMask, size: tuple[int, int], outside: int
     }
 
 
-def _write_overlay(folder: Place, name: str, image: np.ndarray, masks: list[CroppedMask]) -> None:
+def _mask_of(instance: dict[str, Any], size: tuple[int, int]) -> CroppedMask:
+    return decode_crop(instance["rle"], size, instance["box"])
+
+
+def _write_overlay(
+    folder: Place, name: str, image: np.ndarray, masks: Iterable[CroppedMask]
+) -> None:
     image_path = PurePosixPath(name)
     path = folder / image_path.parent / f"{short_name(image_path.name)}.overlay.jpg"
     make_folder(path.parent, "--output-dir")

@@ -131,7 +131,9 @@ def prepare(config: Config) -> dict[str, Any]:
     link_root = settings.link_root and resolve_local(settings.link_root, "prepare.link_root")
     if link_root:
         require_folder(link_root, "prepare.link_root")
-    files = find_files(root, link_root or None)
+    own = ((settings.split_file, "--split-file"), (settings.label_map, "--label-map"))
+    others = [resolve(file, option) for file, option in own if file]
+    files = find_files(root, link_root or None, others)
     coco, problems = _take_coco(files)
     if not files.annotations and not coco and not problems:
         raise _no_annotation(files)
@@ -641,8 +643,12 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
         return {}
     path = resolve(settings.label_map, "--label-map")
     try:
-        content = yaml.safe_load(read_bytes(path))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as exc:
+        raw = read_bytes(path)
+        try:  # as YAML, JSON may have no tabs, and its "\ud83d\ude00" is two halves of a letter
+            content = json.loads(raw.decode("utf-8-sig"))
+        except ValueError:
+            content = yaml.safe_load(raw)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as exc:
         reason = " ".join(str(exc).split())  # YAML's message has several lines
         raise ConfigError(f"--label-map: {path} cannot be read as JSON or YAML ({reason})") from exc
     if not isinstance(content, dict) or not all(
@@ -653,4 +659,12 @@ def _read_label_map(settings: PrepareConfig) -> dict[str, str | None]:
             f"--label-map: {path} must map texts to texts, such as {{old: new}}, or to null, which "
             "leaves a label out; a label has at least one letter"
         )
+    for old, new in content.items():
+        try:
+            (new or "").encode()
+        except UnicodeEncodeError as exc:  # half of a surrogate pair
+            raise ConfigError(
+                f"--label-map: {path} gives {old!r:.60} a label that is not Unicode text "
+                f"({new!r:.60}); write it without \\u escapes"
+            ) from exc
     return {old: new and new.strip() for old, new in content.items()}

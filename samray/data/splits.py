@@ -5,6 +5,7 @@ By a split file, by groups, by folders named train, val and test, else by a hash
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -96,6 +97,7 @@ class SplitRule:
         else:
             by = "file" if self.listed else "groups" if self.settings.group_by else "hashes"
             named = self._by_file(images)
+            named |= self._with_their_group(images, named, notes)
             plan = {image.name: named.get(image.name) or self._by_hash(image) for image in images}
             if self.listed and (others := [name for name in plan if name not in named]):
                 notes.append(
@@ -134,6 +136,30 @@ class SplitRule:
                 )
             named[candidates[0]] = self.listed[file_name]
         return named
+
+    def _with_their_group(
+        self, images: list[PreparedImage], named: dict[str, str], notes: list[str]
+    ) -> dict[str, str]:
+        """The split of each image that the split file does not name, but others of its group."""
+        if self.settings.group_by is None or not named:
+            return {}
+        splits_of: dict[str | None, set[str]] = defaultdict(set)
+        for name, split in named.items():
+            splits_of[self._find_group(name)].add(split)
+        groups = {i.name: self._group_of(i.name) for i in images if i.name not in named}
+        found = {name: splits_of.get(group, set()) for name, group in groups.items()}
+        joining = {name: next(iter(splits)) for name, splits in found.items() if len(splits) == 1}
+        if joining:
+            notes.append(
+                f"{len(joining)} images are not in --split-file (the first: {next(iter(joining))}),"
+                " but others of their group are: they are in the same split"
+            )
+        if torn := sorted({groups[name] for name, splits in found.items() if len(splits) > 1}):
+            notes.append(
+                f"--split-file puts images of one group in several splits ({len(torn)} groups, the "
+                f"first: {torn[0]}); name all images of them there, or none"
+            )
+        return joining
 
     def _by_hash(self, image: PreparedImage) -> str:
         """The split by the hash of an image's group, else its own."""
@@ -221,16 +247,20 @@ class SplitRule:
             )
 
     def _group_of(self, name: str) -> str:
-        if self.pattern is None:
-            return str(PurePosixPath(name).parent)
-        match = self.pattern.search(name)
-        group = match and match.group(1 if self.pattern.groups else 0)
-        if group is None:  # no match, or one without its optional group
+        group = self._find_group(name)
+        if group is None:
             raise ConfigError(
                 f"--group-by: {self.settings.group_by!r} does not match {name}; each image needs "
                 "a group"
             )
-        return str(group)
+        return group
+
+    def _find_group(self, name: str) -> str | None:
+        """The group of an image; None if the pattern has no match, or without its optional one."""
+        if self.pattern is None:
+            return str(PurePosixPath(name).parent)
+        match = self.pattern.search(name)
+        return match and match.group(1 if self.pattern.groups else 0)
 
 
 def _split_folder(name: str) -> str:
@@ -319,7 +349,7 @@ def _read_split_file(file: str) -> dict[str, str]:
             ):
                 raise TypeError("each split must have a list of image paths")
         else:
-            rows = [row for row in csv.reader(text.splitlines()) if row]
+            rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
             pairs = [(row[0].strip(), row[1].strip()) for row in rows]
             pairs = [pair for pair in pairs if pair != ("image", "split")]
     except (OSError, ValueError, AttributeError, TypeError, IndexError, csv.Error) as exc:

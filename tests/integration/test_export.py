@@ -19,12 +19,24 @@ def exported(prepared, output, form):
     return export(load_config(None, words))
 
 
+def prepared_again(folder, output):
+    """Manifest of exported files, with the splits that they had."""
+    words = [f"prepare.data_dir={folder}", f"prepare.output_dir={output}", "prepare.strict=true"]
+    return prepare(load_config(None, [*words, f"prepare.split_file={folder / 'splits.csv'}"]))
+
+
+def splits_of(dataset):
+    """The splits of its exported files; members are sorted, tiles by their picture."""
+    splits = dataset.manifest["splits"]
+    return {split: sorted(f"images/{name}" for name in names) for split, names in splits.items()}
+
+
 def test_labelme_files_prepare_to_the_same_masks(prepared, tmp_path):
     folder = exported(prepared, tmp_path / "out", "labelme")
-    words = [f"prepare.data_dir={folder}", f"prepare.output_dir={tmp_path / 'again'}"]
-    manifest = prepare(load_config(None, words))
+    manifest = prepared_again(folder, tmp_path / "again")
     assert manifest["rejected"] == manifest["warnings"] == []
     before, after = PreparedDataset(prepared), PreparedDataset(tmp_path / "again")
+    assert manifest["splits"] == splits_of(before)
     assert len(before.images) == len(after.images)
     for name, record in before.images.items():
         other = after.images[f"images/{name}"]
@@ -59,10 +71,10 @@ def test_coco_files_are_what_pycocotools_reads(prepared, tmp_path):
 
 def test_coco_files_prepare_to_the_same_masks(prepared, tmp_path):
     folder = exported(prepared, tmp_path / "out", "coco")
-    words = [f"prepare.data_dir={folder}", f"prepare.output_dir={tmp_path / 'again'}"]
-    manifest = prepare(load_config(None, words))
+    manifest = prepared_again(folder, tmp_path / "again")
     assert manifest["rejected"] == manifest["warnings"] == manifest["unlabelled"] == []
     before, after = PreparedDataset(prepared), PreparedDataset(tmp_path / "again")
+    assert manifest["splits"] == splits_of(before)
     assert before.manifest["labels"] == manifest["labels"]
     for name, record in before.images.items():
         other = after.images[f"images/{name}"]
@@ -163,4 +175,15 @@ def test_the_command_line_writes_both(form, prepared, tmp_path, run_cli):
     status, out, err = run_cli(*words)
     assert status == 0, err
     assert f"{form} files" in out
+    assert out.endswith(f"--split-file {tmp_path / 'out' / 'splits.csv'}\n")
     assert list((tmp_path / "out" / "annotations").rglob("*.json"))
+
+
+def test_tiles_of_a_picture_stay_in_one_split(ray_cluster, photos, tmp_path):
+    words = [f"prepare.data_dir={photos}", f"prepare.output_dir={tmp_path / 'tiles'}"]
+    prepare(load_config(None, [*words, "prepare.tile=128"]))
+    folder = exported(tmp_path / "tiles", tmp_path / "out", "coco")
+    manifest = prepared_again(folder, tmp_path / "again")
+    before = PreparedDataset(tmp_path / "tiles")
+    assert any("@" in name for name in before.images)
+    assert manifest["splits"] == splits_of(before)

@@ -175,10 +175,20 @@ def test_fractions_just_below_one_are_taken() -> None:
         (b"train: [1\nmodel: {\n", "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
         (b"[" * 20_000, "is not YAML"),
+        (b"2024-99-99: 1\n", "is not YAML: month must be in 1..12"),
         (b"train: 3\n", "train is not a section"),
         (b"1: 2\n", "Keys should be strings"),
     ],
-    ids=["list", "text", "broken", "binary", "deep", "number-as-section", "number-as-key"],
+    ids=[
+        "list",
+        "text",
+        "broken",
+        "binary",
+        "deep",
+        "no-such-date",
+        "number-as-section",
+        "number-as-key",
+    ],
 )
 def test_file_that_is_no_config_gives_one_line(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"

@@ -154,13 +154,15 @@ def test_raw_files_are_found_and_odd_keys_are_listed(s3_server, bucket):
     for key in ("d/images/ä b.JPG", "d/annotations/ä b.json", "d/.hidden/x.json", "d/notes.txt"):
         client.put_object(Bucket=name, Key=key, Body=b"x")
     client.put_object(Bucket=name, Key="d2/other.json", Body=b"x")
-    files = find_files(resolve(f"{bucket}/d", "--data-dir"))
+    client.put_object(Bucket=name, Key="d/splits.json", Body=b"x")
+    others = [resolve(f"{bucket}/d/splits.json", "--split-file"), Path("/d/annotations/ä b.json")]
+    files = find_files(resolve(f"{bucket}/d", "--data-dir"), None, others)
     assert files.images == ["images/ä b.JPG"]
     assert files.annotations == ["annotations/ä b.json"]
     assert files.skipped == []
     before = dict(files.stamps)
     client.put_object(Bucket=name, Key="d/annotations/ä b.json", Body=b"y")
-    after = find_files(resolve(f"{bucket}/d", "--data-dir")).stamps
+    after = find_files(resolve(f"{bucket}/d", "--data-dir"), None, others).stamps
     assert {key for key in after if after[key] != before[key]} == {"annotations/ä b.json"}
 
 

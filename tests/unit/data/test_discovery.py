@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from cloudpathlib import S3Path
 
 from samray.data.discovery import RawFiles, find_files
 
@@ -44,6 +45,21 @@ def test_files_are_listed_sorted_with_paths_from_the_root(tmp_path: Path) -> Non
 )
 def test_every_image_extension_is_seen_in_any_case(tmp_path: Path, extension: str) -> None:
     assert lay_out(tmp_path, f"a.{extension}").images == [f"a.{extension}"]
+
+
+def test_files_that_are_no_part_of_the_dataset_are_left_out(tmp_path: Path) -> None:
+    """A split file inside it was rejected as another kind of JSON, and --strict failed on it."""
+    root, outside = tmp_path / "data", tmp_path / "splits.json"
+    outside.write_text("{}")
+    lay_out(root, "a.json", "a.jpg", "map.json", "b/splits.json", "splits.json")
+    (root / "link.json").symlink_to(outside)
+    (root / "inner.json").symlink_to("map.json")
+    (tmp_path / "mount").symlink_to(root)
+    given = [root / "link.json", root / "inner.json", tmp_path / "mount/b/splits.json", outside]
+    files = find_files(root, None, [*given, S3Path("s3://bucket/splits.json")])
+    assert files.annotations == ["a.json", "splits.json"]
+    assert set(files.stamps) == {"a.json", "a.jpg", "splits.json"}
+    assert files.skipped == []
 
 
 def test_links_out_of_the_folder_are_skipped_and_links_within_are_followed(tmp_path: Path) -> None:

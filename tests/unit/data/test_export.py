@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from samray.data.dataset import FORMAT, SCHEMA
 from samray.data.discovery import find_files
 from samray.data.export import export
 from samray.data.intake import Entry, Rules, read_entry
+from samray.data.splits import SplitRule
 
 TRIANGLE = [[5, 5], [30, 5], [30, 30]]
 
@@ -130,6 +131,22 @@ def test_an_embedded_picture_of_a_phone_gets_an_extension_that_is_read(
     folder = exported(rows, tmp_path, form)
     assert content(rows_of(folder)) == content(rows)
     assert (folder / "images/m.jpg").read_bytes() == raw
+
+
+@pytest.mark.parametrize("form", ["labelme", "coco"])
+def test_the_splits_are_written_as_a_split_file(form: str, tmp_path: Path) -> None:
+    """Prepared again, tiles of one picture went to several splits, each by its own hash."""
+    raw = tmp_path / "raw"
+    names = ["a, b.png", "c\N{LINE SEPARATOR}d.png", 'sub/"e".png', "f\ng.png"]
+    for seed, name in enumerate([*names, "unlabelled.png"]):
+        write(raw / name, picture(seed))
+    for name in names:
+        write((raw / name).with_suffix(".json"), labelme(PurePosixPath(name).name))
+    write(raw / "g.json", labelme("x.png", imageData=base64.b64encode(picture(9)).decode()))
+    folder = exported(rows_of(raw), tmp_path, form)
+    rule = SplitRule(PrepareConfig(split_file=str(folder / "splits.csv")))
+    assert rule.listed == dict.fromkeys(["images/g.png", *(f"images/{n}" for n in names)], "train")
+    assert find_files(folder).skipped == []
 
 
 @pytest.mark.parametrize(

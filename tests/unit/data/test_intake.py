@@ -1,7 +1,10 @@
 """One entry to its outcome: regions labelled `__ignore__`, and what reaches out of the image."""
 
+import base64
 import hashlib
+import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -142,6 +145,25 @@ def test_the_overlay_of_a_long_name_is_written_under_a_shorter_one(tmp_path):
     assert Image.open(overlay).size == (SIZE[1], SIZE[0])
 
 
+def test_memory_does_not_grow_with_the_objects_of_an_image(tmp_path):
+    """Their pixels were all kept at once: 95 GB of 1,000 wide objects in 100 megapixels."""
+    side = 400
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+    shapes = [rectangle("nut", 0, y, side - 1, side - 1) for y in range(150)]
+    shapes.append(rectangle("__ignore__", 0, 0, side - 1, side - 1))
+    document = {"shapes": shapes, "imagePath": "a.png", "imageHeight": side, "imageWidth": side}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    files = find_files(tmp_path)
+    rules = Rules(PrepareConfig(tile=300), {}, frozenset(["a.json"]))
+    entry = Entry("a.json", "labelme", files.stamps["a.json"])
+    tracemalloc.start()
+    outcome, _ = read_entry(entry, files, rules, tmp_path / "overlays")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcome.labels == {"nut": 150}
+    assert peak < 100 * side * side  # bytes; each object has nearly a byte for each pixel
+
+
 def shape(kind, *points):
     return {"label": "nut", "points": points, "shape_type": kind}
 
@@ -162,6 +184,34 @@ def test_shapes_that_reach_out_of_the_image_are_warned_about(entry, pixels, tmp_
     expected = [("shapes[0].points", f"reach {pixels} pixels out of the image; cut off there")]
     found = [(warning.field, warning.reason) for warning in outcome.warnings]
     assert found == (expected if pixels else [])
+
+
+def png_shape(png, x, y, **keys):
+    shape = {"label": "cat", "points": [[x, y], [x + 9, y + 9]], "shape_type": "mask", **keys}
+    return shape | {"mask": base64.b64encode(png).decode()}
+
+
+def test_a_shape_that_cannot_be_drawn_takes_no_other_of_its_group_with_it(tmp_path):
+    """All three were lost, and one was named."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(1, 255, (10, 10), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    group = {"label": "cat", "group_id": 1}
+    shapes = [
+        png_shape(whole, 0, 0, **group),
+        png_shape(whole[:80], 20, 0, **group),
+        shape("polygon", [50, 0], [59, 0], [59, 9], [50, 9]) | group,
+    ]
+    outcome, (row,) = read(tmp_path / "a", shapes)
+    assert [(p.field, p.num_shapes) for p in outcome.rejected] == [("shapes[1].mask", 1)]
+    assert (outcome.labels, outcome.joined, outcome.num_shapes) == ({"cat": 1}, 1, 3)
+    (instance,) = row["instances"]
+    assert (instance["box"], instance["area"]) == ([0.0, 0.0, 60.0, 10.0], 200)
+    cut = [png_shape(whole[:80], x, 0, **group) for x in (0, 20)]
+    alone, (row,) = read(tmp_path / "a", cut)
+    assert [p.field for p in alone.rejected] == ["shapes[0].mask", "shapes[1].mask"]
+    assert (row["instances"], alone.joined) == ([], 0)
 
 
 def read_coco_entry(folder, *segmentations, **settings):

@@ -168,6 +168,34 @@ def test_images_that_the_split_file_leaves_out_are_noted(tmp_path: Path) -> None
     assert whole.assign(listed).notes == []
 
 
+def test_image_that_the_split_file_leaves_out_is_with_the_others_of_its_group(
+    tmp_path: Path,
+) -> None:
+    """Its group's hash tore the group."""
+    clips = in_folders(*(f"clip {number}" for number in range(30)))
+    named = {"train": "clip 0/0.jpg", "val": "clip 1/0.jpg", "test": "clip 2/0.jpg"}
+    file = {split: [name] for split, name in named.items()}
+    file["train"].append("clip 3/0.jpg")
+    file["test"].append("clip 3/1.jpg")
+    splits = from_file(tmp_path, file, group_by="folder").assign(clips)
+    found = where(splits.members)
+    for split, name in named.items():
+        assert {found[f"{name.removesuffix('0.jpg')}{n}.jpg"] for n in range(3)} == {split}
+    for number in range(3, 30):
+        assert found[f"clip {number}/2.jpg"] == split_of_hash(sha(f"clip {number}"), 0.2, 0.2)
+    followed, torn, others = splits.notes
+    assert followed.startswith("6 images are not in --split-file (the first: clip 0/1.jpg), but")
+    assert "several splits (1 groups, the first: clip 3)" in torn
+    assert others.startswith("79 images are not in --split-file (the first: clip 3/2.jpg)")
+
+
+def test_image_that_the_split_file_names_needs_no_group(tmp_path: Path) -> None:
+    file = {"train": ["a.jpg", "clip1_1.jpg"], "val": ["b.jpg"], "test": ["c.jpg"]}
+    listed = images("a.jpg", "b.jpg", "c.jpg", "clip1_1.jpg", "clip1_2.jpg")
+    members = from_file(tmp_path, file, group_by=r"clip\d").assign(listed).members
+    assert members["train"] == ["a.jpg", "clip1_1.jpg", "clip1_2.jpg"]
+
+
 def test_whole_path_wins_over_file_name(tmp_path: Path) -> None:
     given = from_file(tmp_path, {"train": ["a.jpg"], "val": ["x/a.jpg"]}, test_fraction=0)
     members = given.assign(images("x/a.jpg", "y/a.jpg")).members
