@@ -10,6 +10,7 @@ the Ingress, and of the weights, so neither clients nor models are mixed up.
 import asyncio
 import collections
 import contextlib
+import contextvars
 import ctypes
 import io
 import itertools
@@ -279,7 +280,11 @@ class Decoder:
     async def _encode(self, key: Any, call: Call) -> tuple[np.ndarray, tuple[int, int]]:
         """Encode once per key for all concurrent requests."""
         if key not in self.encoding:
-            self.encoding[key] = asyncio.ensure_future(self._encode_once(key, call))
+            # In a context of its own: in that of its first request it would be cancelled with it,
+            # by Ray, though others wait for it.
+            self.encoding[key] = asyncio.get_running_loop().create_task(
+                self._encode_once(key, call), context=contextvars.Context()
+            )
         embedding: tuple[np.ndarray, tuple[int, int]] = await asyncio.shield(self.encoding[key])
         return embedding
 

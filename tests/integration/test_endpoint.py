@@ -677,6 +677,26 @@ def test_requests_are_counted_and_logged(url, photo):
     assert not any(TOKEN in json.dumps(line) for line in lines)
 
 
+def test_whoever_hangs_up_does_not_end_what_others_wait_for(url):
+    """Several ask for one new image at once, and the first one goes while it is encoded."""
+    host, port = url.removeprefix("http://").split(":")
+    rng = np.random.default_rng(0)
+    for pause in (0.1, 0.2, 0.3, 0.5):
+        buffer = io.BytesIO()
+        squares = Image.fromarray(rng.integers(256, size=(85, 85, 3), dtype=np.uint8))
+        squares.resize((1700, 1700), Image.Resampling.NEAREST).save(buffer, "PNG")
+        body = buffer.getvalue()
+        head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+        head += f"Content-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            with socket.create_connection((host, int(port)), 60) as first:
+                first.sendall(head.encode() + body)
+                others = [pool.submit(call, url, "POST", "/v1/images", data=body) for _ in range(3)]
+                time.sleep(pause)
+            for other in others:
+                assert other.result().status_code == 200, other.result().text
+
+
 @pytest.mark.slow
 def test_a_killed_decoder_costs_no_answer(url, photo):
     """Clicks go on while all Decoders die: they wait for the next, which encodes again."""
