@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ TIMEOUTS = (5, 120)  # seconds to connect, and for an answer
 PAUSE_SECONDS = 5.0  # after a failure; labelme sends a request with each mouse movement
 
 
+class _Bearer(requests.auth.AuthBase):
+    """Sends a token; where it is only a header, requests replaces it by what ~/.netrc holds."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+
 class Endpoint:
     """A client of a samray endpoint."""
 
@@ -37,7 +49,10 @@ class Endpoint:
         self.url = url.rstrip("/")
         self.session = requests.Session()
         if token is not None:
-            self.session.headers["Authorization"] = f"Bearer {token}"
+            self.session.auth = _Bearer(token)
+        host = urllib.parse.urlsplit(self.url).hostname or ""
+        if host in ("localhost", "::1") or host.startswith("127."):
+            self.session.trust_env = False  # a proxy would look for the endpoint on its own machine
 
     def require_samray(self) -> None:
         """Check that the URL is a samray endpoint and that the token is right.

@@ -1066,6 +1066,9 @@ def test_what_does_not_belong_together_is_refused(page, some, annotated, tmp_pat
     assert "foreign.json belongs to none of these images" in status(page)
     assert f"{small.name} is not used" in status(page)
     assert "coco.json is not a LabelMe file" in status(page)
+    page.reload()
+    wait(page, "state.id !== null")
+    assert page.evaluate("state.picture.document") is None  # as before
     assert page.locator("#objects li").count() == 0
     click(page, 120, 80)
     finish(page, "mine")

@@ -206,6 +206,7 @@ async function readDocument(picture) {
     const sizes = `it is for ${imageWidth} x ${imageHeight} pixels, ${name} has ${width} x ${height}`;
     note(`${nameOf(picture.jsonPath)} is not used: ${sizes}`);
     picture.document = picture.jsonPath = null;
+    await keepFile(picture); // without it, or a reload would take it for checked
     return;
   }
   picture.objects = await readShapes(document, width, height);

@@ -1,16 +1,37 @@
-"""labelmes that `samray labelme` refuses; integration/test_labelme_tool.py has those it can use."""
+"""The client, and the labelmes it refuses; integration/test_labelme_tool.py has the others."""
 
+import http.server
 import importlib.util
 import sys
+import threading
 
 import pytest
 
 from samray.config import LabelmeConfig
 from samray.errors import ConfigError
-from samray.serving.labelme_client import start
+from samray.serving.labelme_client import Endpoint, start
 
 installed = importlib.util.find_spec("labelme") is not None
 pytestmark = pytest.mark.skipif(installed, reason="labelme is installed here")
+
+
+def test_the_token_reaches_the_endpoint_whatever_netrc_and_proxy_say(tmp_path, monkeypatch):
+    seen = []
+
+    class Models(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"models": ["tiny"]}')
+
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with http.server.HTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.handle_request).start()
+        Endpoint(f"http://127.0.0.1:{server.server_port}", "token-of-mine").require_samray()
+    assert seen == ["Bearer token-of-mine"]
 
 
 def test_without_labelme_a_sentence_says_what_to_install():
