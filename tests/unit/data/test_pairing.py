@@ -239,6 +239,15 @@ def test_a_picture_that_is_a_link_out_of_the_folder_is_named(tmp_path: Path) -> 
         (["images/cats/a.png"], "c.json", "/home/ann/cats/a.png", "images/cats/a.png"),
         (["cats/images/a.png"], "c.json", "cats/a.png", "cats/images/a.png"),
         (["images/val/a.png"], "annotations/val.json", "/data/x/a.png", "images/val/a.png"),
+        # The path is there as it is named, whatever folder the JSON's own name names.
+        (["a/1.png", "b/1.png"], "annotations/a.json", "b/1.png", "b/1.png"),
+        (["train/1.png", "val/1.png"], "annotations/instances_train.json", "val/1.png",
+         "val/1.png"),
+        (["set/a/1.png", "set/B/1.png"], "set/annotations/a.json", "b/1.png", "set/B/1.png"),
+        (["images/1.png", "images/train/1.png"], "annotations/instances_train.json",
+         "images/1.png", "images/1.png"),
+        (["images/1.png", "images/train/1.png"], "annotations/instances_train.json",
+         "train/1.png", "images/train/1.png"),
     ],
     ids=str,
 )  # fmt: skip
@@ -273,6 +282,8 @@ def test_listed_image_is_found_in_its_data_set(
         (["right/day_1/1.png"], "c.json", [], "left/day_1/1.png"),
         (["right/images/1.png"], "c.json", [], "left/images/1.png"),
         (["right/1.png"], "c.json", [], "/home/ann/left/1.png"),
+        # Named exactly, and has a LabelMe file.
+        (["b/1.png", "b/1.json", "a/1.png"], "annotations/a.json", [], "b/1.png"),
     ],
     ids=str,
 )
@@ -291,7 +302,25 @@ def test_a_json_beside_a_listed_image_that_keeps_it_is_named(tmp_path: Path) -> 
         find_listed_image("c.json", "1.png", files)
 
 
-def test_listed_image_that_may_be_several_is_refused(tmp_path: Path) -> None:
-    files = lay_out(tmp_path, "x/a.png", "y/a.png", coco=("c.json",))
-    with pytest.raises(AnnotationError, match="may be any of 2 images"):
-        find_listed_image("c.json", "a.png", files)
+@pytest.mark.parametrize(
+    ("names", "coco", "file_name"),
+    [
+        (["x/a.png", "y/a.png"], "c.json", "a.png"),
+        # Relative to images/, or to the folder that the JSON's own name names.
+        (["images/1.png", "images/train/1.png"], "annotations/instances_train.json", "1.png"),
+        (["1.png", "train/1.png"], "annotations/instances_train.json", "1.png"),
+        (["b/1.png", "a/b/1.png"], "annotations/a.json", "b/1.png"),
+        # Relative to the data set, or to images/ in it.
+        (["b/1.png", "images/b/1.png"], "annotations/c.json", "b/1.png"),
+    ],
+    ids=str,
+)
+def test_listed_image_that_may_be_several_is_refused(
+    tmp_path: Path, names: list[str], coco: str, file_name: str
+) -> None:
+    files = lay_out(tmp_path, *names, coco=(coco,))
+    with pytest.raises(AnnotationError, match="may be any of 2 images") as caught:
+        find_listed_image(coco, file_name, files)
+    assert all(name in caught.value.reason for name in names)
+    advice = caught.value.reason.rpartition(" ")[2]
+    assert find_listed_image(coco, advice, files) in names
