@@ -8,7 +8,7 @@ a search of the whole dataset would attach masks to the wrong picture.
 
 import posixpath
 import re
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from samray.data.discovery import RawFiles, fold
 from samray.errors import AnnotationError
@@ -36,8 +36,9 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     """Return the image that a LabelMe file refers to, as a path from the root.
 
     First `imagePath`, relative to the JSON's folder; if no such file exists, the same path in
-    another case, then `find_by_stem` with the JSON's own stem, then with that of `imagePath`; where
-    `imagePath` names a folder, images of another one are not taken unless they lie beside the JSON.
+    another case, then `find_by_stem` with the JSON's own stem and with that of `imagePath`, which
+    must not lead to two images; where `imagePath` names a folder, images of another one are not
+    taken unless they lie beside the JSON and have its stem.
     A path out of the dataset is never followed; if the file it names has the JSON's stem, it is an
     old path of the annotator's machine, and the stem decides.
 
@@ -51,25 +52,33 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     path = PurePosixPath(annotation)
     named = ""
     if image_path:
-        named = posixpath.normpath(posixpath.join(str(path.parent), image_path))
+        named = _path_named(annotation, image_path)
         if found := _same_path(named, files):
             return found
-        leads_out = posixpath.isabs(named) or named.split("/")[0] == ".."
-        if leads_out and PurePosixPath(image_path).stem != path.stem:
+        if _leads_out(named) and PurePosixPath(image_path).stem != path.stem:
             raise AnnotationError(
                 "imagePath",
                 f"{image_path!r:.120} leads out of the dataset's folder and is not followed; "
-                "put the image beside its JSON",
+                "put the image beside its JSON, and its file name into imagePath",
             )
-    if found := _beside(annotation, path.stem, files):
-        return found
+    own = _beside(annotation, path.stem, files)
     for name in (named, *files.unusable_by_stem.get(fold(path.stem), [])):
-        if name in files.unusable and (name == named or PurePosixPath(name).parent == path.parent):
+        beside = PurePosixPath(name).parent == path.parent
+        if not own and name in files.unusable and (name == named or beside):
             raise AnnotationError("imagePath", f"{name} {files.unusable[name]}")
+    images = []
     for stem in dict.fromkeys((path.stem, PurePosixPath(image_path).stem)):
         found = find_by_stem(annotation, stem, files) if stem else None
-        if found and not _is_of_another(annotation, image_path, found):
-            return found
+        if found and (found == own or not _is_of_another(annotation, image_path, found)):
+            images.append(found)
+    if len(set(images)) > 1:
+        raise AnnotationError(
+            "imagePath",
+            f"{image_path!r:.120} points nowhere in here, and may be {images[1]} or, by the JSON's "
+            f"name, {images[0]}; correct imagePath",
+        )
+    if images:
+        return images[0]
     raise AnnotationError("imagePath", _not_found(path.stem, image_path, files))
 
 
@@ -163,6 +172,17 @@ def split_in(folder: PurePosixPath) -> str | None:
         if split := SPLIT_WORDS.get(re.sub(r"20\d\d$", "", fold(part))):
             return split
     return None
+
+
+def _path_named(annotation: str, image_path: str) -> str:
+    """What `imagePath` names, from the dataset's root; absolute if it is, also on Windows."""
+    if PureWindowsPath(image_path).is_absolute():  # C:/pics/1.jpg
+        image_path = f"/{image_path}"
+    return posixpath.normpath(posixpath.join(PurePosixPath(annotation).parent, image_path))
+
+
+def _leads_out(named: str) -> bool:
+    return posixpath.isabs(named) or named.split("/")[0] == ".."
 
 
 def _same_path(named: str, files: RawFiles) -> str | None:
@@ -335,8 +355,8 @@ def _is_of_another(annotation: str, image_path: str, image: str) -> bool:
     if not PurePosixPath(image_path).parent.name:
         return False  # a file name alone
     json_folder, folder = PurePosixPath(annotation).parent, PurePosixPath(image).parent
-    named = posixpath.normpath(posixpath.join(json_folder, image_path))
-    if posixpath.isabs(named) or named.split("/")[0] == "..":
+    named = _path_named(annotation, image_path)
+    if _leads_out(named):
         return _means_another(named, PurePosixPath(*_apart(folder, json_folder)))
     file, parent = PurePosixPath(named).name, PurePosixPath(named).parent
     own = posixpath.join(*_apart(parent, folder), file)
