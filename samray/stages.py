@@ -58,8 +58,8 @@ def run_export(config: Config) -> None:
     from samray.data.export import export
 
     folder = export(config)
-    print(f"{config.export.format} files: {folder}; to prepare them with the same splits, give")
-    print(f"--split-file {folder / 'splits.csv'}")
+    print(f"{config.export.format} files: {folder}")
+    print(f"to prepare them with the same splits: --split-file {folder / 'splits.csv'}")
 
 
 def run_inspect(config: Config) -> None:

@@ -266,7 +266,13 @@ def read_head(path: Place, num_bytes: int = 4096) -> bytes:
             return file.read(num_bytes)
     with plain_errors(str(path)):
         client, span = path.client.client, f"bytes=0-{num_bytes - 1}"
-        head: bytes = client.get_object(Bucket=path.bucket, Key=path.key, Range=span)["Body"].read()
+        try:
+            answer = client.get_object(Bucket=path.bucket, Key=path.key, Range=span)
+        except ClientError as exc:
+            if _error_code(exc) == "InvalidRange":  # an empty object has no first byte
+                return b""
+            raise
+        head: bytes = answer["Body"].read()
     return head
 
 

@@ -20,9 +20,10 @@ from samray import __version__
 from samray.config import Config, required
 from samray.data.annotation import IGNORE
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
-from samray.data.discovery import fold
+from samray.data.discovery import RawFiles, fold
 from samray.data.labelme import labelme_document, mask_shape, mask_to_shapes, read_shapes
-from samray.errors import ConfigError, DatasetError
+from samray.data.pairing import find_listed_image
+from samray.errors import AnnotationError, ConfigError, DatasetError
 from samray.geometry.images import FORMATS
 from samray.geometry.masks import rasterize_instance
 from samray.storage import (
@@ -73,10 +74,12 @@ def _export(dataset: PreparedDataset, folder: Path, form: str) -> None:
             _write_labelme(folder, paths[record.name], record)
     if form == "coco":
         (folder / "annotations").mkdir()
-        for split in SPLITS:
-            names = dataset.manifest["splits"][split]
-            document = _coco_document(dataset, [dataset.images[n] for n in names], paths)
-            write_json(folder / "annotations" / f"instances_{split}.json", document)
+        targets = {split: f"annotations/instances_{split}.json" for split in SPLITS}
+        files = RawFiles(folder, [], list(map(str, paths.values())), coco=[*targets.values()])
+        for split, target in targets.items():
+            records = [dataset.images[name] for name in dataset.manifest["splits"][split]]
+            names = {r.name: _file_name(target, paths[r.name], files) for r in records}
+            write_json(folder / target, _coco_document(dataset, records, names))
     splits = dataset.manifest["splits"]
     rows = [(str(paths[name]), split) for split in SPLITS for name in splits[split]]
     write_csv(folder / "splits.csv", [("image", "split"), *rows])
@@ -156,8 +159,21 @@ def _exact_shapes(mask: np.ndarray, label: str) -> list[dict[str, Any]]:
     return shapes if same else [mask_shape(mask, label)]
 
 
+def _file_name(annotation: str, image: PurePosixPath, files: RawFiles) -> str:
+    """An image's path from images/, as COCO has it; by way of `..` if `prepare` could mistake it.
+
+    `1.jpg` in instances_train.json could also be images/train/1.jpg, `../images/1.jpg` could not.
+    """
+    name = str(image.relative_to("images"))
+    try:
+        found = find_listed_image(annotation, name, files)
+    except AnnotationError:
+        found = ""
+    return name if found == str(image) else f"../{image}"
+
+
 def _coco_document(
-    dataset: PreparedDataset, records: list[ImageRecord], paths: dict[str, PurePosixPath]
+    dataset: PreparedDataset, records: list[ImageRecord], file_names: dict[str, str]
 ) -> dict[str, Any]:
     """One split in COCO's format: ids from 1, boxes as x, y, width, height, masks as RLE."""
     labels = [*dataset.manifest["labels"]]
@@ -166,9 +182,9 @@ def _coco_document(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, record in enumerate(records, start=1):
-        file_name = str(paths[record.name].relative_to("images"))
         height, width = record.size
-        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        image = {"id": image_id, "file_name": file_names[record.name]}
+        images.append(image | {"width": width, "height": height})
         masks = [(instance.label, instance.rle, 0) for instance in record.instances]
         if record.ignored is not None:  # to other tools a crowd, which they do not train on
             masks.append((IGNORE, record.ignored, 1))

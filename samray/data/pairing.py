@@ -8,7 +8,7 @@ a search of the whole dataset would attach masks to the wrong picture.
 
 import posixpath
 import re
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from samray.data.discovery import RawFiles, fold
 from samray.errors import AnnotationError
@@ -36,8 +36,9 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     """Return the image that a LabelMe file refers to, as a path from the root.
 
     First `imagePath`, relative to the JSON's folder; if no such file exists, the same path in
-    another case, then `find_by_stem` with the JSON's own stem, then with that of `imagePath`; where
-    `imagePath` names a folder, images of another one are not taken unless they lie beside the JSON.
+    another case, then `find_by_stem` with the JSON's own stem and with that of `imagePath`, which
+    must not lead to two images; where `imagePath` names a folder, images of another one are not
+    taken unless they lie beside the JSON and have its stem.
     A path out of the dataset is never followed; if the file it names has the JSON's stem, it is an
     old path of the annotator's machine, and the stem decides.
 
@@ -51,25 +52,33 @@ def find_image(annotation: str, image_path: str, files: RawFiles) -> str:
     path = PurePosixPath(annotation)
     named = ""
     if image_path:
-        named = posixpath.normpath(posixpath.join(str(path.parent), image_path))
+        named = _path_named(annotation, image_path)
         if found := _same_path(named, files):
             return found
-        leads_out = posixpath.isabs(named) or named.split("/")[0] == ".."
-        if leads_out and PurePosixPath(image_path).stem != path.stem:
+        if _leads_out(named) and PurePosixPath(image_path).stem != path.stem:
             raise AnnotationError(
                 "imagePath",
                 f"{image_path!r:.120} leads out of the dataset's folder and is not followed; "
-                "put the image beside its JSON",
+                "put the image beside its JSON, and its file name into imagePath",
             )
-    if found := _beside(annotation, path.stem, files):
-        return found
+    own = _beside(annotation, path.stem, files)
     for name in (named, *files.unusable_by_stem.get(fold(path.stem), [])):
-        if name in files.unusable and (name == named or PurePosixPath(name).parent == path.parent):
+        beside = PurePosixPath(name).parent == path.parent
+        if not own and name in files.unusable and (name == named or beside):
             raise AnnotationError("imagePath", f"{name} {files.unusable[name]}")
+    images = []
     for stem in dict.fromkeys((path.stem, PurePosixPath(image_path).stem)):
         found = find_by_stem(annotation, stem, files) if stem else None
-        if found and not _is_of_another(annotation, image_path, found):
-            return found
+        if found and (found == own or not _is_of_another(annotation, image_path, found)):
+            images.append(found)
+    if len(set(images)) > 1:
+        raise AnnotationError(
+            "imagePath",
+            f"{image_path!r:.120} points nowhere in here, and may be {images[1]} or, by the JSON's "
+            f"name, {images[0]}; correct imagePath",
+        )
+    if images:
+        return images[0]
     raise AnnotationError("imagePath", _not_found(path.stem, image_path, files))
 
 
@@ -98,9 +107,10 @@ def find_by_stem(annotation: str, stem: str, files: RawFiles) -> str | None:
 def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
     """Return the image that an entry of a COCO file refers to.
 
-    The name is relative to that file's folder, or to the images' folder of its data set. If no such
-    file exists, the image is the one of the same data set whose path ends most like it and whose
-    folders are no others than those named; a path of another machine ends with the file name.
+    The name is relative to that file's folder; or to its data set or the images' folder in that,
+    unless there is such a file in both, or also in a folder that the JSON's own name names. If no
+    such file exists, the image is the one of the same data set whose path ends most like it and
+    whose folders are no others than those named; a path of another machine ends with the file name.
     The data set is the JSON's folder; if that one holds annotations only, its parent. Folders
     of other COCO files, and those of another split or another clip, are not part of it.
 
@@ -121,21 +131,22 @@ def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
         for image in same_name
         if _is_below(image, scope) and not _owner(annotation, image, files)
     ]
-    in_images = [image for image in candidates if _is_in_images(image, file_name, scope)]
-    if len(in_images) == 1 and PurePosixPath(file_name).parent.name:
-        return in_images[0]
-    candidates = [i for i in candidates if _may_be_listed(annotation, i, file_name, scope, files)]
-    lengths = [_common_tail(image, file_name) for image in candidates]
-    nearest = [i for i, n in zip(candidates, lengths, strict=True) if n == max(lengths)]
-    if len(nearest) > 1 and len(set(in_images) & set(nearest)) == 1:
-        return in_images[0]
+    exact, own = _with_path(annotation, file_name, candidates, scope, files)
+    if exact and (own or PurePosixPath(posixpath.normpath(file_name)).parent.name):
+        nearest = exact + own
+    else:
+        usable = [i for i in candidates if _may_be_listed(annotation, i, file_name, scope, files)]
+        lengths = [_common_tail(image, file_name) for image in usable]
+        nearest = [i for i, n in zip(usable, lengths, strict=True) if n == max(lengths)]
+        nearest = [image for image in exact if image in nearest] or nearest
     if len(nearest) == 1:
         return nearest[0]
     if nearest:
+        path = posixpath.relpath(nearest[0], PurePosixPath(annotation).parent)
         raise AnnotationError(
             "file_name",
             f"{file_name!r:.120} may be any of {len(nearest)} images ({', '.join(nearest[:3])}); "
-            "name it with its folder",
+            f"give its path from the JSON's folder, like {path}",
         )
     for name in files.unusable_by_stem.get(fold(PurePosixPath(file_name).stem), []):
         same = fold(PurePosixPath(name).name) == fold(PurePosixPath(file_name).name)
@@ -143,8 +154,8 @@ def find_listed_image(annotation: str, file_name: str, files: RawFiles) -> str:
             raise AnnotationError("file_name", f"{name} {files.unusable[name]}")
     elsewhere = ""
     if owned := [image for image in same_name if _owner(annotation, image, files)]:
-        own = PurePosixPath(owned[0]).with_suffix(".json").name
-        elsewhere = f", and {owned[0]} belongs to the {own} beside it; remove that, or"
+        its_json = PurePosixPath(owned[0]).with_suffix(".json").name
+        elsewhere = f", and {owned[0]} belongs to the {its_json} beside it; remove that, or"
     elif same_name:
         elsewhere = f" in this data set, and {same_name[0]} is not taken from another one;"
     raise AnnotationError(
@@ -161,6 +172,17 @@ def split_in(folder: PurePosixPath) -> str | None:
         if split := SPLIT_WORDS.get(re.sub(r"20\d\d$", "", fold(part))):
             return split
     return None
+
+
+def _path_named(annotation: str, image_path: str) -> str:
+    """What `imagePath` names, from the dataset's root; absolute if it is, also on Windows."""
+    if PureWindowsPath(image_path).is_absolute():  # C:/pics/1.jpg
+        image_path = f"/{image_path}"
+    return posixpath.normpath(posixpath.join(PurePosixPath(annotation).parent, image_path))
+
+
+def _leads_out(named: str) -> bool:
+    return posixpath.isabs(named) or named.split("/")[0] == ".."
 
 
 def _same_path(named: str, files: RawFiles) -> str | None:
@@ -301,11 +323,27 @@ def _may_be_listed(
     return _common_tail(image, file_name) > 1 or not _is_elsewhere(file_name, place, scope, files)
 
 
-def _is_in_images(image: str, file_name: str, scope: PurePosixPath) -> bool:
-    """Whether an image has this path in a folder `images`, or one called alike, of a data set."""
-    first, *rest = PurePosixPath(image).relative_to(scope).parts
-    same = fold("/".join(rest)) == fold(posixpath.normpath(file_name))
-    return same and _words(first) <= IMAGE_WORDS
+def _with_path(
+    annotation: str, file_name: str, images: list[str], scope: PurePosixPath, files: RawFiles
+) -> tuple[list[str], list[str]]:
+    """The images that have just the path that a COCO file names, by the folder it begins in.
+
+    Returns:
+        exact: from the data set's folder, or from `images`, or one called alike, in it.
+        own: from a folder that the COCO file's own name names, as train in instances_train.json.
+    """
+    path = fold(posixpath.normpath(file_name))
+    exact, own = [], []
+    for image in images:
+        if not f"/{fold(image)}".endswith(f"/{path}"):
+            continue
+        parts = PurePosixPath(image).relative_to(scope).parts
+        above = PurePosixPath(*parts[: -len(PurePosixPath(path).parts)])
+        if len(above.parts) < 2 and _words(above.name) <= IMAGE_WORDS:
+            exact.append(image)
+        elif _names_folder(_tags(annotation, scope), above):
+            own.append(image)
+    return exact, [i for i in own if _may_be_listed(annotation, i, file_name, scope, files)]
 
 
 def _is_of_another(annotation: str, image_path: str, image: str) -> bool:
@@ -317,8 +355,8 @@ def _is_of_another(annotation: str, image_path: str, image: str) -> bool:
     if not PurePosixPath(image_path).parent.name:
         return False  # a file name alone
     json_folder, folder = PurePosixPath(annotation).parent, PurePosixPath(image).parent
-    named = posixpath.normpath(posixpath.join(json_folder, image_path))
-    if posixpath.isabs(named) or named.split("/")[0] == "..":
+    named = _path_named(annotation, image_path)
+    if _leads_out(named):
         return _means_another(named, PurePosixPath(*_apart(folder, json_folder)))
     file, parent = PurePosixPath(named).name, PurePosixPath(named).parent
     own = posixpath.join(*_apart(parent, folder), file)

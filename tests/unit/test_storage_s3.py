@@ -81,6 +81,12 @@ def test_written_files_are_read_back(folder):
     assert sizes == [("file.bin", len(content)), ("sub/file.json", 15)]
 
 
+def test_the_head_of_an_empty_object_is_empty(folder):
+    """S3 answers any range of it with InvalidRange, which ended `prepare` at an empty JSON."""
+    write_bytes(folder / "empty.json", b"")
+    assert read_head(folder / "empty.json") == b""
+
+
 def test_a_missing_object_is_a_missing_file(folder):
     with pytest.raises(FileNotFoundError, match="gone"):
         read_bytes(folder / "gone")

@@ -151,13 +151,21 @@ def test_the_splits_are_written_as_a_split_file(form: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "names",
-    [("train/1.png", "train/2.png", "test/3.png"), ("x.png", "a/x.png", "b/a/x.png", "a/y.png")],
-    ids=["folders of other splits", "one name in several folders"],
+    [
+        ("train/1.png", "train/2.png", "test/3.png"),
+        ("x.png", "a/x.png", "b/a/x.png", "a/y.png"),
+        ("1.png", "2.png", "train/1.png", "val/2.png"),
+        ("1.png", "images/1.png"),
+    ],
+    ids=["other splits", "one name in several folders", "a split's folder", "images/images/"],
 )
 def test_an_exported_coco_file_names_each_picture_exactly(
     names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Those in test/ that are in the train split were refused, and x.png could be either of two."""
+    """Those in test/ that are in the train split were refused, and x.png could be either of two.
+
+    1.png got the masks of train/1.png, too, for the sake of instances_train.json.
+    """
     for seed, name in enumerate(names):
         path = tmp_path / "raw" / name
         write(path, picture(seed))

@@ -39,7 +39,7 @@ def lay_out(root: Path, *names: str, coco: tuple[str, ...] = ()) -> RawFiles:
         # imagePath is wrong, but the JSON's own stem matches.
         (["images/a.jpg"], "annotations/a.json", "a.jpg", "images/a.jpg"),
         (["images/a.png"], "annotations/a.json", "a.jpg", "images/a.png"),
-        (["a.jpg", "b.jpg"], "a.json", "gone/b.jpg", "a.jpg"),
+        (["a.jpg", "b.jpg"], "a.json", "gone/c.jpg", "a.jpg"),
         (["a.jpg"], "a.json", "", "a.jpg"),
         (["a.b.jpg", "a.jpg"], "a.b.json", "", "a.b.jpg"),
         # The stem of imagePath, as the last resort.
@@ -48,6 +48,10 @@ def lay_out(root: Path, *names: str, coco: tuple[str, ...] = ()) -> RawFiles:
         (["images/a.jpg"], "annotations/a.json", "/home/ann/a.jpg", "images/a.jpg"),
         (["images/a.jpg"], "annotations/a.json", "../../../ann/a.jpg", "images/a.jpg"),
         (["images/a.jpg"], "annotations/a.json", "C:/Users/ann/a.jpg", "images/a.jpg"),
+        (["cam/images/a.jpg"], "cam/annotations/a.json", "C:/ann/cam/a.jpg", "cam/images/a.jpg"),
+        # Another image has the stem of imagePath, but is not the one that it names.
+        (["x/images/a.jpg", "y/images/b.jpg"], "x/labels/a.json", "b.jpg", "x/images/a.jpg"),
+        (["x/a.jpg", "x/b.jpg"], "x/a.json", "../y/b.jpg", "x/a.jpg"),
         # Written on a file system without case.
         (["Images/A.JPG"], "annotations/b.json", "../images/a.jpg", "Images/A.JPG"),
         (["IMG_1.JPG"], "img_1.json", "", "IMG_1.JPG"),
@@ -82,7 +86,10 @@ def test_right_image_is_found(
 
 @pytest.mark.parametrize(
     "image_path",
-    ["/etc/passwd", "../../../../../../etc/passwd", "/home/ann/b.jpg", "../../b.jpg", "../.."],
+    [
+        *("/etc/passwd", "../../../../../../etc/passwd", "/home/ann/b.jpg", "../../b.jpg", "../.."),
+        *("C:/pics/b.jpg", "//server/pics/b.jpg"),
+    ],
 )
 def test_path_out_of_the_folder_is_refused_and_not_followed(
     tmp_path: Path, image_path: str
@@ -116,6 +123,26 @@ def test_equally_near_images_are_an_error_and_no_guess(
     with pytest.raises(AnnotationError, match="2 images have this stem") as caught:
         find_image(annotation, image_path, files)
     assert names[0] in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "annotation", "image_path"),
+    [
+        (["images/2.jpg", "images/1.jpg"], "annotations/2.json", "1.jpg"),
+        (["images/2.png", "images/1.png"], "annotations/2.json", "../old/1.jpg"),
+        (["2.jpg", "1.jpg"], "2.json", "gone/1.jpg"),
+        (["x/2.jpg", "x/1.jpg"], "x/2.json", "../1.jpg"),
+    ],
+)
+def test_json_and_image_path_with_the_names_of_two_images_are_an_error(
+    tmp_path: Path, names: list[str], annotation: str, image_path: str
+) -> None:
+    """Beside the images, the same JSON is that of the image which imagePath names."""
+    files = lay_out(tmp_path, *names, annotation)
+    with pytest.raises(AnnotationError, match=r"points nowhere .* correct imagePath") as caught:
+        find_image(annotation, image_path, files)
+    assert caught.value.field == "imagePath"
+    assert all(text in caught.value.reason for text in (*names, image_path))
 
 
 def test_error_of_a_json_without_image_says_what_to_add(tmp_path: Path) -> None:
@@ -239,6 +266,15 @@ def test_a_picture_that_is_a_link_out_of_the_folder_is_named(tmp_path: Path) -> 
         (["images/cats/a.png"], "c.json", "/home/ann/cats/a.png", "images/cats/a.png"),
         (["cats/images/a.png"], "c.json", "cats/a.png", "cats/images/a.png"),
         (["images/val/a.png"], "annotations/val.json", "/data/x/a.png", "images/val/a.png"),
+        # The path is there as it is named, whatever folder the JSON's own name names.
+        (["a/1.png", "b/1.png"], "annotations/a.json", "b/1.png", "b/1.png"),
+        (["train/1.png", "val/1.png"], "annotations/instances_train.json", "val/1.png",
+         "val/1.png"),
+        (["set/a/1.png", "set/B/1.png"], "set/annotations/a.json", "b/1.png", "set/B/1.png"),
+        (["images/1.png", "images/train/1.png"], "annotations/instances_train.json",
+         "images/1.png", "images/1.png"),
+        (["images/1.png", "images/train/1.png"], "annotations/instances_train.json",
+         "train/1.png", "images/train/1.png"),
     ],
     ids=str,
 )  # fmt: skip
@@ -273,6 +309,8 @@ def test_listed_image_is_found_in_its_data_set(
         (["right/day_1/1.png"], "c.json", [], "left/day_1/1.png"),
         (["right/images/1.png"], "c.json", [], "left/images/1.png"),
         (["right/1.png"], "c.json", [], "/home/ann/left/1.png"),
+        # Named exactly, and has a LabelMe file.
+        (["b/1.png", "b/1.json", "a/1.png"], "annotations/a.json", [], "b/1.png"),
     ],
     ids=str,
 )
@@ -291,7 +329,25 @@ def test_a_json_beside_a_listed_image_that_keeps_it_is_named(tmp_path: Path) -> 
         find_listed_image("c.json", "1.png", files)
 
 
-def test_listed_image_that_may_be_several_is_refused(tmp_path: Path) -> None:
-    files = lay_out(tmp_path, "x/a.png", "y/a.png", coco=("c.json",))
-    with pytest.raises(AnnotationError, match="may be any of 2 images"):
-        find_listed_image("c.json", "a.png", files)
+@pytest.mark.parametrize(
+    ("names", "coco", "file_name"),
+    [
+        (["x/a.png", "y/a.png"], "c.json", "a.png"),
+        # Relative to images/, or to the folder that the JSON's own name names.
+        (["images/1.png", "images/train/1.png"], "annotations/instances_train.json", "1.png"),
+        (["1.png", "train/1.png"], "annotations/instances_train.json", "1.png"),
+        (["b/1.png", "a/b/1.png"], "annotations/a.json", "b/1.png"),
+        # Relative to the data set, or to images/ in it.
+        (["b/1.png", "images/b/1.png"], "annotations/c.json", "b/1.png"),
+    ],
+    ids=str,
+)
+def test_listed_image_that_may_be_several_is_refused(
+    tmp_path: Path, names: list[str], coco: str, file_name: str
+) -> None:
+    files = lay_out(tmp_path, *names, coco=(coco,))
+    with pytest.raises(AnnotationError, match="may be any of 2 images") as caught:
+        find_listed_image(coco, file_name, files)
+    assert all(name in caught.value.reason for name in names)
+    advice = caught.value.reason.rpartition(" ")[2]
+    assert find_listed_image(coco, advice, files) in names
