@@ -78,7 +78,10 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
             except StoreError as exc:
                 if settings.model:
                     raise
-                _tell_once(name, str(exc))
+                if name in known:  # else requests without `model` would reach another one
+                    found[name] = known[name]
+                outcome = "the one before stays" if name in known else "not served"
+                _tell_once(name, outcome, str(exc))
                 continue
             if current is None:
                 raise ConfigError(f"--model: {store.folder} has no model {name!r}")
@@ -95,8 +98,8 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
 
 
 @functools.cache
-def _tell_once(name: str, reason: str) -> None:
-    LOG.error("%s cannot be read and is not served: %s", name, reason)
+def _tell_once(name: str, outcome: str, reason: str) -> None:
+    LOG.error("%s cannot be read (%s): %s", name, outcome, reason)
 
 
 def _read_checkpoints(settings: ServeConfig) -> dict[str, ModelRef]:

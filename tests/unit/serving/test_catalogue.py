@@ -30,7 +30,21 @@ def test_a_damaged_model_does_not_hide_the_others_and_is_logged_once(store, capl
     for _ in range(3):
         assert list(read_catalogue(settings, {})) == ["nuts"]
     (line,) = caplog.messages
-    assert line.startswith("figs cannot be read and is not served: ")
+    assert line.startswith("figs cannot be read (not served): ")
+
+
+def test_a_model_that_is_damaged_later_stays_as_it_was_read(store, caplog):
+    """Also as the default one: no other answers for it."""
+    (name,) = (path.name for path in (store.folder / "figs").iterdir() if path.is_dir())
+    (store.folder / "figs" / "current").write_text(f"{name}\n")
+    settings = ServeConfig(store=str(store.folder))
+    known = read_catalogue(settings, {})
+    assert list(known) == ["figs", "nuts"]
+    (store.folder / "figs" / "current").write_text("no such version\n")
+    again = read_catalogue(settings, known)
+    assert list(again.items()) == list(known.items())
+    (line,) = caplog.messages
+    assert line.startswith("figs cannot be read (the one before stays): ")
 
 
 def test_a_version_is_read_once_and_a_new_one_is_noticed(store):
