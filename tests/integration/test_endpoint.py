@@ -240,6 +240,22 @@ def test_sixteen_first_clicks_cost_one_encoding(url, photo):
     assert predict(url, encoded, prompts=[point()]).json()["cache"] == "hit"
 
 
+def test_a_client_that_hangs_up_costs_nobody_else_the_encoding(url, photo):
+    """One who waits for the same image."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/images HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for number in range(8):
+            body = photo + b"hang up" + bytes([number])
+            length = f"Content-Length: {len(body)}\r\n\r\n"
+            with socket.create_connection((host, int(port)), 60) as connection:
+                connection.sendall((head + length).encode() + body)
+                time.sleep(0.02)
+                other = pool.submit(call, url, "POST", "/v1/images", data=body)
+                time.sleep(0.03)
+            assert other.result().status_code == 200, other.result().text
+
+
 def test_images_encoded_together_answer_as_alone(url, photos):
     """In one batch, and a file that breaks off in the middle among them."""
     files = [path.read_bytes() for path in sorted((photos / "images").iterdir())[1:9]]
