@@ -1067,8 +1067,13 @@ def test_what_does_not_belong_together_is_refused(page, some, annotated, tmp_pat
     assert f"{small.name} is not used" in status(page)
     assert "coco.json is not a LabelMe file" in status(page)
     assert page.locator("#objects li").count() == 0
+    page.reload()
+    wait(page, "window.state && state.id !== null")
+    assert page.evaluate("state.document === null && state.jsonPath === null")
     click(page, 120, 80)
     finish(page, "mine")
+    written = json.loads(Path(download(page, "labelme").path()).read_text())
+    assert (written["imageWidth"], written["imageHeight"]) == Image.open(photo).size
     small.write_text(json.dumps(document))
     drop(page, small)
     wait(page, "$('notes').textContent.includes('has objects already')")

@@ -206,6 +206,7 @@ async function readDocument(picture) {
     const sizes = `it is for ${imageWidth} x ${imageHeight} pixels, ${name} has ${width} x ${height}`;
     note(`${nameOf(picture.jsonPath)} is not used: ${sizes}`);
     picture.document = picture.jsonPath = null;
+    if (state.queue.includes(picture)) await keepFile(picture); // else a reload brings the document back, unchecked
     return;
   }
   picture.objects = await readShapes(document, width, height);
