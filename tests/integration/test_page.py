@@ -389,9 +389,14 @@ def test_clicks_during_the_encoding_are_answered_after_it(page, some):
     wait(page, "$('status').textContent.includes('answered once it is done')")
     assert page.evaluate("state.points.length") == 2
     page.keyboard.press("Enter")  # faster than the server, too
+    page.mouse.click(*screen(page, 250, 300))  # not this object's any more
+    wait(page, "$('status').textContent.includes('your object is finished after it')")
+    assert page.evaluate("state.points.length") == 2
     held.pop().continue_()
     wait(page, "state.objects.length === 1")
     assert page.evaluate("state.objects[0].area") > 0
+    click(page, 250, 300)
+    assert page.evaluate("state.points.length") == 1
 
 
 def test_the_model_chosen_during_an_encoding_gives_the_answer(page, some):
