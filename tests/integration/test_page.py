@@ -1084,6 +1084,23 @@ def test_what_does_not_belong_together_is_refused(page, some, annotated, tmp_pat
     wait(page, "$('notes').textContent.includes('has objects already')")
     assert page.evaluate("state.objects.map((o) => o.label)") == ["mine"]
 
+    # Whose image cannot be shown is not downloaded without its shapes.
+    page.route("**/v1/preview", lambda route: route.abort())
+    Image.open(photo).save(tmp_path / "hidden.tif")
+    (tmp_path / "hidden.json").write_text(json.dumps({**document, "imagePath": "hidden.tif"}))
+    page.set_input_files("#file", [tmp_path / "hidden.tif", tmp_path / "hidden.json"])
+    wait(page, "state.name === 'hidden.tif' && $('status').textContent.includes('not answer')")
+    for kind in ("labelme", "coco", "png"):
+        page.evaluate("$('live').textContent = ''")
+        page.click(f"[data-save={kind}]")
+        wait(page, "$('status').textContent.includes('before the image is shown')")
+    archive = zipfile.ZipFile(download(page, "all").path())
+    assert archive.namelist() == [small.name]
+    assert "hidden.tif: the server does not answer" in status(page)
+    page.unroute("**/v1/preview")
+    archive = zipfile.ZipFile(download(page, "all").path())
+    assert len(json.loads(archive.read("hidden.json"))["shapes"]) == len(document["shapes"])
+
 
 def test_a_queue_of_images(page, photos, some, tmp_path):
     """A folder of images and one of LabelMe files: each image has its own, all are downloaded."""
