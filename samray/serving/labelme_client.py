@@ -11,12 +11,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import requests
 from PIL import Image
+from requests.auth import AuthBase
 
 from samray.config import LabelmeConfig
 from samray.errors import ConfigError, EndpointError
@@ -30,14 +33,28 @@ TIMEOUTS = (5, 120)  # seconds to connect, and for an answer
 PAUSE_SECONDS = 5.0  # after a failure; labelme sends a request with each mouse movement
 
 
+@dataclasses.dataclass
+class _Bearer(AuthBase):
+    """Sends the token, if there is one."""
+
+    token: str | None
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self.token is not None:
+            request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
+
+
 class Endpoint:
     """A client of a samray endpoint."""
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url.rstrip("/")
         self.session = requests.Session()
-        if token is not None:
-            self.session.headers["Authorization"] = f"Bearer {token}"
+        # No header of the session: requests replaces that one by what ~/.netrc has for the host.
+        self.session.auth = _Bearer(token)
+        # Of this machine itself no proxy is asked, whatever $http_proxy says.
+        self.proxies = {"no_proxy": host} if (host := _loopback(url)) else None
 
     def require_samray(self) -> None:
         """Check that the URL is a samray endpoint and that the token is right.
@@ -75,7 +92,9 @@ class Endpoint:
 
     def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         try:
-            response = self.session.request(method, self.url + path, timeout=TIMEOUTS, **content)
+            response = self.session.request(
+                method, self.url + path, timeout=TIMEOUTS, proxies=self.proxies, **content
+            )
         except requests.RequestException as exc:
             if isinstance(exc, ValueError):  # InvalidURL and its like
                 raise EndpointError(f"{self.url} is no address; http://HOST:PORT is one") from exc
@@ -97,6 +116,15 @@ class Endpoint:
                 f"{self.url} wants another token; give --token-file, or ${TOKEN_VARIABLE}"
             )
         raise EndpointError(f"{self.url}: {error.get('message')}", str(error.get("code")))
+
+
+def _loopback(url: str) -> str | None:
+    """Return the host of an address if it is this machine itself."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host if host == "localhost" or ip_address(host).is_loopback else None
+    except ValueError:
+        return None
 
 
 def model_type(endpoint: Endpoint, tell: Callable[[str], None]) -> Any:

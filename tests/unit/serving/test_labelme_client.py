@@ -4,10 +4,11 @@ import importlib.util
 import sys
 
 import pytest
+import requests
 
 from samray.config import LabelmeConfig
 from samray.errors import ConfigError
-from samray.serving.labelme_client import start
+from samray.serving.labelme_client import Endpoint, start
 
 installed = importlib.util.find_spec("labelme") is not None
 pytestmark = pytest.mark.skipif(installed, reason="labelme is installed here")
@@ -31,3 +32,34 @@ def test_a_labelme_that_is_built_otherwise_is_refused_in_a_sentence(version, tmp
     finally:
         for name in ("osam", "labelme"):
             sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "proxy"),
+    [
+        ("http://127.0.0.1:8000", "the token", None),
+        ("http://localhost:8000", "the token", None),
+        ("http://[::1]:8000", None, None),
+        ("http://sam.example.org:8000", "the token", "http://proxy.example.org:3128"),
+    ],
+)
+def test_the_token_is_sent_whatever_netrc_has_and_loopback_needs_no_proxy(
+    url, token, proxy, tmp_path, monkeypatch
+):
+    (tmp_path / "netrc").write_text("default login somebody password else\n")
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    sent = []
+
+    def send(request, **options):
+        sent.append((request.headers.get("Authorization"), options["proxies"].get("http")))
+        answer = requests.Response()
+        answer.status_code, answer._content = 200, b'{"models": ["tiny"]}'
+        return answer
+
+    endpoint = Endpoint(url, token)
+    monkeypatch.setattr(endpoint.session, "send", send)
+    endpoint.require_samray()
+    assert sent == [(token and f"Bearer {token}", proxy)]
