@@ -80,8 +80,8 @@ def read_catalogue(settings: ServeConfig, known: dict[str, ModelRef]) -> dict[st
                     raise
                 if name in known:  # else requests without `model` would reach another one
                     found[name] = known[name]
-                served = "the one before stays" if name in known else "not served"
-                _tell_once(name, served, str(exc))
+                outcome = "the one before stays" if name in known else "not served"
+                _tell_once(name, outcome, str(exc))
                 continue
             if current is None:
                 raise ConfigError(f"--model: {store.folder} has no model {name!r}")

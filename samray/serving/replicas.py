@@ -209,7 +209,8 @@ class Decoder:
         self.models = LoadedModels()
         self.embeddings = ByteCache(settings.embedding_cache_mb * 2**20)
         self.logits = ByteCache(settings.logits_cache_mb * 2**20)
-        self.encoding: dict[Any, asyncio.Future[Any]] = {}
+        self.encoding: dict[Any, asyncio.Task[Any]] = {}
+        self.waiting: collections.Counter[asyncio.Task[Any]] = collections.Counter()  # for these
         # Requests in progress by image, and those of these images that were deleted meanwhile.
         self.active: collections.Counter[str] = collections.Counter()
         self.forgotten: set[str] = set()
@@ -278,22 +279,38 @@ class Decoder:
         return answer
 
     async def _encode(self, key: Any, call: Call) -> tuple[np.ndarray, tuple[int, int]]:
-        """Encode once per key for all concurrent requests."""
+        """Encode once per key for all concurrent requests, as long as one of them waits."""
         if key not in self.encoding:
-            # In a context of its own: in that of its first request it would be cancelled with it,
-            # by Ray, though others wait for it.
+            # In no request's context: when a client disconnects, Serve cancels what was called in
+            # its request's, and others may wait for the same encoding.
             self.encoding[key] = asyncio.get_running_loop().create_task(
                 self._encode_once(key, call), context=contextvars.Context()
             )
-        embedding: tuple[np.ndarray, tuple[int, int]] = await asyncio.shield(self.encoding[key])
-        return embedding
+        task = self.encoding[key]
+        self.waiting[task] += 1
+        try:
+            embedding: tuple[np.ndarray, tuple[int, int]] = await asyncio.shield(task)
+            return embedding
+        finally:
+            self.waiting[task] -= 1
+            if not self.waiting[task]:
+                del self.waiting[task]
+                if not task.done():
+                    task.cancel()
+                    if self.encoding.get(key) is task:  # who comes now starts anew
+                        del self.encoding[key]
 
     async def _encode_once(self, key: Any, call: Call) -> tuple[np.ndarray, tuple[int, int]]:
         try:
             raw = await self.vault.get.remote(call.image_id)
             if raw is None:
                 raise ApiError("unknown_image", "this image is not here; upload it", "image_id")
-            made = await self.encoder.encode.remote(raw, call.model)
+            response = self.encoder.encode.remote(raw, call.model)
+            try:
+                made = await response
+            except asyncio.CancelledError:
+                response.cancel()  # nobody waits for it: free the Encoder
+                raise
             if isinstance(made, str):
                 raise ApiError("invalid_image", made, "image")
             if self.encoding.get(key) is asyncio.current_task():  # else deleted meanwhile

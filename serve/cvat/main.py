@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import os
+import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
 from typing import Any
 
 KNOWN_IMAGES = 1024
-SECONDS = 25  # for an answer; less than eventTimeout in function.yaml
+SECONDS = 25  # for all requests of a click; less than eventTimeout in function.yaml
 
 
 class ClickError(Exception):
@@ -55,6 +56,7 @@ def segment(body: dict[str, Any], sizes: OrderedDict[str, tuple[int, int]]) -> l
             [[x1, y1], [x2, y2]], empty or absent; pixels.
         sizes: of images that the endpoint was given; kept up to date.
     """
+    until = time.monotonic() + SECONDS
     try:
         image = base64.b64decode(body["image"], validate=True)
     except binascii.Error as exc:
@@ -62,30 +64,32 @@ def segment(body: dict[str, Any], sizes: OrderedDict[str, tuple[int, int]]) -> l
     image_id = f"sha256:{hashlib.sha256(image).hexdigest()}"
     known = image_id in sizes
     if not known:
-        upload(image, image_id, sizes)
+        upload(image, image_id, sizes, until)
     prompt = read_prompt(body, sizes[image_id])
     try:
-        rle = predict(image_id, prompt)
+        rle = predict(image_id, prompt, until)
     except ClickError as exc:
         if exc.code != "unknown_image" or not known:
             raise
-        upload(image, image_id, sizes)  # the endpoint was restarted, or its cache was full
-        rle = predict(image_id, prompt)
+        upload(image, image_id, sizes, until)  # the endpoint was restarted, or its cache was full
+        rle = predict(image_id, prompt, until)
     return decode_rle(rle["counts"], *rle["size"])
 
 
-def upload(image: bytes, image_id: str, sizes: OrderedDict[str, tuple[int, int]]) -> None:
+def upload(
+    image: bytes, image_id: str, sizes: OrderedDict[str, tuple[int, int]], until: float
+) -> None:
     """Upload an image, and keep its size."""
-    answer = call("/v1/images", image, "application/octet-stream")
+    answer = call("/v1/images", image, "application/octet-stream", until)
     sizes[image_id] = (answer["width"], answer["height"])
     while len(sizes) > KNOWN_IMAGES:
         sizes.popitem(last=False)
 
 
-def predict(image_id: str, prompt: dict[str, Any]) -> dict[str, Any]:
+def predict(image_id: str, prompt: dict[str, Any], until: float) -> dict[str, Any]:
     """Return the best mask as COCO's RLE."""
     body = {"image_id": image_id, "prompts": [prompt], "mask_format": "rle"}
-    answer = call("/v1/predict", json.dumps(body).encode(), "application/json")
+    answer = call("/v1/predict", json.dumps(body).encode(), "application/json", until)
     rle: dict[str, Any] = answer["results"][0]["masks"][0]["rle"]
     return rle
 
@@ -135,8 +139,12 @@ def decode_rle(counts: str, height: int, width: int) -> list[list[int]]:
     return [list(columns[row::height]) for row in range(height)]
 
 
-def call(path: str, content: bytes, content_type: str) -> dict[str, Any]:
-    """POST to the endpoint at $SAMRAY_URL with the token $SAMRAY_TOKEN."""
+def call(path: str, content: bytes, content_type: str, until: float) -> dict[str, Any]:
+    """POST to the endpoint at $SAMRAY_URL with the token $SAMRAY_TOKEN.
+
+    Args:
+        until: when CVAT must have an answer, on the clock of `time.monotonic`.
+    """
     url = os.environ.get("SAMRAY_URL", "").rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise ClickError(500, "set SAMRAY_URL in function.yaml to the endpoint's address")
@@ -145,7 +153,10 @@ def call(path: str, content: bytes, content_type: str) -> dict[str, Any]:
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url + path, content, headers, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        seconds = until - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        with urllib.request.urlopen(request, timeout=seconds) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
     except urllib.error.HTTPError as exc:

@@ -389,9 +389,14 @@ def test_clicks_during_the_encoding_are_answered_after_it(page, some):
     wait(page, "$('status').textContent.includes('answered once it is done')")
     assert page.evaluate("state.points.length") == 2
     page.keyboard.press("Enter")  # faster than the server, too
+    page.mouse.click(*screen(page, 250, 300))  # not this object's any more
+    wait(page, "$('status').textContent.includes('your object is finished after it')")
+    assert page.evaluate("state.points.length") == 2
     held.pop().continue_()
     wait(page, "state.objects.length === 1")
     assert page.evaluate("state.objects[0].area") > 0
+    click(page, 250, 300)
+    assert page.evaluate("state.points.length") == 1
 
 
 def test_the_model_chosen_during_an_encoding_gives_the_answer(page, some):
@@ -1066,16 +1071,35 @@ def test_what_does_not_belong_together_is_refused(page, some, annotated, tmp_pat
     assert "foreign.json belongs to none of these images" in status(page)
     assert f"{small.name} is not used" in status(page)
     assert "coco.json is not a LabelMe file" in status(page)
-    page.reload()
-    wait(page, "state.id !== null")
-    assert page.evaluate("state.picture.document") is None  # as before
     assert page.locator("#objects li").count() == 0
+    page.reload()
+    wait(page, "window.state && state.id !== null")
+    assert page.evaluate("state.document === null && state.jsonPath === null")
     click(page, 120, 80)
     finish(page, "mine")
+    written = json.loads(Path(download(page, "labelme").path()).read_text())
+    assert (written["imageWidth"], written["imageHeight"]) == Image.open(photo).size
     small.write_text(json.dumps(document))
     drop(page, small)
     wait(page, "$('notes').textContent.includes('has objects already')")
     assert page.evaluate("state.objects.map((o) => o.label)") == ["mine"]
+
+    # Whose image cannot be shown is not downloaded without its shapes.
+    page.route("**/v1/preview", lambda route: route.abort())
+    Image.open(photo).save(tmp_path / "hidden.tif")
+    (tmp_path / "hidden.json").write_text(json.dumps({**document, "imagePath": "hidden.tif"}))
+    page.set_input_files("#file", [tmp_path / "hidden.tif", tmp_path / "hidden.json"])
+    wait(page, "state.name === 'hidden.tif' && $('status').textContent.includes('not answer')")
+    for kind in ("labelme", "coco", "png"):
+        page.evaluate("$('live').textContent = ''")
+        page.click(f"[data-save={kind}]")
+        wait(page, "$('status').textContent.includes('before the image is shown')")
+    archive = zipfile.ZipFile(download(page, "all").path())
+    assert archive.namelist() == [small.name]
+    assert "hidden.tif: the server does not answer" in status(page)
+    page.unroute("**/v1/preview")
+    archive = zipfile.ZipFile(download(page, "all").path())
+    assert len(json.loads(archive.read("hidden.json"))["shapes"]) == len(document["shapes"])
 
 
 def test_a_queue_of_images(page, photos, some, tmp_path):

@@ -206,10 +206,11 @@ async function readDocument(picture) {
     const sizes = `it is for ${imageWidth} x ${imageHeight} pixels, ${name} has ${width} x ${height}`;
     note(`${nameOf(picture.jsonPath)} is not used: ${sizes}`);
     picture.document = picture.jsonPath = null;
-    await keepFile(picture); // without it, or a reload would take it for checked
+    if (state.queue.includes(picture)) await keepFile(picture); // else a reload brings the document back, unchecked
     return;
   }
-  picture.objects = await readShapes(document, width, height);
+  const shapes = await readShapes(document, width, height);
+  for (const step of [picture, ...picture.history]) step.objects = [...shapes, ...step.objects]; // clicked meanwhile
 }
 
 // The pixels that the model sees, or what the browser shows if that is the same.
@@ -268,7 +269,7 @@ export const text = (content) => JSON.stringify(content, null, 2);
 export async function saveAll() {
   const files = new Map();
   for (const picture of state.queue) {
-    try { if (!picture.settled) await settle(picture); }
+    try { await (picture.settled ? picture.reading : settle(picture)); }
     catch (error) { note(`${picture.name}: ${error.message}`); continue; }
     if (!picture.objects.length && !picture.document) continue;
     const path = jsonPathOf(picture);

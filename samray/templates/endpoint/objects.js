@@ -8,8 +8,16 @@ import { keepQueue, keepWork } from "./storage.js";
 
 const MAX_POINTS = 64; // the server's limit for one object
 
+// Whether Finish was pressed before the mask is there: what comes now is meant for another object.
+function isFinishing(picture) {
+  if (picture.finishing === null) return false;
+  say("the object before is not finished yet; try again once it is", true);
+  return true;
+}
+
 export function click(point, include) {
   const { picture } = state;
+  if (isFinishing(picture)) return;
   if (picture.points.length >= MAX_POINTS) {
     say(`an object takes ${MAX_POINTS} clicks; finish it, then correct it`, true);
     return;
@@ -23,6 +31,7 @@ export function click(point, include) {
 
 export function drawBox(box) {
   const { picture } = state;
+  if (isFinishing(picture)) return;
   picture.remember();
   picture.label ??= state.nextLabel;
   Object.assign(picture, { box, masks: [] });
@@ -94,7 +103,7 @@ export function finish(picture = state.picture, text = labelFor(picture)) {
 // Let the next clicks correct a finished object.
 export function select(item) {
   const { picture } = state;
-  if (picture.base === item) return;
+  if (picture.base === item || isFinishing(picture)) return;
   picture.remember();
   picture.setPrompt({ base: item, label: item.label });
   const way = item.area ? "click to correct it" : "change its label";

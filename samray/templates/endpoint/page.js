@@ -107,10 +107,19 @@ $("sample").onclick = async () => { // discs on a background
 
 // Downloads
 
+// Whether the shapes of the LabelMe file that a picture came with are known: without them a download
+// would lose them.
+async function isRead(picture) {
+  if (picture.settled) { await picture.reading; return true; }
+  say("the LabelMe file of this image cannot be read before the image is shown", true);
+  return false;
+}
+
 for (const button of document.querySelectorAll("[data-save]")) {
   button.onclick = async () => {
     const { picture } = state, kind = button.dataset.save, stem = picture.name.replace(/\.[^.]*$/, "");
     if (kind === "all") { await saveAll(); return; }
+    if (!(await isRead(picture))) return;
     if (!picture.objects.length && !picture.document) { say("finish an object first", true); return; }
     if (kind === "png" && picture.objects.filter((item) => item.area).length > 255) {
       say("an 8-bit PNG can hold 255 objects; use COCO or LabelMe", true);
@@ -122,6 +131,7 @@ for (const button of document.querySelectorAll("[data-save]")) {
   };
 }
 $("copy").onclick = async () => {
+  if (!(await isRead(state.picture))) return;
   if (!state.objects.length) { say("finish an object first", true); return; }
   try {
     await navigator.clipboard.writeText(text(await labelme(state.picture)));

@@ -71,8 +71,9 @@ async function encode(picture, model) {
   const started = performance.now(), seconds = () => ((performance.now() - started) / 1000).toFixed(1);
   const tell = () => {
     if (picture !== state.picture) return;
+    const isFinishing = picture.finishing !== null, after = "your object is finished after it, and you can click on";
     const wait = picture.hasPrompt ? "your click is answered once it is done" : "you can click already";
-    say(`encoding the image … ${seconds()} s; ${wait}`);
+    say(`encoding the image … ${seconds()} s; ${isFinishing ? after : wait}`);
   };
   const clock = setInterval(tell, 100);
   try {

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import time
 from types import SimpleNamespace
 
@@ -53,16 +54,26 @@ def test_a_kept_answer_holds_no_memory_but_its_own():
         assert logits.untyped_storage().nbytes() == logits.nbytes == size
 
 
+# As Serve, which cancels what was called in the context of a request that is cancelled.
+REQUEST: contextvars.ContextVar[str | None] = contextvars.ContextVar("request", default=None)
+
+
 class Handle:
     """A process at the other end of a handle, whose methods wait until `ready`."""
 
     def __init__(self, ready, **answers):
         self.ready, self.answers = ready, answers
+        self.calls = []  # (method, request that called it, answer)
 
     def __getattr__(self, name):
-        async def remote(*arguments):
+        async def answer():
             await self.ready.wait()
             return self.answers[name]
+
+        def remote(*arguments):
+            future = asyncio.ensure_future(answer())
+            self.calls.append((name, REQUEST.get(), future))
+            return future
 
         return SimpleNamespace(remote=remote)
 
@@ -96,6 +107,57 @@ def test_an_image_deleted_during_a_request_leaves_nothing(decoded):
         return [len(entries) for entries in kept], decoder.active, decoder.forgotten
 
     assert asyncio.run(run()) == ([0, 0, 0], {}, set())
+
+
+def test_a_client_that_hangs_up_costs_nobody_else_the_encoding():
+    """And once nobody waits for it, it is not wanted; who comes then has it encoded again."""
+    made = np.zeros((128, 16, 16), np.float16), (60, 80)
+    ref = ModelRef("tiny", "1", None, "digest", "tiny")
+    call = Call("sha256:0", ref, None)
+
+    async def run():
+        ready = asyncio.Event()
+        encoder = Handle(ready, encode=made)
+        vault = Handle(asyncio.Event(), get=b"file")
+        vault.ready.set()
+        decoder = Decoder.func_or_class(ServeConfig(), encoder, vault)
+        await decoder.models.get(ref)
+
+        async def ask(name):
+            REQUEST.set(name)
+            return await decoder.answer(call)
+
+        async def hang_up(*requests):
+            for request in requests:
+                request.cancel()
+            await asyncio.wait(requests)
+            for handle in (encoder, vault):  # as Serve does
+                for _, caller, future in handle.calls:
+                    if caller in [request.get_name() for request in requests]:
+                        future.cancel()
+
+        def begin(name):
+            return asyncio.create_task(ask(name), name=name)
+
+        first, second, third = (begin(name) for name in "abc")
+        while not encoder.calls:
+            await asyncio.sleep(0.001)
+        await hang_up(first)
+        await hang_up(second, third)
+        await asyncio.sleep(0.01)
+        assert (decoder.encoding, dict(decoder.waiting)) == ({}, {})
+        assert [future.cancelled() for _, _, future in encoder.calls] == [True]
+
+        first, second = begin("d"), begin("e")
+        while len(encoder.calls) < 2:
+            await asyncio.sleep(0.001)
+        await hang_up(first)
+        ready.set()
+        assert (await second)["cache"] == "miss"
+        assert (await begin("f"))["cache"] == "hit"
+        assert len(encoder.calls) == 2
+
+    asyncio.run(run())
 
 
 def test_a_damaged_instance_decoder_is_told_without_the_servers_folders_and_tried_again(tmp_path):
