@@ -417,6 +417,8 @@ def test_the_model_chosen_during_an_encoding_gives_the_answer(page, some):
             page.wait_for_timeout(20)
         held.pop().continue_(url=f"{page.url}v1/images?model=tiny")  # there is but one
     assert asked.value.post_data_json["model"] == "other"
+    wait(page, "$('status').textContent.includes('not served any more')")
+    wait(page, "$('model').options.length === 1 && $('model').value === 'tiny'")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -856,9 +858,16 @@ def test_a_reload_keeps_the_work(page, some, address):
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("#close-all")
     wait(page, "state.queue.length === 0")
+
+    # From a server that still loads its models, too; an image opened meanwhile waits for them.
+    page.route("**/v1/models", lambda route: route.fulfill(json={"models": []}))
     page.reload()
-    wait(page, "window.$ && $('model').options.length > 0")
+    wait(page, "window.$ && $('status').textContent.includes('the server is starting')")
     assert page.evaluate("state.queue.length") == 0
+    page.set_input_files("#file", some[0][0])
+    wait(page, "state.image !== null")
+    page.unroute("**/v1/models")
+    wait(page, "$('model').options.length > 0 && state.id !== null")
 
 
 # Ask the page's database: `(store, mode, send) => ` the result of the request that `send` makes.

@@ -213,5 +213,5 @@ window.onblur = () => { state.spaceHeld = false; };
 
 restoreToken();
 exclude(false);
-const there = await loadModels(), count = await restore();
-if (count && there) await open(state.index);
+const loading = loadModels(), count = await restore(); // the models of a starting server take a while
+if ((await loading) && count && !state.image) await open(state.index);

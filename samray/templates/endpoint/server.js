@@ -42,7 +42,13 @@ export async function ask(method, path, body, type, waits = WAITS) {
 
 export async function loadModels() {
   try {
-    const { models } = await ask("GET", "/v1/models"), before = $("model").value;
+    let { models } = await ask("GET", "/v1/models");
+    while (!models.length) {
+      say("the server is starting; waiting …");
+      await new Promise((done) => setTimeout(done, 1000));
+      ({ models } = await ask("GET", "/v1/models"));
+    }
+    const before = $("model").value;
     $("model").replaceChildren(...models.map((model) => new Option(model.name, model.name)));
     if (models.some((model) => model.name === before)) $("model").value = before;
     if (!state.blob) say("ready; open an image");
@@ -88,6 +94,7 @@ async function encode(picture, model) {
     say(`${ready}; click on an object`);
   } catch (error) {
     if (model !== $("model").value) return; // not wanted any more
+    if (error.code === "unknown_model" && (await loadModels()) && !model) return; // asked before there was a list
     if (ABOUT_THE_FILE.includes(error.code)) error.message = `${picture.name}: ${error.message}`;
     throw error;
   } finally {
@@ -116,7 +123,6 @@ export async function predict(picture) {
   } catch (error) {
     if (number !== picture.asked) return null;
     if (picture === state.picture) say(error.message, true);
-    if (error.code === "unknown_model") loadModels();
     return false;
   }
 }
@@ -166,7 +172,10 @@ async function answerTo(picture, path, body, prompt = {}) {
         picture.id = null;
         await encoded(picture);
       } else if (error.code === "unknown_mask_token") delete prompt.mask_token;
-      else throw error;
+      else {
+        if (error.code === "unknown_model") await loadModels();
+        throw error;
+      }
     }
   }
   throw new Error("the server does not keep this image; its cache may be too small");
