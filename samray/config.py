@@ -541,7 +541,8 @@ class ServeConfig(Section):
     """Maximum size of all masks of one request in megapixels: prompts x masks per prompt x image;
     more is answered with status 413."""
     max_answer_mb: float = Field(32.0, gt=0)
-    """Largest answer with all objects of an image, in MiB; the least sure ones are left out."""
+    """Largest answer with masks, in MiB; of all objects of an image the least sure ones are left
+    out, more masks for prompts are answered with status 413."""
     timeout_seconds: float = Field(60.0, gt=0)
     """Time limit for an answer, in seconds."""
     grace_seconds: float = Field(30.0, ge=0)

@@ -14,6 +14,7 @@ import contextvars
 import ctypes
 import io
 import itertools
+import json
 import secrets
 import time
 from collections import OrderedDict
@@ -455,7 +456,12 @@ class Decoder:
         request: PredictRequest,
         earlier: list[torch.Tensor | None],
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (place of the prompt, one of its masks), each prompt's best mask first."""
+        """Yield (place of the prompt, one of its masks), each prompt's best mask first.
+
+        Raises:
+            ApiError: too_large; the masks need more than `max_answer_mb`.
+        """
+        used, most = 0, self.settings.max_answer_mb * 2**20
         found = predict_masks(
             sam,
             _on_device(sam, embedding),
@@ -466,8 +472,19 @@ class Decoder:
             max_prompts=PROMPTS_AT_ONCE,
         )
         for number, masks in found:
-            for place in masks.ranking:
-                yield number, self._describe(number, masks, place, call, request)
+            for rank, place in enumerate(masks.ranking):
+                mask = self._describe(number, masks, place, call, request)
+                twice = rank == 0 and request.mask_format == "labelme"  # in `labelme`, too
+                used += len(json.dumps(mask)) * (2 if twice else 1)
+                if used > most:
+                    raise ApiError(
+                        "too_large",
+                        "the masks need more than the "
+                        f"{self.settings.max_answer_mb:g} MiB of an answer; send fewer prompts, "
+                        "multimask_output=false, or choose a smaller mask_format",
+                        "prompts",
+                    )
+                yield number, mask
 
     def _describe(
         self, number: int, found: PromptMasks, place: int, call: Call, request: PredictRequest

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import json
 import time
 from types import SimpleNamespace
 
@@ -52,6 +53,28 @@ def test_a_kept_answer_holds_no_memory_but_its_own():
     assert len(decoder.logits.entries) == 24
     for logits, size in decoder.logits.entries.values():
         assert logits.untyped_storage().nbytes() == logits.nbytes == size
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "labelme", "png"])
+def test_an_answer_is_no_larger_than_its_limit(mask_format):
+    """Its size is known only from the masks: outlines may have few points or thousands."""
+    sam = build_model("tiny").eval()
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    embedding = encode_image(sam, image).numpy().astype(np.float16)
+    prompts = [PromptRequest(point_coords=[(10 + n, 20)]) for n in range(8)]
+    request = PredictRequest(prompts=prompts, mask_format=mask_format, polygon_tolerance=0)
+    call = Call("sha256:0", ModelRef("tiny", "1", None, "digest", "tiny"), request)
+
+    def answer(most):
+        decoder = Decoder.func_or_class(ServeConfig(max_answer_mb=most / 2**20), None, None)
+        given = sam, embedding, (60, 80), call, request, [None] * 8
+        return len(json.dumps(asyncio.run(decoder._decode(*given))))
+
+    whole = answer(2**20)
+    assert answer(1.05 * whole) == pytest.approx(whole, rel=0.01)
+    with pytest.raises(ApiError, match="MiB of an answer; send fewer prompts") as refused:
+        answer(0.8 * whole)
+    assert (refused.value.code, refused.value.field) == ("too_large", "prompts")
 
 
 # As Serve, which cancels what was called in the context of a request that is cancelled.
