@@ -8,9 +8,9 @@ import base64
 import dataclasses
 import io
 import os
+import re
 import sys
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,7 @@ class Endpoint:
         self.session = requests.Session()
         if token is not None:
             self.session.auth = _Bearer(token)
-        host = urllib.parse.urlsplit(self.url).hostname or ""
-        if host in ("localhost", "::1") or host.startswith("127."):
+        if re.match(r"https?://(localhost|127[\d.]+|\[::1\])(:|/|$)", self.url):
             self.session.trust_env = False  # a proxy would look for the endpoint on its own machine
 
     def require_samray(self) -> None:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from samray.config import LabelmeConfig
-from samray.errors import ConfigError
+from samray.errors import ConfigError, EndpointError
 from samray.serving.labelme_client import Endpoint, start
 
 installed = importlib.util.find_spec("labelme") is not None
@@ -32,6 +32,12 @@ def test_the_token_reaches_the_endpoint_whatever_netrc_and_proxy_say(tmp_path, m
         threading.Thread(target=server.handle_request).start()
         Endpoint(f"http://127.0.0.1:{server.server_port}", "token-of-mine").require_samray()
     assert seen == ["Bearer token-of-mine"]
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://[x]:8000", "x"])
+def test_an_address_that_is_none_is_refused_in_a_sentence(url):
+    with pytest.raises(EndpointError, match="is no address; http://HOST:PORT is one"):
+        Endpoint(url, None).require_samray()
 
 
 def test_without_labelme_a_sentence_says_what_to_install():
