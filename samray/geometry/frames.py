@@ -5,6 +5,8 @@ pixels are normalised by SAM's mean and standard deviation. Resampling is
 `segment_anything.utils.transforms.ResizeLongestSide` itself, as in `SamPredictor`.
 """
 
+import functools
+
 import numpy as np
 import torch
 from segment_anything.utils.transforms import ResizeLongestSide
@@ -43,10 +45,16 @@ def resize(image: np.ndarray, img_size: int) -> torch.Tensor:
 def normalize(resized: torch.Tensor, img_size: int) -> torch.Tensor:
     """Return the model's input from what `resize` returns, on the same device."""
     pixels = resized.permute(2, 0, 1).float()
-    mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=pixels.device).view(3, 1, 1)
+    mean, std = _mean_and_std(pixels.device)
     height, width = resized.shape[:2]
     return F.pad((pixels - mean) / std, (0, img_size - width, 0, img_size - height))
+
+
+@functools.cache  # copying them to a GPU would wait for all that it computes
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """SAM's mean and standard deviation of pixels, 3 x 1 x 1 each."""
+    mean, std = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=device).view(2, 3, 1, 1)
+    return mean, std
 
 
 def points_to_input(

@@ -90,8 +90,19 @@ def _attend_to_all(block: FusedBlock, image: Tensor) -> None:
 
 def _positions(attention: Attention, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Relative positions, H x H x C' of query rows and key rows, and W x W x C' of columns."""
-    of_rows = get_rel_pos(height, height, attention.rel_pos_h)
-    return of_rows, get_rel_pos(width, width, attention.rel_pos_w)
+    return _relative(height, attention.rel_pos_h), _relative(width, attention.rel_pos_w)
+
+
+def _relative(size: int, table: Tensor) -> Tensor:
+    """Return `get_rel_pos(size, size, table)`, size x size x C'.
+
+    The stock function indexes by a tensor on the host, and copying it waits for the GPU.
+    """
+    if len(table) != 2 * size - 1:
+        interpolated: Tensor = get_rel_pos(size, size, table)
+        return interpolated
+    at = torch.arange(size, device=table.device)
+    return table[at[:, None] - at + size - 1]
 
 
 def _seen(

@@ -219,7 +219,7 @@ def ahead(calls: Iterable[Callable[[], Item]], number: int) -> Iterator[Item]:
 
 
 def _frame(load: Callable[[], np.ndarray], side: int) -> Tensor:
-    return resize(load(), side)
+    return resize(load(), side).pin_memory()  # in a thread, beside the GPU's work
 
 
 def _images_at_once(device: torch.device) -> int:
@@ -235,7 +235,8 @@ def _encode(
     """Encode what `resize` returns; other arguments and result as in `encode_images`."""
     device, encoder = sam.device, sam.image_encoder
     if device.type != "cpu":
-        # A byte a value, and copying from pageable memory would wait for the GPU.
+        # A byte a value, and copying from pageable memory would wait for the GPU. A frame that is
+        # pinned already stays as it is.
         resized = [frame.pin_memory().to(device, non_blocking=True) for frame in resized]
     pixels = torch.stack([normalize(frame, encoder.img_size) for frame in resized])
     if num_frozen is None:
