@@ -394,8 +394,9 @@ class EmbeddingsConfig(Section):
     reserve_gb: float = Field(1.0, ge=0)
     """Disk space that filling the cache must leave free, in GB."""
     precision: Literal["auto", "float32"] = "auto"
-    """Of encoding for the cache and for `evaluate`. auto: on a GPU bfloat16, or float16 on cards
-    without it; float32 on a CPU. Embeddings of both kinds are kept apart in the cache."""
+    """Of encoding for the cache and for `evaluate`. auto: float16 on a GPU, for images whose values
+    it can hold; float32 for others and on a CPU. Embeddings of both kinds are kept apart in the
+    cache."""
     compile: bool = False
     """Compile the image encoder with torch.compile before filling the cache on a GPU, which takes
     half a minute in each process: ViT-H was 1.6 times as fast on one H200, ViT-B 1.1 times. Each

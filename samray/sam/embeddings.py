@@ -79,7 +79,7 @@ class EmbeddingCache:
         if view:
             content += [VIEWS_VERSION, view]
         if not self.full_precision:
-            content.append("computed in 16 bits")
+            content.append("computed in float16")
         key = hashlib.sha256("\0".join(map(str, content)).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.npy"
 
@@ -146,13 +146,19 @@ def encode_images(
     Args:
         images: H x W x 3 uint8 RGB, each.
         num_frozen: return the activations of so many first blocks instead.
-        full_precision: compute in float32 on a GPU, too, instead of 16 bits.
+        full_precision: compute in float32 on a GPU, too, instead of float16. Images whose values
+            float16 cannot hold are computed in float32 anyway.
 
     Returns:
         B x C x h x w float32, on the model's device; see `samray.sam.adapt.prefix`.
     """
     side = sam.image_encoder.img_size
-    return _encode(sam, [resize(image, side) for image in images], num_frozen, full_precision)
+    frames = [resize(image, side) for image in images]
+    half = sam.device.type != "cpu" and not full_precision
+    entries = _encode(sam, frames, num_frozen, half)
+    if half and not entries.isfinite().all():
+        entries = _encode(sam, frames, num_frozen, half=False)
+    return entries
 
 
 def encode_many(
@@ -179,17 +185,51 @@ def encode_many(
         return
     side, size = sam.image_encoder.img_size, _images_at_once(sam.device)
     frames = ahead((functools.partial(_frame, load, side) for load in images), 2 * size)
-    running: Tensor | None = None
+    running: _Copy | None = None
     while batch := list(itertools.islice(frames, size)):
         number = len(batch)
         if is_compiled(sam.image_encoder):  # for so many images; compiling for others takes a while
             batch += batch[-1:] * (size - number)
-        started = _encode(sam, batch, num_frozen, full_precision)[:number].half()
+        entries = _encode(sam, batch, num_frozen, half=not full_precision)[:number]
+        started = _Copy(entries.half(), batch)
         if running is not None:  # what waits for it overlaps with the batch just started
-            yield from running.cpu().numpy()
+            yield from _finished(sam, running, num_frozen)
         running = started
     if running is not None:
-        yield from running.cpu().numpy()
+        yield from _finished(sam, running, num_frozen)
+
+
+class _Copy:
+    """A copy of a batch's entries to the host, which waits for no work that is queued later.
+
+    Args:
+        entries: B x ... float16, on a GPU.
+        frames: what they were computed from.
+    """
+
+    def __init__(self, entries: Tensor, frames: Sequence[Tensor]) -> None:
+        self.frames = frames[: len(entries)]
+        self._entries = torch.empty(entries.shape, dtype=entries.dtype, pin_memory=True)
+        self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._entries.copy_(entries, non_blocking=True)
+        self._finite.copy_(entries.isfinite().all(), non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def wait(self) -> np.ndarray | None:
+        """Return the entries; None if some are not finite."""
+        self._done.synchronize()
+        return self._entries.numpy() if self._finite else None
+
+
+def _finished(sam: Any, copy: _Copy, num_frozen: int | None) -> Iterator[np.ndarray]:
+    """Yield a batch's entries; in float32 one by one where float16 could not hold the values."""
+    entries = copy.wait()
+    if entries is not None:
+        yield from entries
+        return
+    for frame in copy.frames:
+        yield _encode(sam, [frame], num_frozen, half=False)[0].half().cpu().numpy()
 
 
 def compile_encoder(encoder: Any) -> None:
@@ -229,10 +269,12 @@ def _images_at_once(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def _encode(
-    sam: Any, resized: Sequence[Tensor], num_frozen: int | None, full_precision: bool
-) -> Tensor:
-    """Encode what `resize` returns; other arguments and result as in `encode_images`."""
+def _encode(sam: Any, resized: Sequence[Tensor], num_frozen: int | None, half: bool) -> Tensor:
+    """Encode what `resize` returns; other arguments and result as in `encode_images`.
+
+    Args:
+        half: compute in float16. Its masks are nearer to those of float32 than bfloat16's.
+    """
     device, encoder = sam.device, sam.image_encoder
     if device.type != "cpu":
         # A byte a value, and copying from pageable memory would wait for the GPU. A frame that is
@@ -241,12 +283,10 @@ def _encode(
     pixels = torch.stack([normalize(frame, encoder.img_size) for frame in resized])
     if num_frozen is None:
         num_frozen = num_blocks(encoder)
-    if device.type == "cpu":  # where bfloat16 would be slower, unless the caller's autocast asks
+    if device.type == "cpu":  # where 16 bits would be slower, unless the caller's autocast asks
         return prefix(encoder, pixels, num_frozen).float()
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if native else torch.float16
     try:
-        with torch.autocast(device.type, dtype, enabled=not full_precision):
+        with torch.autocast(device.type, torch.float16, enabled=half):
             return prefix(encoder, pixels, num_frozen).float()
     except RuntimeError as exc:
         # Importing the class of the exception would take two seconds in each process.
