@@ -435,3 +435,27 @@ def test_two_workers_give_the_gradients_of_one(name, shared_gradients, tmp_path)
     losses = module(batch)
     ((losses["loss"] + losses["loss_instances"]) / len(batch)).backward()
     assert_same_gradients(shared_gradients[name][0], gradients(module))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_reduced_over_nccl(tmp_path):
+    """In a group of one process, whose sums are the process's own gradients."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        for name, (step, _, _) in SHARED_STEPS.items():
+            loader, module = shared_step(tmp_path / name, name)
+            module.to(device)
+            (batch,) = loader.load(step, 0, 1, epoch=0)
+            found = []
+            for model in (module, DistributedDataParallel(module, device_ids=[device.index])):
+                module.zero_grad()
+                losses = model(batch.to(device))
+                ((losses["loss"] + losses["loss_instances"]) / len(batch)).backward()
+                found.append({key: value.cpu() for key, value in gradients(module).items()})
+            assert_same_gradients(*found)
+    finally:
+        dist.destroy_process_group()
