@@ -19,7 +19,7 @@ from samray.config import MAX_BOX_NOISE, Config, required, resolve_model
 from samray.errors import ConfigError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
 from samray.runs import RunFolder, open_run, require_same_run
-from samray.sam.checkpoint import load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import load_checkpoint, refuse_ambiguous, save_checkpoint
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.sam.losses import low_res_iou
 from samray.sam.model import build_model, low_res_size
@@ -200,6 +200,8 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 def _pretrain(config: Config, output: Place) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
+    if resumed is None and config.model.checkpoint == "none":
+        refuse_ambiguous("none", "random weights")
     device = local_device(config)
     config = resolve_model(config, weights_given=False)
     digest = scenes_digest(config)
