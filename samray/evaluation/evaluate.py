@@ -84,7 +84,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
     )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    records = dataset.split(settings.split)
+    records = dataset.split(settings.split, background=True)
     other = _open_other(settings.other_data_dir)
     output = resolve(output_dir, "--output-dir")
     _require_no_other_use(output)
@@ -165,10 +165,12 @@ def _open_other(folder: str | None) -> Other | None:
         return None
     option = "--other-data-dir"
     dataset = PreparedDataset(require_folder(resolve(folder, option), option))
-    for split, names in (("test", dataset.manifest["splits"]["test"]), ("all", dataset.images)):
-        records = [dataset.images[name] for name in names]
-        records = [record for record in records if record.num_instances]
-        if records:
+    for split, names in (
+        ("test", dataset.manifest["splits"]["test"]),
+        ("all", list(dataset.images)),
+    ):
+        records = dataset.with_instances(names, background=True)
+        if len(records):
             return Other(dataset, split, records)
     raise DatasetError(f"{option}: {dataset.folder} has no instance; choose another dataset")
 
@@ -188,9 +190,9 @@ def _score_other(
 
 
 def _numbers(records: Sequence[ImageRecord]) -> dict[str, int]:
-    """Number of photos, not of their tiles, and of instances."""
+    """Number of photos with an instance, not of their tiles, and of instances."""
     return {
-        "num_images": len({record.source for record in records}),
+        "num_images": len({record.source for record in records if record.num_instances}),
         "num_instances": sum(record.num_instances for record in records),
     }
 
@@ -337,6 +339,7 @@ def score_models(
 
     Args:
         config: its `evaluate.seed`, `scaling.device` and `embeddings`.
+        records: those without an instance count in the search for all objects alone.
         checkpoints: name -> checkpoint folder; None is `tiny` as it ships.
         find_objects: also find all objects, with the models that have an instance decoder.
     """
@@ -434,6 +437,9 @@ class Evaluator:
         record = self.dataset.images[name]
         outcomes = {}
         for model, sam in self.sams.items():
+            if not record.num_instances and self.finders[model] is None:
+                outcomes[model] = Outcome([], [])  # nothing to prompt for
+                continue
             embedding = self._embedding(model, record)
             scores = score_image(sam, embedding, record, self.seed)
             clicks = count_clicks(sam, embedding, record, clicked) if clicked else []

@@ -1,6 +1,9 @@
 """`samray evaluate`: what is refused before a model is scored."""
 
+from unittest.mock import Mock
+
 import pytest
+from sam_parts import blob_record
 
 from samray.config import load_config
 from samray.errors import CheckpointError, ConfigError
@@ -17,7 +20,7 @@ def ask(tmp_path, monkeypatch):
         def __init__(self, folder):
             pass
 
-        def split(self, name):
+        def split(self, name, background):
             return []
 
     monkeypatch.setattr(evaluation, "PreparedDataset", Dataset)
@@ -52,3 +55,18 @@ def test_a_run_with_the_name_of_a_model_is_not_shadowed(ask, tmp_path, name):
         ask(name, "report")
     with pytest.raises(CheckpointError, match=rf"{name}: holds no run.json"):
         ask(f"./{name}", "report")
+
+
+def test_an_image_without_an_object_counts_in_the_search_for_all_objects_alone(monkeypatch):
+    record = blob_record("empty", (60, 80), 0)
+    judge = evaluation.Evaluator.__ray_metadata__.modified_class
+    judge = judge.__new__(judge)
+    judge.dataset, judge.seed = Mock(images={"empty": record}), 0
+    judge.sams, judge.finders = {"base": Mock(), "tuned": Mock()}, {"base": None, "tuned": Mock()}
+    judge._embedding = Mock()
+    monkeypatch.setattr(evaluation, "decode_image", Mock())
+    monkeypatch.setattr(evaluation, "compare_objects", lambda *_: "false objects")
+    outcomes = judge.score("empty", ())
+    assert outcomes["base"] == evaluation.Outcome([], [], [])
+    assert outcomes["tuned"] == evaluation.Outcome([], [], ["false objects"])
+    assert judge._embedding.call_count == 1  # not encoded for a model that looks for none
