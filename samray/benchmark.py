@@ -26,6 +26,7 @@ from samray import __version__
 from samray.config import Config, resolve_model, with_learning_rate
 from samray.data.dataset import ImageRecord, Instance
 from samray.data.sample_data import draw_scene
+from samray.errors import ConfigError
 from samray.geometry.images import decode_image
 from samray.geometry.masks import crop_mask, encode_rle
 from samray.geometry.prompts import Prompt
@@ -33,9 +34,10 @@ from samray.sam.adapt import num_blocks, num_frozen_blocks, prefix
 from samray.sam.attention import FusedAttention
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_images, entry_bytes, entry_shape
-from samray.sam.model import build_model, low_res_size
+from samray.sam.model import build_model, local_device, low_res_size
 from samray.storage import (
     Place,
+    make_folder,
     read_bytes,
     remove_folder,
     require_folder,
@@ -46,7 +48,6 @@ from samray.storage import (
 from samray.training.batches import BatchLoader
 from samray.training.loop import Worker, prompted_sam, train_step
 from samray.training.optimizer import Optimizer
-from samray.training.pretraining import local_device
 from samray.training.step import Batch
 
 SECONDS, MAX_SECONDS = 5.0, 60.0  # of work for one figure, and where a few times take longer
@@ -78,11 +79,15 @@ def benchmark(config: Config) -> dict[str, Any]:
         bytes of a run on `benchmark.num_images` images.
 
     Raises:
-        ConfigError: --device gpu without a GPU, or the storage is missing.
+        ConfigError: --device gpu without a GPU, the storage is missing, or the output cannot be
+            written.
     """
     output = resolve(config.benchmark.output, "--output")
+    if output.is_dir():  # now, as the figures take minutes
+        raise ConfigError(f"--output: {output} is a folder; name a file, e.g. benchmark.json in it")
+    make_folder(output.parent, "--output")
     config = with_learning_rate(resolve_model(config, weights_given=True))
-    device = local_device(config)
+    device = local_device(config.scaling.device)
     found = {
         "samray": __version__,
         "machine": _machine(device),

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from samray.errors import ConfigError
+from samray.errors import ConfigError, StorageError
 from samray.storage import Place, read_bytes, resolve, write_bytes
 
 ModelType = Literal["tiny", "vit_b", "vit_l", "vit_h"]
@@ -690,7 +690,7 @@ def load_config(
             mistakes.append(f"'{word}' is not of the form section.key=value")
             continue
         try:
-            changes.append((dotted, yaml.safe_load(text)))
+            changes.append((dotted, yaml.load(text, _EachOnce)))
         except (yaml.YAMLError, ValueError, RecursionError) as exc:
             mistakes.append(f"{dotted}: {' '.join(str(exc).split())}")
     changes += (options or {}).items()
@@ -821,9 +821,31 @@ def required(config: Config, *dotted_paths: str) -> list[str]:
     return values
 
 
+class _EachOnce(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's loader would keep only the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the mapping.
+
+        Raises:
+            yaml.YAMLError: a key is there twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: {key.value} is there twice; join the two")
+                keys.add(key.value)
+        return node
+
+
 def _read_yaml(path: Place) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(read_bytes(path))
+        values = yaml.load(read_bytes(path), _EachOnce)
+    except StorageError:
+        raise
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read ({exc.strerror}); check --config") from exc
     except (yaml.YAMLError, ValueError, RecursionError) as exc:  # ValueError: no such date

@@ -113,11 +113,19 @@ def require_folder(path: Place, what: str) -> Place:
 
 
 def make_folder(path: Place, what: str) -> Place:
-    """Create a folder and its parents (S3 has none) and return it, or raise ConfigError."""
+    """Create a folder and its parents (S3 has none) and return it.
+
+    Raises:
+        ConfigError: it cannot be created, or not written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"{what}: {path} cannot be created ({exc.strerror})") from exc
+    if isinstance(path, Path) and not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{what}: {path} cannot be written; change its permissions, or choose another folder"
+        )
     return path
 
 

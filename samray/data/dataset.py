@@ -369,20 +369,41 @@ class PreparedDataset:
                 "the dataset again"
             ) from exc
 
-    def split(self, name: str) -> Records:
+    def split(self, name: str, background: bool = False) -> Records:
         """The images of one split that have at least one instance, sorted by name.
+
+        Args:
+            background: see `with_instances`.
 
         Raises:
             DatasetError: there is none.
         """
-        places = self.columns.places(self.manifest["splits"][name])
-        places = places[self.columns.counts[places] > 0]
-        if not len(places):
+        records = self.with_instances(self.manifest["splits"][name], background)
+        if not len(records):
             raise DatasetError(
                 f"{self.folder}: the {name} split has no instance; prepare more images, or choose "
                 "its members with --split-file"
             )
-        return Records(self, places)
+        return records
+
+    def with_instances(self, names: list[str], background: bool = False) -> Records:
+        """Of some images, those that have an instance.
+
+        Args:
+            background: also those annotated as empty, if any image has an instance. Larger ones
+                than the dataset's tiles are left out, as they would be seen at another scale.
+        """
+        columns = self.columns
+        places = columns.places(names)
+        wanted = columns.counts[places] > 0
+        if background and wanted.any():
+            # Datasets prepared by earlier versions do not say which they are.
+            empty = columns.places(list(self.manifest.get("background", ())))
+            if tiles := self.manifest.get("tiles"):
+                sides = np.maximum(columns.heights[empty], columns.widths[empty])
+                empty = empty[sides <= tiles["size"]]
+            wanted |= np.isin(places, empty)
+        return Records(self, places[wanted])
 
     def image_bytes(self, record: ImageRecord) -> bytes:
         """The image file as it came."""

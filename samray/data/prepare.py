@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -428,6 +428,7 @@ def _manifest(
         "stretched": {image.name: list(image.stretch) for image in images if image.stretch},
         "unlabelled": [o.image.name for o in kept if o.image and o.annotation is None],
         "empty": [image.name for image in annotated if not image.num_instances],
+        "background": _background(outcomes, dropped),
         "rejected": rejected,
         "warnings": [asdict(warning) for warning in warnings],
         "dropped_annotations": sorted(dropped),
@@ -436,6 +437,24 @@ def _manifest(
         "generation": generation,
         "digest": dataset_digest(images, splits),
     }
+
+
+def _background(outcomes: list[Outcome], dropped: Container[str | None]) -> list[str]:
+    """The images of which the annotation says that no object is there.
+
+    Not those of which a shape or a second file was rejected, or that have lines, points or crowds:
+    they may show objects.
+    """
+    doubtful = {o.claims for o in outcomes if o.rejected or o.annotation in dropped}
+    return [
+        outcome.image.name
+        for outcome in outcomes
+        if outcome.image
+        and outcome.annotation
+        and outcome.annotation not in dropped
+        and not (outcome.image.num_instances or outcome.rejected or outcome.not_instances)
+        and outcome.image.name not in doubtful
+    ]
 
 
 def _notes(kept: list[Outcome], files: RawFiles) -> list[str]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from samray import __version__, cluster
 from samray.config import Config, required, save_config, with_settings
 from samray.data.dataset import ImageRecord, PreparedDataset
-from samray.errors import DatasetError
+from samray.errors import ConfigError, DatasetError
 from samray.evaluation.clicks import (
     ClickCount,
     choose_objects,
@@ -30,17 +30,26 @@ from samray.geometry.images import decode_image
 from samray.instances.metrics import ImageObjects, score_instances
 from samray.instances.saved import InstanceModel, instances_of
 from samray.runs import RunFolder
-from samray.sam.checkpoint import Checkpoint, find_tuned, load_checkpoint, stands_alone
+from samray.sam.checkpoint import (
+    Checkpoint,
+    find_tuned,
+    load_checkpoint,
+    refuse_ambiguous,
+    stands_alone,
+)
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.sam.encode import full_precision
 from samray.sam.model import encoder_digest
 from samray.sam.shipped import load_shipped
+from samray.sam.store import RECORD
 from samray.sam.weights import OFFICIAL_WEIGHTS, fetch_official
 from samray.storage import (
+    CURRENT,
     Place,
     lock_folder,
     make_folder,
+    plain_errors,
     relative_path,
     require_folder,
     resolve,
@@ -52,6 +61,8 @@ from samray.storage import (
 OVERLAY_STRATEGY = "random"
 OVERLAY_SIDE = 360  # pixels
 OBJECTS_SIDE = 560  # pixels, of pictures of all objects of an image
+# What is not a folder for reports: a RUN, a SWEEP, a dataset, a checkpoint, a version, a model.
+_TAKEN = ("run.json", "sweep.json", "manifest.json", "weights.pth", RECORD, CURRENT)
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -73,12 +84,24 @@ def evaluate(config: Config) -> dict[str, Any]:
         config, "evaluate.data_dir", "evaluate.checkpoint", "evaluate.output_dir"
     )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    records = dataset.split(settings.split)
+    records = dataset.split(settings.split, background=True)
     other = _open_other(settings.other_data_dir)
-    judged = _find_models(checkpoint)
     output = resolve(output_dir, "--output-dir")
+    _require_no_other_use(output)
+    judged = _find_models(checkpoint)
     with lock_folder(output, "--output-dir"):  # the files of an evaluation belong together
         return _evaluate(config, dataset, records, other, judged, output)
+
+
+def _require_no_other_use(output: Place) -> None:
+    """Refuse a folder whose own config.yaml or instances.json an evaluation would replace."""
+    with plain_errors(f"--output-dir: {output}"):
+        taken = next((name for name in _TAKEN if (output / name).exists()), None)
+    if taken is not None:
+        raise ConfigError(
+            f"--output-dir: {output} holds {taken}, and an evaluation would replace files that "
+            "belong to it; choose another folder, for example report"
+        )
 
 
 def _evaluate(
@@ -142,10 +165,12 @@ def _open_other(folder: str | None) -> Other | None:
         return None
     option = "--other-data-dir"
     dataset = PreparedDataset(require_folder(resolve(folder, option), option))
-    for split, names in (("test", dataset.manifest["splits"]["test"]), ("all", dataset.images)):
-        records = [dataset.images[name] for name in names]
-        records = [record for record in records if record.num_instances]
-        if records:
+    for split, names in (
+        ("test", dataset.manifest["splits"]["test"]),
+        ("all", list(dataset.images)),
+    ):
+        records = dataset.with_instances(names, background=True)
+        if len(records):
             return Other(dataset, split, records)
     raise DatasetError(f"{option}: {dataset.folder} has no instance; choose another dataset")
 
@@ -165,9 +190,9 @@ def _score_other(
 
 
 def _numbers(records: Sequence[ImageRecord]) -> dict[str, int]:
-    """Number of photos, not of their tiles, and of instances."""
+    """Number of photos with an instance, not of their tiles, and of instances."""
     return {
-        "num_images": len({record.source for record in records}),
+        "num_images": len({record.source for record in records if record.num_instances}),
         "num_instances": sum(record.num_instances for record in records),
     }
 
@@ -204,6 +229,8 @@ class Judged:
 
 
 def _find_models(checkpoint: str) -> Judged:
+    if checkpoint == "tiny" or checkpoint in OFFICIAL_WEIGHTS:
+        refuse_ambiguous(checkpoint, "the published weights")
     if checkpoint == "tiny":
         return Judged(None, {"base": None}, load_shipped(), checkpoint)
     if checkpoint in OFFICIAL_WEIGHTS:
@@ -312,6 +339,7 @@ def score_models(
 
     Args:
         config: its `evaluate.seed`, `scaling.device` and `embeddings`.
+        records: those without an instance count in the search for all objects alone.
         checkpoints: name -> checkpoint folder; None is `tiny` as it ships.
         find_objects: also find all objects, with the models that have an instance decoder.
     """
@@ -409,6 +437,9 @@ class Evaluator:
         record = self.dataset.images[name]
         outcomes = {}
         for model, sam in self.sams.items():
+            if not record.num_instances and self.finders[model] is None:
+                outcomes[model] = Outcome([], [])  # nothing to prompt for
+                continue
             embedding = self._embedding(model, record)
             scores = score_image(sam, embedding, record, self.seed)
             clicks = count_clicks(sam, embedding, record, clicked) if clicked else []

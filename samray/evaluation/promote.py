@@ -7,7 +7,7 @@ import numpy as np
 
 from samray import __version__, cluster
 from samray.config import Config, PromptConfig, load_config, required
-from samray.data.dataset import PreparedDataset
+from samray.data.dataset import ImageRecord, PreparedDataset
 from samray.errors import ConfigError, GuardError
 from samray.evaluation.evaluate import Outcome, score_models
 from samray.evaluation.metrics import MIN_IMAGES, Score, bootstrap_interval
@@ -67,10 +67,10 @@ def promote(config: Config) -> Version:
             f"missing --data-dir (or promote.data_dir=...): {run.path} was trained on no dataset"
         )
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
-    records = dataset.split("test")
+    records = dataset.split("test", background=True)
     store = require_store(resolve(folder, "--store"))
     current = store.current(name)
-    outcomes = _outcomes(config, dataset, run, tuned, current)
+    outcomes = _outcomes(config, dataset, records, run, tuned, current)
     scores = {model: outcome.scores for model, outcome in outcomes.items()}
     reasons = guard(scores, off_target(trained.prompts), settings.max_forgetting)
     accuracies = {
@@ -97,7 +97,7 @@ def promote(config: Config) -> Version:
         "guard": {
             "refused": reasons,
             "forced": bool(reasons),
-            "num_images": len({record.source for record in records}),
+            "num_images": len({record.source for record in records if record.num_instances}),
         },
         "previous": current.version if current else None,
     }
@@ -113,6 +113,7 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 def _outcomes(
     config: Config,
     dataset: PreparedDataset,
+    records: Sequence[ImageRecord],
     run: RunFolder,
     tuned: Checkpoint,
     current: Version | None,
@@ -125,7 +126,7 @@ def _outcomes(
     if current is not None:
         cluster.require_visible(current.folder / "weights.pth", "--store")
         checkpoints["current"] = current.folder
-    return score_models(config, dataset, dataset.split("test"), checkpoints, find_objects=True)
+    return score_models(config, dataset, records, checkpoints, find_objects=True)
 
 
 def guard(

@@ -165,7 +165,8 @@ def score_instances(images: Sequence[ImageObjects]) -> dict[str, Any]:
         `msa`, mean segmentation accuracy; `sa50`, its value at IoU 0.5: means over images.
         `f1`, F1 at IoU 0.5; `pq`, panoptic quality; `count_error`, sum of the images' errors in
         the number of objects / true objects: over all objects. None of them looks at labels.
-        `ap`, `ap50`: COCO's, means over the labels. `found`, `true`: numbers of objects.
+        `ap`, `ap50`: COCO's, means over the labels. `found`, `true`: numbers of objects. `empty`:
+        of the images without a true object, their number `images`, and `found` in them.
         `labels`: for each label `true`, `found`, `f1`, `pq`, `ap`, `ap50`; an object of another
         label is no match. `confusion`: {true label: {found label: objects matched at IoU 0.5}}.
     """
@@ -187,6 +188,10 @@ def score_instances(images: Sequence[ImageObjects]) -> dict[str, Any]:
         "msa": float(np.mean(accuracies)),
         "sa50": float(np.mean([values[0] for values in accuracies])),
         **_counts(matches),
+        "empty": {
+            "images": sum(not one.num_true for one in matches),
+            "found": sum(one.num_found for one in matches if not one.num_true),
+        },
         "count_error": _ratio(
             sum(abs(one.num_found - one.num_true) for one in matches),
             sum(one.num_true for one in matches),

@@ -5,7 +5,8 @@ Windows overlap, and each is segmented alone. At the seams:
 - an object that several windows show whole is that window's in which it lies deepest, because a
   decoder sees least near a border;
 - two parts that agree where both windows look are one object, however many windows it crosses;
-- of two objects of different windows, one mostly inside the other, the deeper is kept.
+- an object that deeper ones of other windows mostly cover is left out; a nucleus covers little of
+  its cell, so both are kept.
 
 Only masks are kept of a window, so memory grows with the objects and not with the pixels.
 """
@@ -21,7 +22,7 @@ from samray.instances.segment import FoundObject
 
 MIN_AGREEMENT = 0.5  # IoU of two parts of one object in the region that both windows show
 JITTER = 8  # pixels by which the masks of two windows may differ
-MAX_COVERED = 0.5  # share of an object's pixels that an object of another window may have, too
+MAX_COVERED = 0.5  # share of an object's pixels that objects of other windows may have, too
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,22 @@ def _joined(parts: Sequence[_Part], windows: Sequence[Window]) -> list[_Part]:
 
 
 def _deepest(parts: Sequence[_Part]) -> list[FoundObject]:
-    """Of objects of different windows, one mostly inside the other, keep the deeper or larger."""
-    rivals: dict[int, list[int]] = {}
-    areas = [int(np.count_nonzero(part.found.mask.pixels)) for part in parts]
+    """Leave out the objects of which deeper ones of other windows have most of the pixels.
+
+    A small object inside a large one, as a nucleus is in its cell, has few of them: both are kept.
+    """
+    shared: dict[int, list[tuple[int, int]]] = {}
     for place, other in _crossing(parts):
-        both = _shared(parts[place].found.mask, parts[other].found.mask)
-        if both > MAX_COVERED * min(areas[place], areas[other]):
-            rivals.setdefault(place, []).append(other)
-            rivals.setdefault(other, []).append(place)
-    kept = dict.fromkeys(range(len(parts)), True)
-    for place in sorted(rivals, key=lambda place: (-parts[place].depth, -areas[place])):
-        if kept[place]:
-            kept.update(dict.fromkeys(rivals[place], False))
-    return [part.found for place, part in enumerate(parts) if kept[place]]
+        if both := _shared(parts[place].found.mask, parts[other].found.mask):
+            shared.setdefault(place, []).append((other, both))
+            shared.setdefault(other, []).append((place, both))
+    areas = [int(np.count_nonzero(part.found.mask.pixels)) for part in parts]
+    kept: set[int] = set()
+    for place in sorted(range(len(parts)), key=lambda place: (-parts[place].depth, -areas[place])):
+        covered = sum(both for other, both in shared.get(place, ()) if other in kept)
+        if covered <= MAX_COVERED * areas[place]:
+            kept.add(place)
+    return [part.found for place, part in enumerate(parts) if place in kept]
 
 
 def _crossing(parts: Sequence[_Part]) -> Iterator[tuple[int, int]]:

@@ -177,7 +177,8 @@ def _predict(plan: BatchPlan, job: BatchJob, config: Config, coco: bool) -> dict
     }
     # First, as it says whose a coco.json is: a call that is killed in between can be given again.
     write_json(job.output / SUMMARY, summary)
-    if coco:
+    # Where no image could be done, an earlier one still describes the files that are there.
+    if coco and (done or not (job.output / COCO).exists()):
         named = [(outcome["file"], _labelme_file(job.output, outcome["file"])) for outcome in done]
         write_coco(job.output / COCO, sorted(named))
     return summary
@@ -252,14 +253,16 @@ class ImageSegmenter:
 
         Raises:
             AnnotationError: the image or its prompts cannot be used, or an output file exists that
-                this command did not write.
+                this command did not write, or wrote for another image.
         """
         job, name = self.job, row["name"]
+        path = job.root / name
         digest = _digest([FORMAT, job.model["checkpoint_digest"], job.label, job.generator, row])
         target = job.output / PurePosixPath(name).with_suffix("").as_posix()
         outputs = {
             kind: _beside(target, suffix) for kind, suffix in _suffixes(row["prompts"]).items()
         }
+        image_path = relative_path(path, target.parent)
         record = _record(outputs["labelme"])
         if record and record["digest"] == digest and all(p.exists() for p in outputs.values()):
             counts = {"objects": record["objects"], "found": True}
@@ -270,9 +273,14 @@ class ImageSegmenter:
                 f"{outputs['labelme']} was changed after this command wrote it, and is left as it "
                 "is; move it away, or choose another --output-dir",
             )
+        if record and record["image"] != image_path:
+            raise AnnotationError(
+                "output",
+                f"{outputs['labelme']} is of another image, {record['image']!s:.200}, and is left "
+                "as it is; choose another --output-dir, or rename the image",
+            )
         if record is None:
             _require_ours(outputs["table"], [outputs["labels"], _beside(target, ANSWERS)])
-        path = job.root / name
         image = decode_image(_read(path))
         size = (image.shape[0], image.shape[1])
         answer: dict[str, Any] | None = None
@@ -287,9 +295,7 @@ class ImageSegmenter:
             objects, results = answer_prompts(self.sam, image, prompts)
             answer = {"width": size[1], "height": size[0], "model": job.model, "results": results}
         del image
-        document = labelme_document(
-            relative_path(path, target.parent), size, labelme_shapes(objects, job.label)
-        )
+        document = labelme_document(image_path, size, labelme_shapes(objects, job.label))
         masks = mask_entries(objects, size, job.label)
         document["samray"] = {
             "digest": digest,
@@ -609,7 +615,8 @@ def _read(path: Place) -> bytes:
 def _record(path: Place) -> dict[str, Any] | None:
     """Return the record that an earlier call left in its LabelMe file; None if there is none.
 
-    Its `corrected` says whether the shapes of the file have changed since.
+    Its `corrected` says whether the shapes of the file have changed since, and `image` whose they
+    are, as seen from the file.
 
     Raises:
         AnnotationError: field `output`; the file exists and was not written by this command.
@@ -621,7 +628,8 @@ def _record(path: Place) -> dict[str, Any] | None:
         record = document["samray"]
         if {"digest", "objects"} <= record.keys():
             now = shapes_digest(document)
-            return {**record, "corrected": record.get("shapes", now) != now}
+            corrected = record.get("shapes", now) != now
+            return {**record, "corrected": corrected, "image": document.get("imagePath")}
     except (DatasetError, KeyError, TypeError, AttributeError):
         pass
     raise AnnotationError(

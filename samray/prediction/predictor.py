@@ -1,7 +1,9 @@
 """Masks from a checkpoint, an image and prompts; the image is encoded once for many prompts."""
 
 import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from samray.config import Config, required
 from samray.data.annotation import UNNAMED
 from samray.data.labelme import labelme_document, mask_to_shapes, shapes_digest
-from samray.errors import AnnotationError, ConfigError, DatasetError
+from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
 from samray.geometry.drawing import HIGHLIGHT, draw_masks, draw_prompt_marks, encode_picture
 from samray.geometry.images import decode_image, read_image_file
 from samray.geometry.prompts import Prompt
@@ -18,8 +20,10 @@ from samray.geometry.tiles import Window, tile_windows
 from samray.sam.checkpoint import Checkpoint, load_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import encode_image
+from samray.sam.model import local_device
 from samray.sam.shipped import load_shipped
 from samray.storage import (
+    MAX_NAME,
     Place,
     make_folder,
     read_json,
@@ -186,14 +190,15 @@ def predict(config: Config) -> dict[str, Place]:
     files.
 
     Args:
-        config: its `predict` section.
+        config: its `predict` section, and the device of `scaling`.
 
     Returns:
         {`mask`, `overlay`, `labelme`: path}.
 
     Raises:
-        ConfigError: no prompt, or one outside the image.
-        AnnotationError: the image cannot be used.
+        ConfigError: no prompt, or one outside the image; the image cannot be used, the outputs not
+            be written, or there is no such device.
+        StorageError: S3 does not give the image.
         CheckpointError: the checkpoint cannot be used.
     """
     settings = config.predict
@@ -201,8 +206,11 @@ def predict(config: Config) -> dict[str, Place]:
     path = resolve(image_path, "--image-path")
     output = resolve(output_dir, "--output-dir")
     prompt = _prompt_from(config)
+    device = local_device(config.scaling.device)
     try:
         image = decode_image(read_image_file(path))
+    except StorageError:
+        raise
     except OSError as exc:
         raise ConfigError(f"--image-path: {path} cannot be read ({exc.strerror})") from exc
     except AnnotationError as exc:
@@ -215,26 +223,37 @@ def predict(config: Config) -> dict[str, Place]:
     }
     if settings.coco:
         raise ConfigError("--coco is for all objects of images; leave it out, or the prompt")
+    longest = max((place.name for place in outputs.values()), key=len)
+    if isinstance(output, Path) and len(os.fsencode(longest)) > MAX_NAME:
+        raise ConfigError(
+            f"--image-path: the name of {path} is too long to write a file with "
+            f"{longest.removeprefix(path.stem)} after it; rename the image"
+        )
     image_name = relative_path(path, output)
     _require_own(outputs, image_name)
     checkpoint = settings.checkpoint
     predictor = Predictor.from_checkpoint(
-        None if checkpoint is None else resolve(checkpoint, "--checkpoint")
+        None if checkpoint is None else resolve(checkpoint, "--checkpoint"), str(device)
     )
+    make_folder(output, "--output-dir")  # now, as a large image takes long
     if settings.tile is not None and max(image.shape[:2]) > settings.tile:
         mask = predictor.predict_in_tiles(image, prompt, settings.tile)
     else:
         predictor.set_image(image)
         mask = predictor.predict(prompt).best
-    make_folder(output, "--output-dir")
     size = (image.shape[0], image.shape[1])
     shapes = mask_to_shapes(mask, settings.label or UNNAMED)
     document = labelme_document(image_name, size, shapes)
-    # First, as it says whose the other files are.
-    write_json(outputs["labelme"], {**document, "samray": {"shapes": shapes_digest(document)}})
     picture = draw_prompt_marks(draw_masks(image, [mask], [HIGHLIGHT]), prompt)
-    write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
-    write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
+    try:
+        # First, as it says whose the other files are.
+        write_json(outputs["labelme"], {**document, "samray": {"shapes": shapes_digest(document)}})
+        write_bytes(outputs["mask"], encode_picture(mask.astype(np.uint8) * 255, ".png"))
+        write_bytes(outputs["overlay"], encode_picture(picture, ".png"))
+    except StorageError:
+        raise
+    except OSError as exc:
+        raise ConfigError(f"--output-dir: {output} cannot be written ({exc})") from exc
     return outputs
 
 

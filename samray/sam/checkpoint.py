@@ -9,6 +9,7 @@ store as its current version.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from samray.storage import (
     whole_folder,
     write_json,
 )
+
+# Files that stand for their folder; any other file is weights of its own, wherever it lies.
+_STAND_IN = ("weights.pth", "run.json", "sweep.json")
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,31 @@ def load_checkpoint(path: Place) -> Checkpoint:
     return Checkpoint(folder, config.model.type, weights, read_json(folder / "progress.json"))
 
 
+def refuse_ambiguous(name: str, meaning: str) -> None:
+    """Refuse `--checkpoint NAME` with a meaning of its own where a path has that name, too.
+
+    Args:
+        meaning: what the name means, for the error message.
+
+    Raises:
+        CheckpointError: there is such a path.
+    """
+    if Path(name).exists():
+        raise CheckpointError(
+            f"--checkpoint {name}: means {meaning}, and {Path(name).absolute()} is there, too; "
+            f"give ./{name} for that, or call samray in another folder"
+        )
+
+
 def find_run(path: Place) -> Place:
     """Return the RUN of a path: itself, a SWEEP's best trial, or the RUN that contains it.
 
     Raises:
         CheckpointError: there is none, or the sweep has no best trial yet.
     """
+    path = _folder(path)
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file of no run; pass a RUN folder or a SWEEP")
     if (path / "sweep.json").is_file():
         best = read_json(path / "sweep.json").get("best")
         if best is None:
@@ -148,9 +171,16 @@ def find_run(path: Place) -> Place:
     raise CheckpointError(f"{path}: {state}; pass a RUN folder or a SWEEP, which hold the base")
 
 
+def _folder(path: Place) -> Place:
+    """The folder that a path means; of weights of their own, the file."""
+    return path.parent if path.name in _STAND_IN and path.is_file() else path
+
+
 def stands_alone(path: Place) -> bool:
     """Whether a path is a weights file, a checkpoint or a stored model, of no RUN or SWEEP."""
-    folder = path.parent if path.is_file() else path
+    folder = _folder(path)
+    if folder.is_file():
+        return True
     if (folder / "sweep.json").is_file():
         return False
     if any((f / "run.json").is_file() for f in (folder, folder.parent, folder.parent.parent)):
@@ -166,8 +196,7 @@ def find_tuned(path: Place) -> tuple[RunFolder, Checkpoint]:
     Raises:
         CheckpointError: there is no RUN or no checkpoint.
     """
-    if path.is_file():
-        path = path.parent
+    path = _folder(path)
     return RunFolder(find_run(path)), load_checkpoint(path)
 
 

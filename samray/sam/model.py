@@ -7,7 +7,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor
 
-from samray.errors import CheckpointError
+from samray.errors import CheckpointError, ConfigError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
 from samray.sam.attention import fuse_attention
 from samray.sam.tiny import DEPTHS, WIDTHS, TinyImageEncoder
@@ -128,6 +128,21 @@ def load_weights(
             "pass weights of this model type"
         )
     sam.load_state_dict(state_dict)
+
+
+def local_device(wanted: str) -> torch.device:
+    """Return the device to compute on in this process, without Ray.
+
+    Args:
+        wanted: auto, cpu or gpu.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if wanted == "gpu" and not has_gpu:
+        raise ConfigError("--device gpu: torch sees no GPU here; leave it out to use the CPU")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
 def encoder_digest(sam: Sam) -> str:

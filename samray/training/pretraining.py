@@ -19,10 +19,10 @@ from samray.config import MAX_BOX_NOISE, Config, required, resolve_model
 from samray.errors import ConfigError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
 from samray.runs import RunFolder, open_run, require_same_run
-from samray.sam.checkpoint import load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import load_checkpoint, refuse_ambiguous, save_checkpoint
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.sam.losses import low_res_iou
-from samray.sam.model import build_model, low_res_size
+from samray.sam.model import build_model, local_device, low_res_size
 from samray.sam.shipped import export_weights, load_shipped
 from samray.sam.weights import digest_of
 from samray.storage import Place, lock_folder, resolve, resolve_local
@@ -200,7 +200,9 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 def _pretrain(config: Config, output: Place) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
-    device = local_device(config)
+    if resumed is None and config.model.checkpoint == "none":
+        refuse_ambiguous("none", "random weights")
+    device = local_device(config.scaling.device)
     config = resolve_model(config, weights_given=False)
     digest = scenes_digest(config)
     if resumed is not None:
@@ -262,18 +264,6 @@ def _write_base(run: RunFolder, config: Config) -> None:
     weights = sam.state_dict()
     base = {"source": name, "digest": digest_of(weights)}
     save_checkpoint(run.base, weights, config, {"base": base})
-
-
-def local_device(config: Config) -> torch.device:
-    """Return the device to compute on in this process, without Ray.
-
-    Raises:
-        ConfigError: a GPU is asked for, and there is none.
-    """
-    wanted, has_gpu = config.scaling.device, torch.cuda.is_available()
-    if wanted == "gpu" and not has_gpu:
-        raise ConfigError("--device gpu: torch sees no GPU here; leave it out to use the CPU")
-    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
 def _show(bar: Any, config: Config, event: dict[str, Any]) -> None:

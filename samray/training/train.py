@@ -38,7 +38,12 @@ from samray.errors import CheckpointError, ConfigError
 from samray.events import EventQueue, send
 from samray.runs import RunFolder, open_run, require_same_run, resume_point
 from samray.sam.adapt import num_frozen_blocks
-from samray.sam.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from samray.sam.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    refuse_ambiguous,
+    save_checkpoint,
+)
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
 from samray.sam.encode import encode_missing, full_precision
 from samray.sam.model import build_model, load_weights
@@ -231,7 +236,9 @@ def base_checkpoint(config: Config) -> tuple[Checkpoint, Config]:
     model_type, source = config.model.type, config.model.checkpoint
     given = None
     name = f"random weights, seed {config.train.seed}"
-    if source != "none":
+    if source == "none":
+        refuse_ambiguous(source, "random weights")
+    else:
         name, given = _read_weights(model_type, source)
     sam = build_model(model_type, config.train.seed)
     if given is not None:

@@ -244,7 +244,7 @@ def test_what_is_not_a_good_pair_is_counted_once(mixed, tmp_path):
     assert manifest["labels"] == {"a": 4, "b": 2, "c": 1}
     assert (manifest["num_images"], manifest["num_instances"]) == (6, 7)
     assert manifest["unlabelled"] == ["alone.png"]
-    assert manifest["empty"] == ["empty.png"]
+    assert manifest["empty"] == manifest["background"] == ["empty.png"]
     annotated = {f"{name}.png" for name in ("good", "joined", "bad_shapes", "empty", "twice")}
     assert set(manifest["splits"]["train"]) == annotated
     dataset = PreparedDataset(tmp_path / "prepared")
@@ -270,6 +270,7 @@ def test_labels_are_renamed_and_filtered_and_accounted_for(mixed, tmp_path):
     assert kept["filtered"] == {"a": 7, "c": 1}
     assert accounted(kept) == kept["num_shapes"] == 15
     assert kept["empty"] == ["bad_shapes.png", "empty.png", "twice.png"]
+    assert kept["background"] == ["empty.png"]  # others had shapes that were rejected
     with pytest.raises(DatasetError, match="no instance is usable"):
         run(mixed, tmp_path / "none", *ALL_TRAIN, labels=["nobody"])
     assert not (tmp_path / "none" / "manifest.json").exists()

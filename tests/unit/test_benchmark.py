@@ -32,6 +32,23 @@ def test_a_benchmark_of_this_machine(tmp_path, monkeypatch):
     assert forecast["cache_bytes"] > 50 * 2**19  # two of the three stages are cached
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(benchmark, "_measure", None)
+    (tmp_path / "file").write_text("")
+    for output, said in ((tmp_path, "is a folder; name a file"), (tmp_path / "file/b", "created")):
+        with pytest.raises(ConfigError, match=rf"--output: .*{said}"):
+            benchmark.benchmark(load_config(overrides=[f"benchmark.output={output}"]))
+
+
+def test_the_folder_of_the_output_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "_measure", lambda *_: {})
+    output = tmp_path / "missing/found.json"
+    found = benchmark.benchmark(load_config(overrides=[f"benchmark.output={output}"]))
+    assert json.loads(output.read_text()) == found
+
+
 def test_the_operations_of_an_encoder_are_counted():
     from sam_parts import small_sam
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from samray.config import Config, load_config, required, save_config
-from samray.errors import ConfigError
+from samray.errors import ConfigError, StorageError
 
 _FOLDER = Path(__file__).parents[2] / "configs"
 _OTHERS = ("serve", "cluster")  # Ray's own
@@ -46,6 +46,36 @@ def test_mistakes_in_words_options_and_values_are_reported_together() -> None:
     assert "'train.seed' is not of the form section.key=value" in message
     assert "train.num_epochs: while parsing" in message
     assert "train.learning_rate: " in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("train:\n  seed: 1\nmodel: {type: tiny}\ntrain:\n  batch_size: 8\n", "train", 4),
+        ("train:\n  seed: 1\n  seed: 2\n", "seed", 3),
+    ],
+)
+def test_what_is_given_twice_is_refused_with_its_line(
+    text: str, key: str, line: int, tmp_path: Path
+) -> None:
+    message = message_of(write(tmp_path, text))
+    assert message.endswith(f"line {line}: {key} is there twice; join the two")
+    assert "a is there twice" in message_of(None, ["tune.search_space={a: 1, a: 2}"])
+
+
+def test_a_key_that_replaces_one_of_an_anchor_is_there_once(tmp_path: Path) -> None:
+    space = "{<<: *some, seed: 3}"
+    path = write(tmp_path, f"train: &some {{seed: 1}}\ntune: {{search_space: {space}}}\n")
+    assert load_config(path).tune.search_space == {"seed": 3}
+
+
+def test_a_refusal_of_the_server_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> bytes:
+        raise StorageError(f"{path}: no permission")
+
+    monkeypatch.setattr("samray.config.read_bytes", refuse)
+    with pytest.raises(StorageError, match="no permission"):
+        load_config("s3://bucket/config.yaml")
 
 
 def test_unknown_key_names_the_valid_ones_and_the_closest() -> None:

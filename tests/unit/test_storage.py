@@ -92,7 +92,9 @@ def test_home_of_an_unknown_user_is_refused_in_one_line() -> None:
         resolve("~no-such-user/data", "--data-dir")
 
 
-def test_folder_that_is_missing_or_a_file_is_named(tmp_path: Path) -> None:
+def test_folder_that_is_missing_or_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("x")
     assert require_folder(tmp_path, "--data-dir") == tmp_path
     with pytest.raises(ConfigError, match=r"--data-dir: .*gone does not exist"):
@@ -102,6 +104,9 @@ def test_folder_that_is_missing_or_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--output-dir: .* cannot be created"):
         make_folder(tmp_path / "file" / "below", "--output-dir")
     assert make_folder(tmp_path / "a" / "b", "--output-dir").is_dir()
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may do all
+    with pytest.raises(ConfigError, match=r"--output-dir: .*b cannot be written; change its perm"):
+        make_folder(tmp_path / "a" / "b", "--output-dir")
 
 
 def test_whole_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:

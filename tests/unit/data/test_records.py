@@ -55,7 +55,7 @@ def rows():
     ]
 
 
-def written(folder, rows, per_shard=5, group=2, dropped=()):
+def written(folder, rows, per_shard=5, group=2, dropped=(), **more):
     """A dataset of shards with several groups of rows, in no order."""
     (folder / "data").mkdir(parents=True)
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
@@ -71,6 +71,7 @@ def written(folder, rows, per_shard=5, group=2, dropped=()):
         "splits": {"train": names[:16], "val": names[16:], "test": names[:1]},
         "shards": shards,
         "dropped_annotations": list(dropped),
+        **more,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return PreparedDataset(folder)
@@ -109,6 +110,24 @@ def test_a_split_is_a_sequence(tmp_path, rows):
         train[len(names)]
     with pytest.raises(DatasetError, match="the test split has no instance"):
         dataset.split("test")
+
+
+def test_images_annotated_as_empty_are_there_for_who_asks(tmp_path, rows):
+    empty = [row["name"] for row in rows[:16:5]]  # 0, 5, 10, 15
+    rows[5]["width"] = 9
+    dataset = written(tmp_path / "some", rows, background=empty[1:], tiles=None)
+    assert len(dataset.split("train")) == 12
+    assert [record.name for record in dataset.split("train", background=True)] == [
+        row["name"] for row in rows[1:16]
+    ]
+    with pytest.raises(DatasetError, match="the test split has no instance"):
+        dataset.split("test", background=True)
+    tiled = written(tmp_path / "tiled", rows, background=empty, tiles={"size": 8})
+    found = [record.name for record in tiled.split("train", background=True)]
+    assert rows[5]["name"] not in found  # the model would see it smaller than the tiles
+    assert len(found) == 15
+    earlier = written(tmp_path / "earlier", rows)
+    assert len(earlier.split("train", background=True)) == 12
 
 
 def test_few_files_are_open_and_little_is_kept(tmp_path, rows, monkeypatch):

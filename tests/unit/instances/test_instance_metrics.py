@@ -59,6 +59,7 @@ def test_images_count_the_same_and_errors_of_counts_do_not_cancel():
     scores = score_instances([one, none, extra])
     assert scores["msa"] == pytest.approx(1 / 3)
     assert scores["count_error"] == pytest.approx((0 + 3 + 2) / 4)
+    assert scores["empty"] == {"images": 1, "found": 2}
     assert score_instances([objects([], [])])["msa"] == 1  # nothing there, nothing found
     assert score_instances([objects([], [])])["count_error"] is None
 

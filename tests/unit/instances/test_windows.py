@@ -134,6 +134,20 @@ def test_an_object_inside_another_of_the_same_window_is_kept():
     assert len(find_in_windows((64, 112), 64, 16, find)) == 2
 
 
+def test_a_nucleus_and_its_cell_are_kept_where_each_is_another_window_s():
+    cell, nucleus = (50, 10, 63, 22), (51, 12, 55, 16)  # deeper in the second, in the first window
+    find = blobs((0, cell), (0, nucleus), (48, cell), (48, nucleus))
+    found = find_in_windows((64, 112), 64, 16, find)
+    assert sorted(one.mask.pixels.size for one in found) == [16, 156]
+
+
+def test_what_a_window_sees_for_two_objects_of_its_neighbour_is_left_out():
+    find = blobs((0, (50, 10, 56, 20)), (0, (50, 20, 56, 30)), (48, (50, 10, 60, 30)))
+    found = find_in_windows((64, 112), 64, 16, find)
+    assert {one.mask.origin for one in found} == {(50, 10), (50, 20)}
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("shift", [-2, -1, 1, 2])
 @pytest.mark.parametrize("left", range(50, 58))
 def test_masks_that_differ_by_a_few_pixels_neither_lose_nor_double_an_object(left, shift):

@@ -9,7 +9,7 @@ import pytest
 
 from samray import stages
 from samray.config import Config, PredictConfig
-from samray.errors import ConfigError
+from samray.errors import AnnotationError, ConfigError
 from samray.prediction import batch
 from samray.storage import write_bytes
 
@@ -159,6 +159,36 @@ def test_with_prompts_only_a_missing_file_has_them_answered_again(tmp_path, monk
     (tmp_path / "out/a.predictions.json").unlink()
     assert not found()
     assert (tmp_path / "out/a.predictions.json").is_file()
+
+
+def test_the_results_of_another_image_of_the_same_name_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch.cluster, "actor_device", lambda: "cpu")  # it asks Ray
+
+    def segment(folder, stamp, **settings):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / folder / "a.png"), np.full((40, 60, 3), 90, np.uint8))
+        asked = PredictConfig(prompts="prompts.json", **settings)
+        job = batch._job(tmp_path / folder, tmp_path / "out", asked)
+        row = {"name": "a.png", "stamp": stamp, "prompts": '[{"box": [5, 5, 30, 30]}]'}
+        return batch.ImageSegmenter(job)._segment(row)
+
+    segment("day1", "1")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(AnnotationError, match=r"a\.json is of another image, \.\./day1/a\.png"):
+        segment("day2", "2")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert segment("day1", "1")["found"]
+    assert not segment("day1", "1", label="nut")["found"]  # its own are replaced
+
+
+def test_a_call_that_does_no_image_leaves_the_list_of_all_objects(tmp_path, monkeypatch):
+    failed = {"file": "a.png", "field": "output", "reason": "is of another image", "found": False}
+    monkeypatch.setattr(batch, "_run", lambda *_: [failed])
+    monkeypatch.setattr(batch, "cluster", Mock())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/coco.json").write_text("of an earlier call")
+    batch._predict(batch.BatchPlan([{"name": "a.png"}], 0, []), job(tmp_path), Config(), True)
+    assert (tmp_path / "out/coco.json").read_text() == "of an earlier call"
 
 
 def test_an_image_whose_outputs_would_have_too_long_names_is_rejected(photos, tmp_path):

@@ -15,7 +15,9 @@ from samray.sam.checkpoint import (
     find_tuned,
     load_checkpoint,
     load_optimizer,
+    refuse_ambiguous,
     save_checkpoint,
+    stands_alone,
 )
 from samray.sam.model import build_model
 
@@ -93,6 +95,23 @@ def test_the_checkpoint_that_a_path_names_is_the_one_that_is_compared(run, named
     assert found.path == run.path
     assert checkpoint.progress == {"e": epoch}
     assert checkpoint.path.resolve() == run.path / "checkpoints" / f"epoch_{epoch:04d}"
+
+
+def test_other_weights_that_lie_in_a_run_are_not_the_run(run):
+    other = run.path / "other_vit_b.pth"
+    other.write_bytes(b"")
+    assert stands_alone(other)
+    assert not stands_alone(run.path / "latest" / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"other_vit_b.pth: is a file of no run; pass a RUN"):
+        find_tuned(other)
+
+
+def test_a_name_with_a_meaning_is_refused_where_a_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse_ambiguous("vit_b", "the published weights")
+    (tmp_path / "vit_b").mkdir()
+    with pytest.raises(CheckpointError, match=r"--checkpoint vit_b: means .*; give \./vit_b for"):
+        refuse_ambiguous("vit_b", "the published weights")
 
 
 def test_best_and_latest_are_found_without_links(run):
