@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from samray.config import Config, load_config, save_config
-from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.errors import CheckpointError, ConfigError, DatasetError, SamrayError
 from samray.storage import Place, is_used, read_json, remove_folder, write_json
 
 RUN_FORMAT = 1
@@ -219,6 +219,20 @@ def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> Non
         raise ConfigError(
             f"--resume: {run.path} has other settings: {', '.join(changed)}; only epochs, "
             "workers, patience and what limits memory may change"
+        )
+
+
+def require_same_dataset(run: RunFolder, dataset_digest: str) -> None:
+    """Refuse to go on with other data than the run began with.
+
+    Raises:
+        DatasetError: the dataset was prepared again meanwhile.
+    """
+    if run.state["dataset_digest"] != dataset_digest:
+        raise DatasetError(
+            f"train.data_dir: was prepared again while {run.path} trained: it held dataset "
+            f"{run.state['dataset_digest'][:12]} and now holds {dataset_digest[:12]}; prepare into "
+            "another folder, and start a new run"
         )
 
 

@@ -34,9 +34,15 @@ from samray.config import (
     with_settings,
 )
 from samray.data.dataset import PreparedDataset
-from samray.errors import CheckpointError, ConfigError
+from samray.errors import CheckpointError, ConfigError, DatasetError
 from samray.events import EventQueue, send
-from samray.runs import RunFolder, open_run, require_same_run, resume_point
+from samray.runs import (
+    RunFolder,
+    open_run,
+    require_same_dataset,
+    require_same_run,
+    resume_point,
+)
 from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from samray.sam.embeddings import EmbeddingCache, embeddings_folder
@@ -71,10 +77,12 @@ class Trial:
     Attributes:
         base: folder of the weights that all trials start from.
         report: receives every step and epoch, instead of a progress bar.
+        dataset_digest: of the data that the sweep began with.
     """
 
     base: Place
     report: Report
+    dataset_digest: str
 
 
 def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
@@ -112,6 +120,11 @@ def _fit(
     config: Config, dataset: PreparedDataset, output: Place, trial: Trial | None
 ) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
+    if trial is not None and trial.dataset_digest != dataset.digest:
+        raise DatasetError(
+            f"{dataset.folder}: was prepared again while the sweep ran, which began with dataset "
+            f"{trial.dataset_digest[:12]}; prepare into another folder, and start a new sweep"
+        )
     _require_enough_images(config, dataset)
     base = None
     if trial is None and not (resumed and resumed.has_base):
@@ -158,6 +171,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
     torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
+    require_same_dataset(run, dataset.digest)  # at a restart, it may have been prepared again
     config = arguments["config"]
     cache: EmbeddingCache | None = None
     step = run.step
@@ -209,6 +223,7 @@ def finish_run(
     """
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     run, dataset = RunFolder(folder), PreparedDataset(dataset_folder)
+    require_same_dataset(run, dataset.digest)
     config = load_config(run.path / "config.yaml")
     config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     cache = None

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -191,6 +192,7 @@ class SweepPlan:
     output: Place
     resources: cluster.Resources
     num_trials: int
+    dataset_digest: str
 
 
 def require_metric(config: Config) -> None:
@@ -269,7 +271,7 @@ def _start(config: Config, dataset: PreparedDataset, output: Place, num_trials: 
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     cluster.require_shared(output, "--output-dir")
     config = with_settings(config, {"scaling.cpus_per_worker": resources.cpus_per_worker}, "sweep")
-    return SweepPlan(config, output, resources, num_trials)
+    return SweepPlan(config, output, resources, num_trials, dataset.digest)
 
 
 def _encode(
@@ -306,10 +308,12 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
     settings = plan.config.tune
     _wait_for_room(plan, plan.resources.num_workers)  # before Tune writes anything
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=plan.config, output=plan.output),
+        tune.with_parameters(
+            run_trial, config=plan.config, output=plan.output, dataset_digest=plan.dataset_digest
+        ),
         _trial_resources(plan),
     )
-    folder = plan.output / "tune"
+    folder = Path(str(plan.output), "tune")
     if can_restore(folder):
         print(f"resuming the sweep in {plan.output}", flush=True)
         # A trial that failed gets one more attempt; it goes on from its RUN.
@@ -354,13 +358,13 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(trials, key=lambda trial: trial["trial_id"])
 
 
-def can_restore(folder: Place) -> bool:
+def can_restore(folder: Path) -> bool:
     """Whether Tune's own state in a folder is whole.
 
     Tune writes a part of it before the first trial, and copies the rest there in place: after a
     power failure a file may be cut off. Without that rest it would run a single trial.
     """
-    newest = {}  # by kind; Tune, too, reads the last one by name
+    newest: dict[str, Path] = {}  # by kind; Tune, too, reads the last one by name
     for path in sorted(folder.glob("*-*-*.*")):
         if path.suffix in (".json", ".pkl"):
             newest[path.name.partition("-20")[0]] = path
@@ -400,13 +404,14 @@ def _wait_for_room(plan: SweepPlan, num_workers: int) -> None:
     cluster.wait_for_room(num_workers, workers.cpus_per_worker, gpus)
 
 
-def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
+def run_trial(chosen: dict[str, Any], config: Config, output: Place, dataset_digest: str) -> None:
     """Run one trial: `fit` with the chosen settings, reporting each epoch's scores to Tune.
 
     Args:
         chosen: dotted path of a setting -> value.
         config: of the sweep.
         output: the SWEEP folder.
+        dataset_digest: of the data that the sweep began with.
     """
     started = time.perf_counter()
     first_step: list[float] = []
@@ -432,7 +437,8 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
     if resume and (epochs := RunFolder(run_path).state["epochs"]):
         report_epoch(epochs[-1])  # the kill may have come before Tune received it
     own = {"train.output_dir": str(run_path), "train.resume": resume}
-    fit(with_settings(config, {**chosen, **own}, "trial"), Trial(output / "base", report))
+    trial = Trial(output / "base", report, dataset_digest)
+    fit(with_settings(config, {**chosen, **own}, "trial"), trial)
 
 
 def _trial_resources(plan: SweepPlan) -> dict[str, float]:

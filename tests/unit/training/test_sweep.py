@@ -6,14 +6,17 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from small_dataset import write_dataset
 
 from samray.cluster import Resources
 from samray.config import load_config
-from samray.errors import ClusterError, ConfigError, SweepError
+from samray.errors import ClusterError, ConfigError, DatasetError, SweepError
+from samray.runs import RunFolder
 from samray.storage import resolve
 from samray.training import tune
 from samray.training.search_space import search_space
+from samray.training.train import Trial, finish_run, fit, train_loop_per_worker
 from samray.training.tune import METRICS, can_restore, require_all, require_metric
 
 SESSION = "2026-01-01_00-00-00"
@@ -49,14 +52,14 @@ def test_no_more_trials_run_at_once_than_asked_for_and_fit(search, asked, worker
     space = {"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}
     options = {"tune.search_space": space, "tune.search": search}
     config = load_config(options={**options, "tune.max_concurrent_trials": asked})
-    plan = tune.SweepPlan(config, Path("sweep"), Resources(workers, False, 1, 4), 16)
+    plan = tune.SweepPlan(config, Path("sweep"), Resources(workers, False, 1, 4), 16, "d")
     assert tune._searcher(plan, search_space(config)).max_concurrent == expected
 
 
 def plan_in(folder, num_trials=3, words=()):
     space = {"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}
     config = load_config(None, words, {"tune.search_space": space})
-    return tune.SweepPlan(config, folder, Resources(1, False, 1, 2), num_trials)
+    return tune.SweepPlan(config, folder, Resources(1, False, 1, 2), num_trials, "d")
 
 
 def write_state(folder, trials=("t",)):
@@ -225,3 +228,22 @@ def test_a_relative_mlflow_folder_is_kept_absolute(tmp_path, monkeypatch):
     for uri in ("mlruns", "http://server:5000"):
         tune.sweep(load_config(options={**paths, "tune.mlflow_uri": uri}))
     assert seen == [str(resolve("mlruns", "")), "http://server:5000"]
+
+
+@pytest.mark.parametrize("where", ["worker", "trial", "finish"])
+def test_a_dataset_that_is_prepared_again_meanwhile_ends_the_run(where, tmp_path):
+    """Else the weights would come from one dataset and the scores from another."""
+    write_dataset(tmp_path / "data")  # its digest is "d"
+    paths = {"train.data_dir": str(tmp_path / "data"), "train.output_dir": str(tmp_path / "run")}
+    config = load_config(options=paths)
+    run, data = tmp_path / "run", tmp_path / "data"
+    if where != "trial":
+        RunFolder.create(run, config, "before")
+    facts = {"config": config, "threads": 1, "use_gpu": False}
+    start = {
+        "worker": lambda: train_loop_per_worker({"run": run, "dataset": data, **facts}),
+        "trial": lambda: fit(config, Trial(tmp_path / "base", print, dataset_digest="before")),
+        "finish": lambda: finish_run(run, data, torch.device("cpu"), 1, full_precision=True),
+    }[where]
+    with pytest.raises(DatasetError, match=r"was prepared again while .* into another folder"):
+        start()
