@@ -57,7 +57,7 @@ class RunFolder:
             "epochs": [],
             "embeddings": None,
         }
-        write_json(path / "run.json", state)
+        write_json(path / "run.json", state, sync=True)
         save_config(config, path / "config.yaml")  # last: a run without it has not begun
         return cls(path)
 
@@ -96,7 +96,7 @@ class RunFolder:
     def update(self, **changes: Any) -> None:
         """Change entries of run.json, in one write."""
         self.state = {**self.state, **changes}
-        write_json(self.path / "run.json", self.state)
+        write_json(self.path / "run.json", self.state, sync=True)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

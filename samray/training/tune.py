@@ -147,7 +147,7 @@ def _sweep(
         return before
     plan = _start(config, dataset, output, num_trials)
     if before is None:
-        write_json(output / "sweep.json", state)
+        write_json(output / "sweep.json", state, sync=True)
         save_config(plan.config, output / "config.yaml")
     if not (output / "base" / "weights.pth").exists():
         save_checkpoint(output / "base", base.weights, resolved, base.progress)
@@ -155,9 +155,9 @@ def _sweep(
     try:
         _search(plan, dataset, records, space, state, (before or {}).get("embeddings"))
     except (KeyboardInterrupt, SystemExit):
-        write_json(output / "sweep.json", {**state, "status": "interrupted"})
+        write_json(output / "sweep.json", {**state, "status": "interrupted"}, sync=True)
         raise
-    write_json(output / "sweep.json", state)
+    write_json(output / "sweep.json", state, sync=True)
     write_bytes(output / "report.html", write_report(state).encode())
     return state
 
@@ -178,7 +178,7 @@ def _search(
     started = time.perf_counter()
     encoding = _encode(plan, dataset, records)
     state["embeddings"] = embeddings or encoding.as_dict()
-    write_json(plan.output / "sweep.json", state)
+    write_json(plan.output / "sweep.json", state, sync=True)
     trials = _run_trials(plan, space)
     outcome = {"trials": trials, "seconds": round(time.perf_counter() - started, 1)}
     state |= outcome | _result(plan, dataset, {**state, **outcome})
