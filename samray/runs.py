@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from samray.config import Config, load_config, save_config
+from samray.config import Config, load_config, save_config, with_settings
 from samray.errors import CheckpointError, ConfigError, DatasetError, SamrayError
 from samray.storage import Place, is_used, read_json, remove_folder, write_json
 
@@ -55,6 +55,7 @@ class RunFolder:
             "latest": None,
             "within": None,
             "epochs": [],
+            "num_epochs": config.train.num_epochs,
             "embeddings": None,
         }
         write_json(path / "run.json", state, sync=True)
@@ -198,6 +199,32 @@ def open_run(output: Place, resume: bool) -> RunFolder | None:
     if run.latest is None and not (output / "config.yaml").exists():
         return None  # killed as it began
     return run
+
+
+def num_epochs_of(output: Place, config: Config) -> int:
+    """Return the number of epochs to train: where `--resume` comes without one, the RUN's own.
+
+    Another number changes the learning rate of every step, so the default must not come in by
+    itself.
+
+    Args:
+        config: as the user gave it: a setting that was filled in counts as given.
+    """
+    saved = output / "config.yaml"
+    given = "num_epochs" in config.train.model_fields_set
+    if given or not config.train.resume or not saved.is_file():
+        return config.train.num_epochs
+    return load_config(saved).train.num_epochs
+
+
+def keep_num_epochs(run: RunFolder, config: Config) -> None:
+    """Save the number of epochs that a resumed run has from now on, and print what changed."""
+    before, now = load_config(run.path / "config.yaml"), config.train.num_epochs
+    if before.train.num_epochs != now:
+        print(f"num_epochs: {before.train.num_epochs} before, {now} now", flush=True)
+        changed = with_settings(before, {"train.num_epochs": now}, "train")
+        save_config(changed, run.path / "config.yaml")
+    run.update(num_epochs=now)
 
 
 def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> None:

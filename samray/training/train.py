@@ -38,6 +38,8 @@ from samray.errors import CheckpointError, ConfigError, DatasetError
 from samray.events import EventQueue, send
 from samray.runs import (
     RunFolder,
+    keep_num_epochs,
+    num_epochs_of,
     open_run,
     require_same_dataset,
     require_same_run,
@@ -104,12 +106,16 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
     # Absolute, because `promote` reads the saved config in another working directory.
-    paths = {"train.data_dir": str(dataset.folder), "train.output_dir": str(output)}
+    settings: dict[str, Any] = {
+        "train.data_dir": str(dataset.folder),
+        "train.output_dir": str(output),
+        "train.num_epochs": num_epochs_of(output, config),
+    }
     if uri := config.train.mlflow_uri:
         require_mlflow("train.mlflow_uri", uri)
         if "://" not in uri:
-            paths["train.mlflow_uri"] = str(resolve(uri, "train.mlflow_uri"))
-    config = with_settings(config, paths, "train")
+            settings["train.mlflow_uri"] = str(resolve(uri, "train.mlflow_uri"))
+    config = with_settings(config, settings, "train")
     if trial is not None:  # the sweep holds the lock of its folder
         return _fit(config, dataset, output, trial)
     with lock_folder(output, "--output-dir"):
@@ -133,6 +139,7 @@ def _fit(
         config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
+        keep_num_epochs(resumed, config)
         where = "within the epoch after" if resumed.state.get("within") else "after"
         finished = len(resumed.state["epochs"])
         print(f"resuming {where} epoch {finished} of {config.train.num_epochs}")
