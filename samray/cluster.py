@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 from samray.config import ScalingConfig
-from samray.errors import ClusterError, ConfigError
+from samray.errors import ClusterError, ConfigError, StorageError
 from samray.storage import Place, make_folder, plain_errors, write_bytes
 
 # Attempts to start a local Ray, which sometimes fails on a busy machine.
@@ -413,11 +413,19 @@ def require_shared(folder: Place, what: str) -> None:
     """Create an output folder and check that every node sees the files written to it.
 
     Raises:
-        ConfigError: it cannot be created, or naming the nodes that do not see it.
+        ConfigError: it cannot be written, or naming the nodes that do not see it.
     """
     make_folder(folder, what)
     token = folder / f".samray-{uuid.uuid4().hex}"
-    write_bytes(token, b"seen by every node?")
+    try:
+        write_bytes(token, b"seen by every node?")
+    except StorageError:
+        raise
+    except OSError as exc:
+        raise ConfigError(
+            f"{what}: {folder} cannot be written ({exc.strerror}); choose a folder that you can "
+            "write"
+        ) from exc
     try:
         require_visible(token, what)
     finally:

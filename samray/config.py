@@ -713,7 +713,7 @@ def with_settings(config: Config, settings: Mapping[str, Any], what: str) -> Con
 def save_config(config: Config, path: Place) -> None:
     """Write the resolved config as YAML for `load_config`."""
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode(), sync=True)
 
 
 def resolve_model(config: Config, weights_given: bool) -> Config:

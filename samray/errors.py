@@ -11,7 +11,7 @@
      +- ClusterError      the Ray cluster lacks what the run asks for
      +- EndpointError     an endpoint does not answer, or rejects a request
      +- TrainingError     training failed (the loss is not a number)
-     +- SweepError        no trial of a sweep finished
+     +- SweepError        no trial of a sweep finished, or some were not run
      +- StoreError        a store of models or a version cannot be used
      +- GuardError        a model is not good enough to be promoted
 
@@ -105,7 +105,7 @@ class TrainingError(SamrayError, RuntimeError):
 
 
 class SweepError(SamrayError, RuntimeError):
-    """No trial of a sweep finished."""
+    """No trial of a sweep finished, or Ray Tune did not run all of them."""
 
 
 class StoreError(SamrayError, ValueError):

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from samray.config import Config, load_config, save_config
-from samray.errors import CheckpointError, ConfigError, SamrayError
+from samray.config import Config, load_config, save_config, with_settings
+from samray.errors import CheckpointError, ConfigError, DatasetError, SamrayError
 from samray.storage import Place, is_used, read_json, remove_folder, write_json
 
 RUN_FORMAT = 1
@@ -55,9 +55,10 @@ class RunFolder:
             "latest": None,
             "within": None,
             "epochs": [],
+            "num_epochs": config.train.num_epochs,
             "embeddings": None,
         }
-        write_json(path / "run.json", state)
+        write_json(path / "run.json", state, sync=True)
         save_config(config, path / "config.yaml")  # last: a run without it has not begun
         return cls(path)
 
@@ -96,7 +97,7 @@ class RunFolder:
     def update(self, **changes: Any) -> None:
         """Change entries of run.json, in one write."""
         self.state = {**self.state, **changes}
-        write_json(self.path / "run.json", self.state)
+        write_json(self.path / "run.json", self.state, sync=True)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -200,6 +201,32 @@ def open_run(output: Place, resume: bool) -> RunFolder | None:
     return run
 
 
+def num_epochs_of(output: Place, config: Config) -> int:
+    """Return the number of epochs to train: where `--resume` comes without one, the RUN's own.
+
+    Another number changes the learning rate of every step, so the default must not come in by
+    itself.
+
+    Args:
+        config: as the user gave it: a setting that was filled in counts as given.
+    """
+    saved = output / "config.yaml"
+    given = "num_epochs" in config.train.model_fields_set
+    if given or not config.train.resume or not saved.is_file():
+        return config.train.num_epochs
+    return load_config(saved).train.num_epochs
+
+
+def keep_num_epochs(run: RunFolder, config: Config) -> None:
+    """Save the number of epochs that a resumed run has from now on, and print what changed."""
+    before, now = load_config(run.path / "config.yaml"), config.train.num_epochs
+    if before.train.num_epochs != now:
+        print(f"num_epochs: {before.train.num_epochs} before, {now} now", flush=True)
+        changed = with_settings(before, {"train.num_epochs": now}, "train")
+        save_config(changed, run.path / "config.yaml")
+    run.update(num_epochs=now)
+
+
 def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> None:
     """Refuse to resume a run with other settings or data.
 
@@ -219,6 +246,20 @@ def require_same_run(run: RunFolder, config: Config, dataset_digest: str) -> Non
         raise ConfigError(
             f"--resume: {run.path} has other settings: {', '.join(changed)}; only epochs, "
             "workers, patience and what limits memory may change"
+        )
+
+
+def require_same_dataset(run: RunFolder, dataset_digest: str) -> None:
+    """Refuse to go on with other data than the run began with.
+
+    Raises:
+        DatasetError: the dataset was prepared again meanwhile.
+    """
+    if run.state["dataset_digest"] != dataset_digest:
+        raise DatasetError(
+            f"train.data_dir: was prepared again while {run.path} trained: it held dataset "
+            f"{run.state['dataset_digest'][:12]} and now holds {dataset_digest[:12]}; prepare into "
+            "another folder, and start a new run"
         )
 
 

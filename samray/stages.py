@@ -97,7 +97,7 @@ def run_train(config: Config) -> None:
 
     state = fit(config)
     output = config.train.output_dir
-    stopped = len(state["epochs"]) < config.train.num_epochs
+    stopped = len(state["epochs"]) < state["num_epochs"]
     if stopped:
         print(f"stopped after epoch {len(state['epochs'])}: train.patience")
     print(f"best: {_best_epoch(state, stopped)}")
@@ -162,7 +162,7 @@ def run_pretrain(config: Config) -> None:
     state = pretrain(config)
     best = max(state["epochs"], key=lambda epoch: epoch["val_iou"])
     output = config.train.output_dir
-    done = f"{len(state['epochs'])} of {config.train.num_epochs} epochs"
+    done = f"{len(state['epochs'])} of {state['num_epochs']} epochs"
     print(f"{done}; best: epoch {best['epoch']}, val_iou {best['val_iou']:.3f}")
     print(f"run: {output}/run.json, best checkpoint: {output}/{state['best']}")
     if config.pretrain.export_dir is not None:

@@ -416,8 +416,13 @@ def _s3_reason(exc: BaseException, code: str) -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path: Place) -> Iterator[Path]:
-    """Yield a temporary local path; on success the file written there appears at `path`."""
+def whole_file(path: Place, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary local path; on success the file written there appears at `path`.
+
+    Args:
+        sync: wait until the disk has the content. Without it a power failure can leave the name
+            with an empty or cut file, which only files that can be made again may risk.
+    """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="samray-") as folder:
             local = Path(folder, path.name)
@@ -428,9 +433,16 @@ def whole_file(path: Place) -> Iterator[Path]:
     try:
         with _plain_full_disk(path):
             yield temporary
+            if sync:
+                _sync(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -453,23 +465,23 @@ def _upload(local: Path, path: S3Path) -> None:
         path.client.client.upload_file(str(local), path.bucket, path.key)
 
 
-def write_bytes(path: Place, content: bytes) -> None:
-    """Write a file completely or not at all."""
+def write_bytes(path: Place, content: bytes, sync: bool = False) -> None:
+    """Write a file completely or not at all; see `whole_file` for `sync`."""
     if not isinstance(path, Path):
         with plain_errors(str(path)):
             path.client.client.put_object(Bucket=path.bucket, Key=path.key, Body=content)
         return
-    with whole_file(path) as temporary:
+    with whole_file(path, sync) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(path: Place, content: Any) -> None:
+def write_json(path: Place, content: Any, sync: bool = False) -> None:
     """Write JSON completely or not at all; NaN is rejected, as it is not valid JSON.
 
     Half of a surrogate pair, as in file names that are no UTF-8, becomes an escape of JSON.
     """
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode(errors="backslashreplace") + b"\n")
+    write_bytes(path, text.encode(errors="backslashreplace") + b"\n", sync)
 
 
 def write_csv(path: Place, rows: Iterable[Iterable[Any]]) -> None:
@@ -523,10 +535,13 @@ def read_json(path: Place) -> Any:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Place) -> Iterator[Path]:
+def whole_folder(path: Place, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary local folder; on success it replaces `path`.
 
     In S3 its files appear one by one, so readers must rely on a file that is written afterwards.
+
+    Args:
+        sync: see `whole_file`; of the files directly in the folder.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="samray-") as folder:
@@ -541,6 +556,8 @@ def whole_folder(path: Place) -> Iterator[Path]:
     try:
         with _plain_full_disk(path):
             yield temporary
+            for file in temporary.iterdir() if sync else ():
+                _sync(file)
             if path.exists():  # left unfinished by a killed run; finished ones are never rewritten
                 shutil.rmtree(path)
             os.replace(temporary, path)
@@ -557,7 +574,7 @@ def copy_folder(
         names: of the files; None: all.
         link: use hard links on the same disk; only for files that are never changed in place.
     """
-    with whole_folder(target) as temporary:
+    with whole_folder(target, sync=True) as temporary:
         for name in list_folder(source) if names is None else names:
             here = local_copy(source / name)
             try:

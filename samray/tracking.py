@@ -177,8 +177,11 @@ class _MLflow:
         """The run that an earlier start of the same RUN began there.
 
         None if it cannot be used: deleted there, or in a folder and damaged, as MLflow writes in
-        place and a kill can leave `meta.yaml` empty. The RUN's own files have all curves.
+        place and a kill can leave `meta.yaml` empty. The RUN's own files have all curves. A server
+        that does not answer now may know the run, so its figures wait.
         """
+        from mlflow.exceptions import RestException
+
         if not (run / "mlflow.json").is_file():
             return None
         earlier = read_json(run / "mlflow.json")
@@ -188,6 +191,9 @@ class _MLflow:
         try:
             self._client.update_run(run_id, status="RUNNING")
         except Exception as exc:
+            if uri.startswith("http") and not isinstance(exc, RestException):
+                self._tell(f"MLflow does not answer now ({_short(exc)}); the figures wait")
+                return run_id
             what = f"MLflow's run {run_id} cannot be continued ({_short(exc)})"
             self._tell(f"{what}; the figures from here on go to a new one")
             return None
@@ -239,7 +245,11 @@ class _MLflow:
 
 
 def require_mlflow(setting: str, uri: str) -> None:
-    """Refuse an MLflow that is not installed; allow its store in a folder, which it asks for.
+    """Refuse an MLflow that is not installed; configure the one that is.
+
+    Its store in a folder is allowed, which it asks for. A server that is away is given up after
+    seconds: MLflow's own patience of minutes would stop training at each checkpoint, and more
+    workers than the one that sends would take it for dead (`scaling.hang_minutes`).
 
     Raises:
         ConfigError: naming the setting.
@@ -248,6 +258,8 @@ def require_mlflow(setting: str, uri: str) -> None:
         raise ConfigError(f"{setting}: mlflow is not installed; pip install mlflow, or unset it")
     if "://" not in uri or uri.startswith("file:"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
 
 
 def _short(exc: Exception) -> str:

@@ -1,5 +1,6 @@
 """Scores of a model on one image: fixed prompts, masks at the original resolution."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -176,7 +177,8 @@ def embedding_of(
 ) -> torch.Tensor:
     """Return an image's embedding, C x h x w float32 on the model's device.
 
-    With a cache it is read, or encoded and written to it if the disk has room; without, encoded.
+    With a cache it is read, or encoded and written to it if it has room and may be written;
+    without, encoded.
 
     Args:
         full_precision: see `samray.sam.embeddings.encode_images`.
@@ -187,5 +189,6 @@ def embedding_of(
             return torch.from_numpy(cached.astype("float32")).to(sam.device)
     embedding = encode_image(sam, decode_image(dataset.image_bytes(record)), full_precision)
     if cache is not None and cache.has_room():
-        cache.save(record.digest, embedding.cpu().numpy())
+        with contextlib.suppress(OSError):  # the cache may be someone else's
+            cache.save(record.digest, embedding.cpu().numpy())
     return embedding.half().float()  # equal to what is read from a cache

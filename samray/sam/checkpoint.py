@@ -73,7 +73,7 @@ def save_checkpoint(
         training: the parameters that learn, by name, and the optimiser's state, to resume from.
         more: content of further files, by name.
     """
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, sync=True) as temporary:
         torch.save({k: v.detach().cpu() for k, v in weights.items()}, temporary / "weights.pth")
         save_config(config, temporary / "config.yaml")
         write_json(temporary / "progress.json", progress)
@@ -91,19 +91,23 @@ def load_optimizer(folder: Place) -> tuple[dict[str, Tensor], dict[str, Any]]:
         The parameters that learn, by name, and the optimiser's state.
 
     Raises:
-        CheckpointError: the folder has none.
+        CheckpointError: the folder has none, or it is damaged.
     """
     path = folder / "optimizer.pth"
     advice = f"start a new run from its weights: --checkpoint {folder} with another --output-dir"
     try:
         state: dict[str, Any] = torch.load(local_copy(path), map_location="cpu", weights_only=True)
-        return state["trained"], state["optimizer"]
     except FileNotFoundError as exc:
         message = f"{path}: does not exist, so this run cannot be resumed; {advice}"
         raise CheckpointError(message) from exc
-    except KeyError as exc:
-        message = f"{path}: was written by an earlier version of samray; {advice}"
+    except OSError:
+        raise
+    except Exception as exc:  # torch raises errors of many kinds
+        message = f"{path}: is damaged, so this run cannot be resumed; {advice}"
         raise CheckpointError(message) from exc
+    if not isinstance(state, dict) or not {"trained", "optimizer"} <= state.keys():
+        raise CheckpointError(f"{path}: was written by an earlier version of samray; {advice}")
+    return state["trained"], state["optimizer"]
 
 
 def load_checkpoint(path: Place) -> Checkpoint:

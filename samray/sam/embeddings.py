@@ -10,12 +10,14 @@ instead (`samray.sam.adapt`), under a digest of these blocks' weights.
 """
 
 import collections
+import contextlib
 import copy
 import functools
 import hashlib
 import io
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +88,8 @@ class EmbeddingCache:
     def load(self, image_digest: str, view: int = 0) -> np.ndarray | None:
         """Return an image's entry, memory-mapped if on a local disk; None if it is missing.
 
+        A file that cannot be read, as after a power failure, is deleted and counts as missing.
+
         Args:
             view: see `path`.
 
@@ -98,17 +102,30 @@ class EmbeddingCache:
                 mapped: np.ndarray = np.load(path, mmap_mode="r")
                 return mapped
             embedding: np.ndarray = np.load(io.BytesIO(read_bytes(path)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (EOFError, ValueError) as exc:
+            print(f"samray: {path}: is damaged ({exc}); deleted", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a cache of someone else
+                path.unlink(missing_ok=True)
             return None
         return embedding
 
     def lacking(self, entries: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Return those of the entries, (image digest, view), that are missing."""
+        """Return those of the entries, (image digest, view), that are missing or cut off.
+
+        All files of an encoder have one size.
+        """
+        asked, sizes = list(entries), {}
         if isinstance(self.folder, Path):
-            return [entry for entry in entries if not self.path(*entry).exists()]
-        # One listing instead of one request per image.
-        there = {name.rpartition("/")[2] for name, _, _ in list_objects(self.folder)}
-        return [entry for entry in entries if self.path(*entry).name not in there]
+            for entry in asked:
+                with contextlib.suppress(OSError):
+                    sizes[entry] = self.path(*entry).stat().st_size
+        else:  # one listing instead of one request per image
+            there = {name.rpartition("/")[2]: size for name, size, _ in list_objects(self.folder)}
+            sizes = {entry: there.get(self.path(*entry).name, 0) for entry in asked}
+        whole = max(sizes.values(), default=0)
+        return [entry for entry in asked if not sizes.get(entry) or sizes[entry] < whole]
 
     def has_room(self) -> bool:
         """Whether the disk has more free space than is reserved."""

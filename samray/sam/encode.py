@@ -108,7 +108,7 @@ def encode_missing(
         num_frozen: of the cache, see `EmbeddingCache`.
 
     Raises:
-        ConfigError: the missing embeddings do not fit the disk.
+        ConfigError: the missing embeddings do not fit the disk, or their folder cannot be written.
         ClusterError: the cluster has no free CPU or GPU for a long time.
     """
     sam = load_checkpoint(checkpoint).model()
@@ -133,6 +133,7 @@ def encode_missing(
             f"embeddings: {statement}; they do not fit beside the {reserve_gb} GB of "
             "embeddings.reserve_gb; free some space or set embeddings.cache_dir to a larger disk"
         )
+    cluster.require_shared(cache_dir, "embeddings.cache_dir")
     settings = cache_dir, cache.num_frozen, full, config.embeddings.compile
     pool = cluster.start_pool(
         ImageEncoder, device, len(missing), dataset.folder, checkpoint, *settings

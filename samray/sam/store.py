@@ -166,13 +166,14 @@ class ModelStore:
             "checkpoint_digest": digest,
             **record,
         }
-        write_json(folder / RECORD, record)
+        write_json(folder / RECORD, record, sync=True)
         self.set_current(name, version)
         return Version(name, version, folder, record)
 
     def set_current(self, name: str, version: str) -> None:
         """Make a version the one in use."""
-        write_bytes(self.folder / require_name(name) / CURRENT, f"{version}\n".encode())
+        current = self.folder / require_name(name) / CURRENT
+        write_bytes(current, f"{version}\n".encode(), sync=True)
 
     def roll_back(self, name: str, to: str | None = None) -> Version:
         """Make an earlier version current: the given one, else the previous one.

@@ -253,13 +253,14 @@ def cached_entry(cache: EmbeddingCache, record: ImageRecord, view: int = 0) -> T
         view: number of the view, see `samray.geometry.views.cached_view`.
 
     Raises:
-        DatasetError: it is no longer there.
+        DatasetError: it is damaged or no longer there.
     """
     entry = cache.load(record.digest, view)
     if entry is None:
         raise DatasetError(
-            f"{cache.path(record.digest, view)}: the embedding of {record.name} is missing; "
-            "another process deletes from the cache while it is in use"
+            f"{cache.path(record.digest, view)}: the embedding of {record.name} is missing; it was "
+            "damaged, or another process deletes from the cache while it is in use; run the same "
+            "command again, `samray train` with --resume, which encodes the image again"
         )
     return torch.from_numpy(np.array(entry, dtype=np.float32))
 

@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from samray.config import MAX_BOX_NOISE, Config, required, resolve_model
+from samray.config import MAX_BOX_NOISE, Config, required, resolve_model, with_settings
 from samray.errors import ConfigError
 from samray.geometry.frames import PIXEL_MEAN, PIXEL_STD
-from samray.runs import RunFolder, open_run, require_same_run
+from samray.runs import (
+    RunFolder,
+    keep_num_epochs,
+    num_epochs_of,
+    open_run,
+    require_same_run,
+)
 from samray.sam.checkpoint import load_checkpoint, refuse_ambiguous, save_checkpoint
 from samray.sam.decode import PromptGroup, best_masks, decode_prompts
 from samray.sam.losses import low_res_iou
@@ -194,6 +200,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     if config.model.type != "tiny":
         raise ConfigError(f"model.type: only tiny is pre-trained, not {config.model.type}")
     output = resolve(output_dir, "--output-dir")
+    epochs = {"train.num_epochs": num_epochs_of(output, config)}
+    config = with_settings(config, epochs, "pretrain")
     with lock_folder(output, "--output-dir"):
         return _pretrain(config, output)
 
@@ -207,6 +215,7 @@ def _pretrain(config: Config, output: Place) -> dict[str, Any]:
     digest = scenes_digest(config)
     if resumed is not None:
         require_same_run(resumed, config, digest)
+        keep_num_epochs(resumed, config)
         print(f"resuming after epoch {len(resumed.state['epochs'])} of {config.train.num_epochs}")
     run = resumed or RunFolder.create(output, config, digest)
     if not run.has_base:

@@ -34,9 +34,17 @@ from samray.config import (
     with_settings,
 )
 from samray.data.dataset import PreparedDataset
-from samray.errors import CheckpointError, ConfigError
+from samray.errors import CheckpointError, ConfigError, DatasetError
 from samray.events import EventQueue, send
-from samray.runs import RunFolder, open_run, require_same_run, resume_point
+from samray.runs import (
+    RunFolder,
+    keep_num_epochs,
+    num_epochs_of,
+    open_run,
+    require_same_dataset,
+    require_same_run,
+    resume_point,
+)
 from samray.sam.adapt import num_frozen_blocks
 from samray.sam.checkpoint import (
     Checkpoint,
@@ -76,10 +84,12 @@ class Trial:
     Attributes:
         base: folder of the weights that all trials start from.
         report: receives every step and epoch, instead of a progress bar.
+        dataset_digest: of the data that the sweep began with.
     """
 
     base: Place
     report: Report
+    dataset_digest: str
 
 
 def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
@@ -101,12 +111,16 @@ def fit(config: Config, trial: Trial | None = None) -> dict[str, Any]:
     dataset = PreparedDataset(require_folder(resolve(data_dir, "--data-dir"), "--data-dir"))
     output = resolve(output_dir, "--output-dir")
     # Absolute, because `promote` reads the saved config in another working directory.
-    paths = {"train.data_dir": str(dataset.folder), "train.output_dir": str(output)}
+    settings: dict[str, Any] = {
+        "train.data_dir": str(dataset.folder),
+        "train.output_dir": str(output),
+        "train.num_epochs": num_epochs_of(output, config),
+    }
     if uri := config.train.mlflow_uri:
         require_mlflow("train.mlflow_uri", uri)
         if "://" not in uri:
-            paths["train.mlflow_uri"] = str(resolve(uri, "train.mlflow_uri"))
-    config = with_settings(config, paths, "train")
+            settings["train.mlflow_uri"] = str(resolve(uri, "train.mlflow_uri"))
+    config = with_settings(config, settings, "train")
     if trial is not None:  # the sweep holds the lock of its folder
         return _fit(config, dataset, output, trial)
     with lock_folder(output, "--output-dir"):
@@ -117,6 +131,11 @@ def _fit(
     config: Config, dataset: PreparedDataset, output: Place, trial: Trial | None
 ) -> dict[str, Any]:
     resumed = open_run(output, config.train.resume)
+    if trial is not None and trial.dataset_digest != dataset.digest:
+        raise DatasetError(
+            f"{dataset.folder}: was prepared again while the sweep ran, which began with dataset "
+            f"{trial.dataset_digest[:12]}; prepare into another folder, and start a new sweep"
+        )
     _require_enough_images(config, dataset)
     base = None
     if trial is None and not (resumed and resumed.has_base):
@@ -125,6 +144,7 @@ def _fit(
         config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     if resumed is not None:
         require_same_run(resumed, config, dataset.digest)
+        keep_num_epochs(resumed, config)
         where = "within the epoch after" if resumed.state.get("within") else "after"
         finished = len(resumed.state["epochs"])
         print(f"resuming {where} epoch {finished} of {config.train.num_epochs}")
@@ -163,6 +183,7 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         worker = Worker(0, 1, torch.device("cuda" if arguments["use_gpu"] else "cpu"))
     torch.set_num_threads(min(arguments["threads"], os.cpu_count() or 1))
     run, dataset = RunFolder(arguments["run"]), PreparedDataset(arguments["dataset"])
+    require_same_dataset(run, dataset.digest)  # at a restart, it may have been prepared again
     config = arguments["config"]
     cache: EmbeddingCache | None = None
     step = run.step
@@ -214,6 +235,7 @@ def finish_run(
     """
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     run, dataset = RunFolder(folder), PreparedDataset(dataset_folder)
+    require_same_dataset(run, dataset.digest)
     config = load_config(run.path / "config.yaml")
     config = resolve_model(config, weights_given=config.model.checkpoint != "none")
     cache = None

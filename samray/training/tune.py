@@ -11,8 +11,11 @@ state only the chosen settings and the decisions to stop are used.
 """
 
 import functools
+import hashlib
+import json
 import logging
 import os
+import pickle
 import re
 import signal
 import sys
@@ -20,6 +23,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -54,6 +58,7 @@ from samray.storage import (
     is_used,
     lock_folder,
     read_json,
+    remove_folder,
     require_folder,
     resolve,
     resolve_local,
@@ -111,6 +116,10 @@ def sweep(config: Config) -> dict[str, Any]:
         "tune.data_dir": str(dataset.folder),
         "tune.output_dir": str(output),
     }
+    if uri := config.tune.mlflow_uri:
+        require_mlflow("tune.mlflow_uri", uri)
+        if "://" not in uri:
+            shared["tune.mlflow_uri"] = str(resolve(uri, "tune.mlflow_uri"))
     config = with_default_space(with_settings(config, shared, "sweep"))
     with lock_folder(output, "--output-dir"):
         return _sweep(config, dataset, records, output)
@@ -138,7 +147,7 @@ def _sweep(
         return before
     plan = _start(config, dataset, output, num_trials)
     if before is None:
-        write_json(output / "sweep.json", state)
+        write_json(output / "sweep.json", state, sync=True)
         save_config(plan.config, output / "config.yaml")
     if not (output / "base" / "weights.pth").exists():
         save_checkpoint(output / "base", base.weights, resolved, base.progress)
@@ -146,9 +155,9 @@ def _sweep(
     try:
         _search(plan, dataset, records, space, state, (before or {}).get("embeddings"))
     except (KeyboardInterrupt, SystemExit):
-        write_json(output / "sweep.json", {**state, "status": "interrupted"})
+        write_json(output / "sweep.json", {**state, "status": "interrupted"}, sync=True)
         raise
-    write_json(output / "sweep.json", state)
+    write_json(output / "sweep.json", state, sync=True)
     write_bytes(output / "report.html", write_report(state).encode())
     return state
 
@@ -169,7 +178,7 @@ def _search(
     started = time.perf_counter()
     encoding = _encode(plan, dataset, records)
     state["embeddings"] = embeddings or encoding.as_dict()
-    write_json(plan.output / "sweep.json", state)
+    write_json(plan.output / "sweep.json", state, sync=True)
     trials = _run_trials(plan, space)
     outcome = {"trials": trials, "seconds": round(time.perf_counter() - started, 1)}
     state |= outcome | _result(plan, dataset, {**state, **outcome})
@@ -183,6 +192,7 @@ class SweepPlan:
     output: Place
     resources: cluster.Resources
     num_trials: int
+    dataset_digest: str
 
 
 def require_metric(config: Config) -> None:
@@ -261,7 +271,7 @@ def _start(config: Config, dataset: PreparedDataset, output: Place, num_trials: 
     cluster.require_visible(dataset.folder / "manifest.json", "--data-dir")
     cluster.require_shared(output, "--output-dir")
     config = with_settings(config, {"scaling.cpus_per_worker": resources.cpus_per_worker}, "sweep")
-    return SweepPlan(config, output, resources, num_trials)
+    return SweepPlan(config, output, resources, num_trials, dataset.digest)
 
 
 def _encode(
@@ -296,15 +306,20 @@ def _encode(
 def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
     """Let Tune start, stop, retry and, after a kill, resume the trials; return the table."""
     settings = plan.config.tune
+    _wait_for_room(plan, plan.resources.num_workers)  # before Tune writes anything
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=plan.config, output=plan.output),
+        tune.with_parameters(
+            run_trial, config=plan.config, output=plan.output, dataset_digest=plan.dataset_digest
+        ),
         _trial_resources(plan),
     )
-    folder = plan.output / "tune"
-    if tune.Tuner.can_restore(str(folder)):
+    folder = Path(str(plan.output), "tune")
+    if can_restore(folder):
         print(f"resuming the sweep in {plan.output}", flush=True)
-        tuner = tune.Tuner.restore(str(folder), trainable, param_space=space)
+        # A trial that failed gets one more attempt; it goes on from its RUN.
+        tuner = tune.Tuner.restore(str(folder), trainable, param_space=space, resume_errored=True)
     else:
+        remove_folder(folder)
         tuner = tune.Tuner(
             trainable,
             param_space=space,
@@ -328,30 +343,75 @@ def _run_trials(plan: SweepPlan, space: dict[str, Any]) -> list[dict[str, Any]]:
         )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints even at verbose=0
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are in the table
-    workers = plan.resources
-    gpus = plan.config.scaling.gpus_per_worker if workers.use_gpu else 0
-    cluster.wait_for_room(workers.num_workers, workers.cpus_per_worker, gpus)
     handler = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
     try:
         results = tuner.fit()
+        # On Ctrl-C, Tune returns without an error, and has put the handler back.
+        stopped = in_main and signal.getsignal(signal.SIGINT) is handler
     finally:
         # Tune leaves a handler behind that ignores Ctrl-C.
-        if threading.current_thread() is threading.main_thread():
+        if in_main:
             signal.signal(signal.SIGINT, handler)
     trials = [_row(plan, result) for result in results]
-    if any(trial["status"] == "unfinished" for trial in trials) or len(trials) < plan.num_trials:
-        # On Ctrl-C, Tune returns without an error.
-        raise KeyboardInterrupt("the same command resumes where it stopped")
+    require_all(trials, plan, stopped)
     return sorted(trials, key=lambda trial: trial["trial_id"])
 
 
-def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
+def can_restore(folder: Path) -> bool:
+    """Whether Tune's own state in a folder is whole.
+
+    Tune writes a part of it before the first trial, and copies the rest there in place: after a
+    power failure a file may be cut off. Without that rest it would run a single trial.
+    """
+    newest: dict[str, Path] = {}  # by kind; Tune, too, reads the last one by name
+    for path in sorted(folder.glob("*-*-*.*")):
+        if path.suffix in (".json", ".pkl"):
+            newest[path.name.partition("-20")[0]] = path
+    try:
+        state = json.loads(newest.pop("experiment_state").read_bytes())
+        for path in (folder / "tuner.pkl", *newest.values()):
+            pickle.loads(path.read_bytes())
+        return bool(state["trial_data"])
+    except Exception:  # a pickle that is cut off raises errors of any kind
+        return False
+
+
+def require_all(trials: Sequence[dict[str, Any]], plan: SweepPlan, stopped: bool) -> None:
+    """Refuse to go on where Tune has not run all trials.
+
+    Args:
+        trials: the rows of `sweep.json`.
+        stopped: whether Ctrl-C ended Tune.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it.
+        SweepError: it ended by itself.
+    """
+    missing = len(trials) < plan.num_trials
+    if any(trial["status"] == "unfinished" for trial in trials) or (missing and stopped):
+        raise KeyboardInterrupt("the same command resumes where it stopped")
+    if missing:
+        raise SweepError(
+            f"{plan.output / 'tune'}: Ray Tune ended after {len(trials)} of {plan.num_trials} "
+            "trials; remove this folder and give the same command again"
+        )
+
+
+def _wait_for_room(plan: SweepPlan, num_workers: int) -> None:
+    workers = plan.resources
+    gpus = plan.config.scaling.gpus_per_worker if workers.use_gpu else 0
+    cluster.wait_for_room(num_workers, workers.cpus_per_worker, gpus)
+
+
+def run_trial(chosen: dict[str, Any], config: Config, output: Place, dataset_digest: str) -> None:
     """Run one trial: `fit` with the chosen settings, reporting each epoch's scores to Tune.
 
     Args:
         chosen: dotted path of a setting -> value.
         config: of the sweep.
         output: the SWEEP folder.
+        dataset_digest: of the data that the sweep began with.
     """
     started = time.perf_counter()
     first_step: list[float] = []
@@ -377,7 +437,8 @@ def run_trial(chosen: dict[str, Any], config: Config, output: Place) -> None:
     if resume and (epochs := RunFolder(run_path).state["epochs"]):
         report_epoch(epochs[-1])  # the kill may have come before Tune received it
     own = {"train.output_dir": str(run_path), "train.resume": resume}
-    fit(with_settings(config, {**chosen, **own}, "trial"), Trial(output / "base", report))
+    trial = Trial(output / "base", report, dataset_digest)
+    fit(with_settings(config, {**chosen, **own}, "trial"), trial)
 
 
 def _trial_resources(plan: SweepPlan) -> dict[str, float]:
@@ -406,11 +467,14 @@ def _searcher(plan: SweepPlan, space: dict[str, Any]) -> Searcher | BasicVariant
 
         searcher = OptunaSearch(seed=settings.seed, points_to_evaluate=points)
         return ConcurrencyLimiter(searcher, max_concurrent=_concurrent(plan))
-    return BasicVariantGenerator(
+    generator = BasicVariantGenerator(
         random_state=settings.seed,
         points_to_evaluate=points,
         max_concurrent=_concurrent(plan),  # it takes no notice of `TuneConfig`'s
     )
+    # The same trials get the same ids, and so their RUNs, where Tune's state is lost.
+    generator._uuid_prefix = hashlib.sha256(str(plan.output).encode()).hexdigest()[:5] + "_"
+    return generator
 
 
 def _scheduler(config: Config) -> TrialScheduler:
@@ -428,7 +492,6 @@ def _loggers(plan: SweepPlan) -> list[tune.Callback]:
     """MLflow's callback, if configured; Tune adds TensorBoard's by itself."""
     if plan.config.tune.mlflow_uri is None:
         return []
-    require_mlflow("tune.mlflow_uri", plan.config.tune.mlflow_uri)
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     return [MLflowLoggerCallback(plan.config.tune.mlflow_uri, experiment_name=plan.output.name)]
@@ -557,7 +620,7 @@ def _result(plan: SweepPlan, dataset: PreparedDataset, state: dict[str, Any]) ->
         reasons = sorted({str(trial["reason"]) for trial in trials})
         raise SweepError(f"no trial of {len(trials)} came to an end: {'; '.join(reasons)}")
     best = max(scored, key=lambda trial: (trial["kept_score"], trial["score"]))
-    if plan.config.train.instances:
+    if best["settings"].get("train.instances", plan.config.train.instances):
         _finish(plan, dataset, best["run"])
     return {
         "best": best["run"],
@@ -579,6 +642,7 @@ def _finish(plan: SweepPlan, dataset: PreparedDataset, best: str) -> None:
     task = ray.remote(finish_run).options(
         num_cpus=workers.cpus_per_worker, num_gpus=gpus, max_retries=0
     )
+    _wait_for_room(plan, 1)  # the last trial's process may still be ending
     device, threads = torch.device("cuda" if workers.use_gpu else "cpu"), workers.cpus_per_worker
     precise = full_precision(plan.config)
     ray.get(task.remote(plan.output / best, dataset.folder, device, threads, precise))

@@ -337,7 +337,7 @@ def test_a_used_folder_needs_resume_and_a_finished_run_is_not_trained_again(
     assert status == 2
     assert "--resume" in err
     before = state_of(tuned_run)
-    status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", *FROZEN)
+    status, _, err = run_cli(*again, "--resume", *FROZEN)  # with its own number of epochs
     assert status == 0, err
     assert state_of(tuned_run)["epochs"] == before["epochs"]
     status, _, err = run_cli(*again, "--num-epochs", 2, "--resume", "--lr", 0.5, *FROZEN)

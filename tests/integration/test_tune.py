@@ -18,7 +18,7 @@ from samray.config import load_config
 from samray.errors import SamrayError
 from samray.sam.checkpoint import load_checkpoint
 from samray.sam.model import build_model
-from samray.training.tune import sweep
+from samray.training.tune import can_restore, sweep
 
 SPACE = {"train.learning_rate": {"choice": [3e-4, 1e-3]}}
 
@@ -115,6 +115,7 @@ def test_the_report_has_test_scores_and_cost(swept):
 
 def test_the_same_command_again_repeats_nothing(swept, run_cli):
     output, _, arguments = swept
+    assert can_restore(output / "tune")  # Ray's files are the ones that it looks at
     before = {path: path.stat().st_mtime_ns for path in (output / "trials").rglob("*")}
     status, _, err = run_cli("tune", *arguments)
     assert status == 0, err

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from samray import cluster
-from samray.errors import ClusterError
+from samray.errors import ClusterError, ConfigError
 
 
 @pytest.fixture
@@ -197,3 +197,12 @@ def test_a_busy_cluster_is_waited_for_in_words_and_given_up(hold, monkeypatch, c
     threading.Timer(1, ray.kill, [holder]).start()
     cluster.wait_for_room(2, 2, 0)
     assert "waiting up to 60 s for 2 x 2 free CPU; " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_a_setting_to_change(tmp_path, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cluster, "write_bytes", refuse)  # a test may run as root
+    with pytest.raises(ConfigError, match=r"embeddings\.cache_dir: .* cannot be written \(Perm"):
+        cluster.require_shared(tmp_path, "embeddings.cache_dir")

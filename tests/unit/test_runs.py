@@ -1,11 +1,15 @@
 """A RUN folder: when it is resumed, and from where."""
 
 import pytest
+from small_dataset import write_dataset
 
 from samray.config import load_config
 from samray.errors import ConfigError
-from samray.runs import RunFolder, open_run, require_same_run, resume_point
+from samray.runs import RunFolder, keep_num_epochs, open_run, require_same_run, resume_point
 from samray.storage import write_json
+from samray.training import pretraining, train
+from samray.training.pretraining import pretrain
+from samray.training.train import fit
 
 
 @pytest.fixture
@@ -66,6 +70,41 @@ def test_resuming_with_another_setting_is_refused_by_name(run, override, message
 def test_resuming_with_other_epochs_and_workers_is_allowed(run):
     config = load_config(None, ["train.num_epochs=99", "scaling.num_workers=4"])
     require_same_run(run, config, "d1")
+
+
+@pytest.mark.parametrize(
+    ("resume", "words", "expected"),
+    [
+        (True, [], 40),
+        (True, ["train.num_epochs=20"], 20),  # given, though it is the default
+        (True, ["train.num_epochs=60"], 60),
+        (False, [], 20),
+    ],
+)
+@pytest.mark.parametrize("stage", [fit, pretrain])
+def test_a_resumed_run_keeps_its_number_of_epochs_unless_another_is_given(
+    stage, resume, words, expected, tmp_path, monkeypatch
+):
+    """The default would change the learning rate of every step that is left."""
+    write_dataset(tmp_path / "data")
+    paths = {"train.data_dir": str(tmp_path / "data"), "train.output_dir": str(tmp_path / "run")}
+    RunFolder.create(tmp_path / "run", load_config(None, ["train.num_epochs=40"]), "d1")
+    options = {**paths, "train.resume": resume, "model.type": "tiny"}
+    seen = []
+    for module in (train, pretraining):
+        name = "_fit" if module is train else "_pretrain"
+        monkeypatch.setattr(module, name, lambda config, *given: seen.append(config))
+    stage(load_config(None, words, options))
+    assert seen[0].train.num_epochs == expected
+
+
+def test_another_number_of_epochs_is_said_and_saved(run, capsys):
+    keep_num_epochs(run, load_config(None, ["train.num_epochs=60"]))
+    assert capsys.readouterr().out == "num_epochs: 20 before, 60 now\n"
+    assert load_config(run.path / "config.yaml").train.num_epochs == 60
+    assert RunFolder(run.path).state["num_epochs"] == 60
+    keep_num_epochs(run, load_config(None, ["train.num_epochs=60"]))
+    assert capsys.readouterr().out == ""
 
 
 def test_resuming_on_other_data_is_refused(run):

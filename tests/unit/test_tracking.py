@@ -1,6 +1,8 @@
 """A run's event files as TensorBoard reads them, its curves in MLflow, and what it ran with."""
 
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from samray import __version__
 from samray.config import Config, load_config
 from samray.errors import ConfigError
-from samray.storage import list_folder, read_json, resolve
+from samray.storage import list_folder, read_json, resolve, write_json
 from samray.tracking import Tracker, describe_start, git_commit, require_mlflow
 
 STEPS = 3  # of an epoch
@@ -177,6 +179,27 @@ def test_an_mlflow_that_does_not_work_is_a_mistake_in_the_setting(tmp_path):
     config = load_config(options={"train.mlflow_uri": "nosuchscheme://server"})
     with pytest.raises(ConfigError, match=r"train\.mlflow_uri: nosuchscheme"):
         track(tmp_path, events(1, 1), config=config)
+
+
+def test_a_server_that_is_away_ends_the_first_start_alone_and_soon(tmp_path, monkeypatch):
+    """A restart keeps the run's id, so that the server has one run with all curves."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed here")
+    for name in ("MAX_RETRIES", "TIMEOUT"):
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        config = load_config(options={"train.mlflow_uri": uri})
+        with pytest.raises(ConfigError, match=rf"train\.mlflow_uri: {uri} cannot be used"):
+            track(tmp_path, events(1, 1), config=config)
+        known = {"tracking_uri": uri, "run_id": "abc"}
+        write_json(tmp_path / "mlflow.json", known)
+        started = time.perf_counter()
+        texts = track(tmp_path, events(1, 2), config=config)
+    assert time.perf_counter() - started < 60  # four minutes a request by MLflow's own settings
+    assert "MLflow does not answer now" in texts[0]
+    assert len(texts) > 1
+    assert read_json(tmp_path / "mlflow.json") == known
 
 
 def test_mlflow_is_asked_for_where_it_is_missing(monkeypatch):

@@ -1,7 +1,9 @@
 """Checkpoints: the best and the latest, registration, and what a path names."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +187,41 @@ def test_a_checkpoint_without_an_optimizer_says_how_to_train_on_from_it(run):
         CheckpointError, match=r"optimizer.pth: does not exist.*--checkpoint \S+_0003"
     ):
         load_optimizer(run.latest)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "foreign"])
+def test_a_damaged_optimizer_says_how_to_train_on_without_it(damage, tmp_path):
+    state = ({"a": torch.ones(99)}, {})
+    save_checkpoint(tmp_path, small_sam().state_dict(), load_config(), {}, state)
+    path = tmp_path / "optimizer.pth"
+    size = path.stat().st_size
+    contents = {"empty": b"", "cut": path.read_bytes()[:-500], "zeros": bytes(size)}
+    path.write_bytes(contents.get(damage, b"text"))
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.pth: is damaged, .*--checkpoint \S+ with another"
+    ):
+        load_optimizer(tmp_path)
+
+
+def test_what_a_run_needs_to_go_on_is_on_the_disk_before_it_counts(run, tiny, monkeypatch):
+    """Else a power failure could leave empty files under the names of whole ones."""
+    events = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(number):
+        events.append(Path(f"/proc/self/fd/{number}").resolve().name.lstrip(".").split(".")[0])
+        sync(number)
+
+    def replaced(old, new):
+        events.append(f"name {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    add_epoch(run, tiny, 4, 0.9)
+    begin = events.index("name epoch_0004")
+    assert {"weights", "config", "progress"} <= set(events[:begin])
+    assert events[begin + 1 : begin + 3] == ["run", "name run.json"]
 
 
 def test_a_run_without_an_epoch_says_so(tmp_path):

@@ -1,4 +1,4 @@
-"""Many images are encoded in order; 16 bits give the masks of float32."""
+"""Many images are encoded in order; 16 bits give the masks of float32; damaged and other caches."""
 
 import functools
 
@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 from sam_parts import small_sam, small_vit
+from small_dataset import write_dataset
 
+from samray.config import load_config
+from samray.errors import ConfigError
+from samray.evaluation.scoring import embedding_of
 from samray.geometry.prompts import Prompt
 from samray.sam.attention import fuse_attention
+from samray.sam.checkpoint import save_checkpoint
 from samray.sam.decode import predict_masks
 from samray.sam.embeddings import (
     EmbeddingCache,
@@ -18,6 +23,8 @@ from samray.sam.embeddings import (
     encode_images,
     encode_many,
 )
+from samray.sam.encode import encode_missing
+from samray.sam.model import build_model
 
 
 def photos(count):
@@ -60,6 +67,46 @@ def test_embeddings_of_another_precision_have_another_key(tmp_path):
     half.save("a" * 64, np.zeros((32, 4, 4)))
     assert full.load("a" * 64) is None
     assert half.load("a" * 64) is not None
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "cut in the header", "zeros"])
+def test_a_damaged_embedding_is_encoded_again(tmp_path, damage, capsys):
+    """As a power failure may leave it."""
+    cache = EmbeddingCache(tmp_path, small_sam())
+    for digest in "ab":
+        cache.save(digest, np.ones((32, 4, 4)))
+    path = cache.path("a")
+    content = path.read_bytes()
+    sizes = {"empty": 0, "cut": len(content) - 5, "cut in the header": 50}
+    content = content[: sizes[damage]] if damage in sizes else bytes(len(content))
+    path.write_bytes(content)
+    if damage in sizes:  # seen before anything is trained
+        assert cache.lacking([("a", 0), ("b", 0), ("c", 0)]) == [("a", 0), ("c", 0)]
+    assert cache.load("a") is None
+    assert f"{path}: is damaged" in capsys.readouterr().err
+    assert cache.lacking(iter([("a", 0), ("b", 0)])) == [("a", 0)]
+    cache.save("a", np.ones((32, 4, 4)))
+    assert cache.load("a").shape == (32, 4, 4)
+    assert cache.lacking([("a", 0), ("b", 0)]) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_encoded(tmp_path):
+    dataset = write_dataset(tmp_path / "data")
+    save_checkpoint(tmp_path / "base", build_model("tiny").state_dict(), load_config(), {})
+    (tmp_path / "file").write_text("")
+    config = load_config(options={"scaling.device": "cpu"})
+    views = [(record, 0) for record in dataset.split("val")]
+    with pytest.raises(ConfigError, match=r"embeddings\.cache_dir: .*file cannot be created"):
+        encode_missing(dataset, views, tmp_path / "base", tmp_path / "file", config)
+
+
+def test_an_embedding_that_cannot_be_kept_is_used_all_the_same(tmp_path):
+    dataset, sam = write_dataset(tmp_path / "data"), small_sam()
+    (record,) = dataset.split("val")
+    (tmp_path / "file").write_text("")
+    cache = EmbeddingCache(tmp_path / "file", sam)
+    found = embedding_of(sam, dataset, cache, record)
+    assert torch.equal(found, embedding_of(sam, dataset, None, record))
 
 
 def masks_of(sam, embedding):

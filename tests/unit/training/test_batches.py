@@ -11,7 +11,13 @@ from samray.geometry.prompts import Prompt
 from samray.geometry.views import View, cached_view
 from samray.sam.decode import group_prompts
 from samray.sam.embeddings import EmbeddingCache
-from samray.training.batches import BatchLoader, epoch_steps, share_work, valid_region
+from samray.training.batches import (
+    BatchLoader,
+    cached_entry,
+    epoch_steps,
+    share_work,
+    valid_region,
+)
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 12])
@@ -167,3 +173,13 @@ def test_the_first_cached_view_is_the_image_as_it_is(loader):
     paths = {loader.cache.path(digest, number) for number in range(3)} | {loader.cache.path(digest)}
     assert len(paths) == 3
     assert loader.cache.lacking([(digest, 0), (digest, 1)]) == [(digest, 1)]
+
+
+def test_training_on_a_damaged_embedding_names_the_file_and_what_to_do(loader):
+    cache, record = loader.cache, loader.records[1]
+    path = cache.path(record.digest, 5)
+    cache.save(record.digest, np.zeros((32, 4, 4)), 5)
+    path.write_bytes(b"")
+    with pytest.raises(DatasetError, match=rf"{path}: .* {record.name} is missing.*--resume"):
+        cached_entry(cache, record, 5)
+    assert not path.exists()
