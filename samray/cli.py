@@ -5,10 +5,14 @@ choices, help and default come from the field in `samray.config`.
 """
 
 import argparse
+import contextlib
 import io
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -149,7 +153,7 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
             options[positional[1]] = folders[0]
             words += folders[1:]
     try:
-        with plain_errors("S3"):
+        with ending_at_a_second_interrupt(stage), plain_errors("S3"):
             STAGES[stage].run(load_config(path, words, options))
     except SamrayError as exc:
         # Ray wraps what its actors raise; the message of the wrapper is a traceback.
@@ -160,6 +164,33 @@ def _run(arguments: argparse.Namespace, words: list[str]) -> int:
         print(f"samray {stage}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def ending_at_a_second_interrupt(stage: str) -> Iterator[None]:
+    """Let a second Ctrl-C end the process at once, with status 130.
+
+    The first one raises KeyboardInterrupt, which is lost where it meets a destructor, or a lock of
+    `logging` that is never released then. Outputs are whole at any time.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # under nohup it is ignored
+        return
+
+    def end(*_: object) -> None:
+        os.write(2, f"samray {stage}: interrupted again, ended at once\n".encode())
+        os._exit(130)
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, end)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _WALKTHROUGH = """all steps:

@@ -399,8 +399,8 @@ class EmbeddingsConfig(Section):
     cache."""
     compile: bool = False
     """Compile the image encoder with torch.compile before filling the cache on a GPU, which takes
-    half a minute in each process: ViT-H was 1.6 times as fast on one H200, ViT-B 1.1 times. Each
-    node needs a C compiler. No effect on a CPU."""
+    half a minute in each process: it was 1.5 times as fast on one H200. Each node needs a C
+    compiler. No effect on a CPU."""
 
 
 class PretrainConfig(Section):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,30 @@ def test_an_interruption_ends_with_status_130_and_its_hint(monkeypatch, capsys):
     monkeypatch.setitem(cli.STAGES, "train", entry)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "samray train: interrupted; resume with --resume\n"
+
+
+SWALLOWING = """
+import time
+from samray import cli
+with cli.ending_at_a_second_interrupt("prepare"):
+    for word in ("ready", "swallowed"):
+        try:
+            print(word, flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+"""
+
+
+def test_a_second_interrupt_ends_what_swallowed_the_first():
+    command = [sys.executable, "-c", SWALLOWING]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        for word in ("ready", "swallowed"):
+            assert process.stdout.readline() == f"{word}\n"
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == "samray prepare: interrupted again, ended at once\n"
 
 
 def test_a_job_is_the_stage_of_its_name(monkeypatch, capsys):
