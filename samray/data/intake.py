@@ -285,7 +285,7 @@ def _instances(
                 continue
             mask = rasterize_instance(shapes, size)
         instance = _instance(label, mask, size, 0)
-        # By the mask: the same outline with other points would be lost on the way back of an export.
+        # By the mask: with other points it would be the same shape twice in an export.
         first = seen.setdefault((label, instance["rle"]), shapes[0])
         if first is not shapes[0]:
             outcome.rejected.append(_duplicate(shapes, first, outcome.entry))
