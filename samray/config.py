@@ -896,10 +896,17 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     """One pydantic error as `dotted.path ...`, with the valid names for an unknown key."""
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "secret":
-        return f"{where}: {error['msg']}"
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']} (got {error['input']!r})"
+    kind, message, given = error["type"], error["msg"], error["input"]
+    if kind == "tuple_type":
+        message = "should be a list" + (f", such as [{given}]" if isinstance(given, str) else "")
+    elif kind in ("model_type", "dict_type"):
+        message = "should be settings by name"
+    elif kind == "value_error":  # of several settings of a section, which is too long to show
+        return f"{where}: {message.removeprefix('Value error, ')}"
+    if kind == "secret":
+        return f"{where}: {message}"
+    if kind != "extra_forbidden":
+        return f"{where}: {message} (got {given!r})"
     *sections, key = (str(part) for part in error["loc"])
     model: type[BaseModel] = Config
     for section in sections:
