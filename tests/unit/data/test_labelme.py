@@ -78,6 +78,8 @@ def test_good_file_gives_every_value() -> None:
         (b"null", "file", "not a NoneType"),
         (b"{}", "shapes", "another kind of JSON"),
         (b'{"shapes": {"0": 1}}', "shapes", "another kind of JSON"),
+        (b'{"shapes": [1], "shapes": []}', "file", "'shapes' is there twice in one object"),
+        (b'{"shapes": [{"label": "a", "label": "b"}]}', "file", "'label' is there twice"),
         (document(imageHeight=0), "imageHeight", "not 0"),
         (document(imageWidth=-3), "imageWidth", "not -3"),
         (document(imageWidth="20 px"), "imageWidth", "not '20 px'"),
