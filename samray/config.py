@@ -35,6 +35,7 @@ PointSelection = Literal["center", "random", "bbox", "mixed", "interactive"]
 Split = Literal["train", "val", "test"]
 
 MAX_BOX_NOISE = 20.0  # pixels; Segment Anything, appendix A
+MIN_TILE = 64  # pixels
 
 # `docs/measurements.md` has the comparison for `tiny`; 1e-4 is MedSAM's.
 LEARNING_RATE_TINY, LEARNING_RATE_VIT = 3e-4, 1e-4
@@ -135,7 +136,7 @@ class PrepareConfig(Section):
     """Take COCO annotations with `iscrowd` 1 as instances; CVAT writes brush masks so."""
     images_per_shard: int = Field(32, ge=1)
     """Images per Parquet shard; each shard is one parallel task."""
-    tile: int | None = Field(None, ge=64)
+    tile: int | None = Field(None, ge=MIN_TILE)
     """Cut images that exceed this width or height, in pixels, into tiles of that side; unset:
     no tiles."""
     overlap: int | None = Field(None, ge=0)
@@ -602,7 +603,7 @@ class PredictConfig(Section):
     """Background point (x, y) in pixels of the image as shown (EXIF applied); repeatable."""
     box: tuple[float, float, float, float] | None = None
     """Box (x1, y1, x2, y2) in pixels of the image as shown (EXIF applied)."""
-    tile: int | None = Field(None, ge=64)
+    tile: int | None = Field(None, ge=MIN_TILE)
     """In a larger image, use only a tile of this side around the prompt, in pixels, as
     `prepare.tile`; of all objects, those of overlapping tiles are joined; unset: the whole image.
     """
@@ -895,10 +896,17 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     """One pydantic error as `dotted.path ...`, with the valid names for an unknown key."""
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "secret":
-        return f"{where}: {error['msg']}"
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']} (got {error['input']!r})"
+    kind, message, given = error["type"], error["msg"], error["input"]
+    if kind == "tuple_type":
+        message = "should be a list" + (f", such as [{given}]" if isinstance(given, str) else "")
+    elif kind in ("model_type", "dict_type"):
+        message = "should be settings by name"
+    elif kind == "value_error":  # of several settings of a section, which is too long to show
+        return f"{where}: {message.removeprefix('Value error, ')}"
+    if kind == "secret":
+        return f"{where}: {message}"
+    if kind != "extra_forbidden":
+        return f"{where}: {message} (got {given!r})"
     *sections, key = (str(part) for part in error["loc"])
     model: type[BaseModel] = Config
     for section in sections:

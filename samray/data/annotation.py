@@ -5,6 +5,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -55,7 +56,9 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
             "file", f"is {len(raw) / 2**20:.0f} MiB; at most {MAX_JSON_BYTES // 2**20} are read"
         )
     try:
-        document = json.loads(raw.decode("utf-8-sig"))
+        document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_each_once)
+    except AnnotationError:
+        raise
     except UnicodeDecodeError as exc:
         raise AnnotationError("file", f"is not UTF-8 text (byte {exc.start})") from exc
     except json.JSONDecodeError as exc:
@@ -71,6 +74,15 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
             "file", f"must hold a JSON object, not a {type(document).__name__}: no LabelMe file"
         )
     return document
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that an object has twice, of which Python would keep only the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise AnnotationError("file", f"{twice!r:.60} is there twice in one object; join the two")
+    return content
 
 
 def whole_number(value: Any) -> int | None:

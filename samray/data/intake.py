@@ -274,7 +274,8 @@ def _instances(
     """Rename, filter, join by group and rasterise the shapes of one image."""
     groups = _groups(annotation.shapes, size, rules, outcome)
     _warn_of_a_group_of_nearly_all(groups, outcome)
-    instances = []
+    instances: list[dict[str, Any]] = []
+    seen: dict[tuple[str, bytes], Shape] = {}
     for (label, *_), shapes in groups.items():
         try:
             mask = rasterize_instance(shapes, size)
@@ -283,11 +284,17 @@ def _instances(
             if not shapes:
                 continue
             mask = rasterize_instance(shapes, size)
+        instance = _instance(label, mask, size, 0)
+        # By the mask: with other points it would be the same shape twice in an export.
+        first = seen.setdefault((label, instance["rle"]), shapes[0])
+        if first is not shapes[0]:
+            outcome.rejected.append(_duplicate(shapes, first, outcome.entry))
+            continue
         for shape in shapes:
             if (over := overhang(shape, size)) > 1:
                 reason = f"reach {over:.0f} pixels out of the image; cut off there"
                 outcome.warnings.append(FileWarning(outcome.entry, _field_of(shape), reason))
-        instances.append(_instance(label, mask, size, 0))
+        instances.append(instance)
         outcome.joined += len(shapes) - 1
     outcome.labels = dict(Counter(instance["label"] for instance in instances))
     return instances
@@ -305,11 +312,20 @@ def _usable(shapes: list[Shape], size: tuple[int, int], outcome: Outcome) -> lis
     return usable
 
 
+def _duplicate(shapes: list[Shape], first: Shape, entry: str) -> Rejection:
+    """Reject an instance's shapes: that of `first` has its label and its mask."""
+    reason = f"({shapes[0].label!r:.60}) is a duplicate of {_place_of(first)}; remove one"
+    return Rejection(entry, _place_of(shapes[0]), reason, len(shapes))
+
+
 def _field_of(shape: Shape) -> str:
     """Where its file says what it covers."""
-    if shape.kind == "rle":
-        return f"annotations[{shape.index}].segmentation"
-    return f"shapes[{shape.index}].points"
+    return f"{_place_of(shape)}.{'segmentation' if shape.kind == 'rle' else 'points'}"
+
+
+def _place_of(shape: Shape) -> str:
+    """Where in its file it is."""
+    return f"{'annotations' if shape.kind == 'rle' else 'shapes'}[{shape.index}]"
 
 
 Groups = dict[tuple[Any, ...], list[Shape]]  # the key begins with the label

@@ -168,8 +168,9 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
     polygons = []
     for contour in contours:
         points = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0]
-        if len(points) < 3:  # a part of one or two pixels: LabelMe needs three points
-            points = np.concatenate([points] * 3)[:3]
+        if len(points) < 3:  # a pixel or a line of them: LabelMe needs three different points
+            within = points[-1] + np.array([[0.25, 0], [0, 0.25]])  # of the last pixel
+            points = np.concatenate([points, within])[:3]
         polygons.append(points)
     group_id = 1 if len(polygons) > 1 else None
     return [labelme_shape(label, "polygon", points, group_id) for points in polygons]
@@ -258,6 +259,13 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
                 f"{where}[{number}]",
                 f"must be finite and within {MAX_COORDINATE:.0f} pixels, not {point!r:.60}",
             )
+    if kind == "polygon" and (different := len({(x, y) for x, y in points})) < 3:
+        # One of a double click has no area, and would become an object of one pixel.
+        raise AnnotationError(
+            where,
+            f"({label!r:.60}) is a polygon of {different} different points; it needs 3 or more; "
+            "delete it or draw it again",
+        )
     return np.array(points, dtype=np.float64)
 
 

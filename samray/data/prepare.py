@@ -126,6 +126,7 @@ def prepare(config: Config) -> dict[str, Any]:
     output = resolve(output_dir, "--output-dir")
     if root == output or root in output.parents:
         raise ConfigError(f"--output-dir: {output} lies inside --data-dir; choose another folder")
+    _require_outside_datasets(output)
     label_map = _read_label_map(settings)
     rule = SplitRule(settings)
     link_root = settings.link_root and resolve_local(settings.link_root, "prepare.link_root")
@@ -605,6 +606,20 @@ def _require_clean(rejected: list[dict[str, Any]], settings: PrepareConfig) -> N
             f"{len(lines)} bad items, and --strict allows none; fix or remove them:\n"
             + "\n".join(lines)
         )
+
+
+def _require_outside_datasets(output: Place) -> None:
+    """Refuse a local folder inside a prepared dataset: who deletes the one would lose the other."""
+    for folder in output.parents if isinstance(output, Path) else ():
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(manifest, dict) and {"format", "samray_version"} <= manifest.keys():
+            raise ConfigError(
+                f"--output-dir: {output} lies inside the prepared dataset {folder}; choose a "
+                "folder beside it"
+            )
 
 
 def _claim_output(job: PrepareJob) -> dict[str, Any] | None:

@@ -76,15 +76,16 @@ class _Item:
 def write_sample_data(output_dir: str | Path, num_images: int = 60, seed: int = 0) -> Path:
     """Write `images/sample_00000.jpg`, `annotations/sample_00000.json` and so on.
 
-    A folder of an earlier run with the same seed is completed; images beyond `num_images` from a
-    longer run stay. Long runs use every core with spawned processes, so a script that asks for
-    many images needs the usual `if __name__ == "__main__":`.
+    A folder of an earlier run with the same seed is completed. Long runs use every core with
+    spawned processes, so a script that asks for many images needs the usual
+    `if __name__ == "__main__":`.
 
     Returns:
         folder: output_dir as a Path.
 
     Raises:
-        ConfigError: num_images or seed is too small, or the folder holds something else.
+        ConfigError: num_images or seed is too small, or the folder holds something else or more
+            images.
     """
     if num_images < 1:
         raise ConfigError(
@@ -93,7 +94,7 @@ def write_sample_data(output_dir: str | Path, num_images: int = 60, seed: int = 
     if seed < 0:
         raise ConfigError(f"sample_data.seed: must be 0 or more, not {seed}; choose another")
     folder = Path(output_dir)
-    _open_folder(folder, seed)
+    _open_folder(folder, seed, num_images)
     missing = (k for k in range(num_images) if not all(path.exists() for path in _pair(folder, k)))
     first = next(missing, num_images)  # all before it exist: runs go in order
     write = partial(_write_scenes, folder, seed, num_images)
@@ -138,7 +139,7 @@ def draw_scene(seed: int, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]
     return image, shapes
 
 
-def _open_folder(folder: Path, seed: int) -> None:
+def _open_folder(folder: Path, seed: int, num_images: int) -> None:
     """Make the folders and the marker, or check that an earlier run may be resumed."""
     marker = folder / MARKER
     text = f"samray sample-data\nversion {VERSION}\nseed {seed}\n"
@@ -151,6 +152,12 @@ def _open_folder(folder: Path, seed: int) -> None:
             raise ConfigError(
                 f"{where} must be new, empty or started with seed {seed} by version {VERSION}; it "
                 f"holds {' '.join(found.split())[:60]!r}; choose another folder or the same seed"
+            )
+        there = len(list((folder / "images").glob("sample_*.jpg")))
+        if there > num_images:  # `prepare` would read all of them
+            raise ConfigError(
+                f"{where} must hold no more than the {num_images} images asked for; it holds "
+                f"{there} of an earlier call; choose another folder, or ask for {there} or more"
             )
     elif folder.is_dir() and any(path.name != f".{MARKER}.tmp" for path in folder.iterdir()):
         raise ConfigError(

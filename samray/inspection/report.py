@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from samray import __version__
 from samray.charts import histogram_svg, jpeg_uri, render_page
-from samray.config import Config, required
+from samray.config import MIN_TILE, Config, required
 from samray.data.dataset import SPLITS, ImageRecord, PreparedDataset
 from samray.errors import AnnotationError, DatasetError
 from samray.geometry.drawing import cut_out, encode_picture, shrink
@@ -315,7 +315,8 @@ def _resolution(
 
     In a tile of T pixels, an object of s pixels is s * side / T to the model. So the tile that
     brings nine in ten of the small ones to SMALL is s * side / SMALL, with s their lowest decile
-    of short sides; but a tile shorter than twice their median length would cut most of them.
+    of short sides; but a tile shorter than twice their median length would cut most of them, and
+    `prepare` cuts none below MIN_TILE, which is named only if it brings some of them to SMALL.
     """
     small = instances[instances[f"short_{model}"] < SMALL]
     share = len(small) / len(instances)
@@ -324,21 +325,24 @@ def _resolution(
         return facts
     sides = np.sort(small["box"][:, 2:] - small["box"][:, :2], axis=1)
     short, length = float(np.quantile(sides[:, 0], 0.1)), float(np.median(sides[:, 1]))
-    tile = max(int(short * side / SMALL), int(np.ceil(2 * length)))
+    wanted = max(int(short * side / SMALL), int(np.ceil(2 * length)))
+    tile = max(wanted, MIN_TILE)
     sizes = np.array([record.size for record in records])
     if tile >= sizes.max():
         return facts
     overlap = min(int(np.ceil(np.quantile(sides[:, 1], 0.9))), tile // 2)
     steps = np.ceil(np.maximum(sizes - tile, 0) / (tile - overlap)) + 1
     all_sides = instances["box"][:, 2:] - instances["box"][:, :2]
-    short_sides = all_sides.min(axis=1)
+    still_small = int((all_sides.min(axis=1) * side / tile < SMALL).sum())
+    if tile > wanted and still_small >= len(small):
+        return facts
     return facts | {
         "tile": tile,
         "overlap": overlap,
         "short_side": short,
         "reaches": short * side / tile,
         "tiles": int(steps.prod(axis=1).sum()),
-        "still_small": int((short_sides * side / tile < SMALL).sum()),
+        "still_small": still_small,
         "longer_than_tile": int((all_sides.max(axis=1) > tile).sum()),
         "command": "samray prepare --data-dir DATA --output-dir PREPARED "
         f"--tile {tile} --overlap {overlap}",
@@ -474,6 +478,7 @@ def _page(dataset: PreparedDataset, facts: dict[str, Any]) -> str:
         facts=facts,
         small=SMALL,
         small_share=SMALL_SHARE,
+        min_tile=MIN_TILE,
         labels=labels,
         groups=groups,
         items_shown=ITEMS_SHOWN,

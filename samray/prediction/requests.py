@@ -18,10 +18,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
 IMAGE_ID = r"^sha256:[0-9a-f]{64}$"
 IMAGE_NAME = r"^[^/\\\x00-\x1f]+$"  # a file's own name, no path
+_SAID_OF = {  # what a mistake says instead of the expression
+    IMAGE_ID: "should be an image_id as POST /v1/images answers",
+    IMAGE_NAME: "should be a file name without / or \\, and without control characters",
+}
 MAX_PROMPTS, MAX_POINTS = 256, 64  # a request, and each of its prompts
 MAX_JSON_BYTES = 2**20  # of a request without its image
 MAX_KEYS = 50  # of an object in a request
@@ -126,6 +130,10 @@ class PromptRequest(_Strict):
                 f"has {len(self.point_coords)} point_coords and {len(self.point_labels)} "
                 "point_labels; it needs a label for each point"
             )
+        # A correction may be background points alone: the mask says which object is meant.
+        foreground = self.point_labels is None or 1 in self.point_labels
+        if not foreground and self.box is None and self.mask_token is None:
+            raise ValueError("needs a foreground point (1 in point_labels) or a box")
         if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
             raise ValueError("box must be x1, y1, x2, y2 with x1 < x2 and y1 < y2")
         return self
@@ -415,9 +423,11 @@ def mistakes_error(mistakes: list[tuple[str, str]]) -> ApiError:
 
 def _mistakes_of(exc: ValidationError, field: str = "") -> list[tuple[str, str]]:
     """(field, message) of each."""
-    errors = exc.errors(include_url=False, include_input=False, include_context=False)
     start = (field,) if field else ()
-    return [(_path((*start, *error["loc"])), _plain(error["msg"])) for error in errors]
+    return [
+        (_path((*start, *error["loc"])), _plain(error))
+        for error in exc.errors(include_url=False, include_input=False)
+    ]
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -428,6 +438,9 @@ def _path(location: tuple[int | str, ...]) -> str:
     return text
 
 
-def _plain(message: str) -> str:
-    message = message.removeprefix("Value error, ")
+def _plain(error: ErrorDetails) -> str:
+    """What an error of pydantic says, in the words of the API."""
+    if error["type"] == "string_pattern_mismatch":
+        return _SAID_OF[error["ctx"]["pattern"]]
+    message = error["msg"].removeprefix("Value error, ")
     return message[:1].lower() + message[1:]

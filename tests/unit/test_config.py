@@ -84,6 +84,20 @@ def test_unknown_key_names_the_valid_ones_and_the_closest() -> None:
     assert "scaling has num_workers, device, cpus_per_worker" in message
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prepare.labels=cat"], "prepare.labels: should be a list, such as [cat] (got 'cat')"),
+        (["predict.box=3"], "predict.box: should be a list (got 3)"),
+        (["prepare=[1, 2]"], "prepare: should be settings by name (got [1, 2])"),
+        (["tune.search_space=3"], "tune.search_space: should be settings by name (got 3)"),
+        (["prepare.overlap=10"], "prepare: overlap is for tiles; add prepare.tile (--tile)"),
+    ],
+)
+def test_messages_are_in_the_words_of_the_user(words: list[str], said: str) -> None:
+    assert message_of(None, words) == f"config: {said}"
+
+
 def test_unknown_section_names_the_valid_ones_and_the_closest() -> None:
     message = message_of(None, ["trian.seed=2"])
     assert "trian is not a setting (did you mean train?); a config has sample_data, " in message

@@ -293,6 +293,14 @@ def test_crowds_are_instances_if_the_setting_says_so(iscrowd: Any) -> None:
     assert (len(annotation.shapes), annotation.not_instances) == (1, [])
 
 
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    """The annotations of the first list were lost without a word."""
+    raw = document({"segmentation": [SQUARE]})
+    again = raw[:-1] + b', "annotations": []}'
+    with pytest.raises(AnnotationError, match="'annotations' is there twice"):
+        read_coco(again, "c.json")
+
+
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
 def test_a_file_without_a_list_is_no_coco(key: str) -> None:
     with pytest.raises(AnnotationError, match=key):

@@ -240,3 +240,44 @@ def test_coco_polygons_that_reach_out_of_the_image_are_warned_about(tmp_path):
     ]
     filtered = read_coco_entry(tmp_path / "a", [outside], labels=["bolt"])
     assert filtered.warnings == []
+
+
+def polygon(label, *points, group_id=None):
+    return {"label": label, "points": points, "shape_type": "polygon", "group_id": group_id}
+
+
+def test_the_same_mask_of_a_label_again_is_a_duplicate_whatever_its_points(tmp_path):
+    """An export writes a mask's own outline: it would be the same shape twice."""
+    again = polygon("nut", [10.2, 10], [19, 10.7], [19, 15], [19, 19], [10, 19])
+    shapes = [
+        rectangle("nut", 10, 10, 19, 19),
+        again,
+        again | {"label": "seed"},  # another label: another instance, also of an export
+        again | {"label": "nuts"},
+        polygon("nut", [10, 10], [19, 10], [10, 19], group_id=1),
+        polygon("nut", [19, 10], [19, 19], [10, 19], group_id=1),
+    ]
+    outcome, (row,) = read(tmp_path, shapes, {"nuts": "nut"})
+    assert [instance["label"] for instance in row["instances"]] == ["nut", "seed"]
+    assert len({instance["rle"] for instance in row["instances"]}) == 1
+    assert outcome.labels == {"nut": 1, "seed": 1}
+    assert outcome.joined == 0
+    rejected = [(problem.field, problem.num_shapes) for problem in outcome.rejected]
+    assert rejected == [("shapes[1]", 1), ("shapes[3]", 1), ("shapes[4]", 2)]
+    assert outcome.rejected[0].reason == "('nut') is a duplicate of shapes[0]; remove one"
+
+
+def test_categories_renamed_to_one_label_are_duplicates_where_their_masks_are_the_same(tmp_path):
+    read(tmp_path, [])
+    (tmp_path / "a.json").unlink()
+    square = {"image_id": 1, "segmentation": [[10, 10, 20, 10, 20, 20, 10, 20]]}
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 150}],
+        "categories": [{"id": 1, "name": "nut"}, {"id": 2, "name": "seed"}],
+        "annotations": [square | {"id": 1, "category_id": 1}, square | {"id": 2, "category_id": 2}],
+    }
+    ((image,), _) = read_coco(json.dumps(document).encode(), "c.json")
+    for label_map, places in (({}, []), ({"seed": "nut"}, ["annotations[1]"])):
+        rules = Rules(PrepareConfig(), label_map, frozenset())
+        outcome, _ = read_entry(Entry.of_coco(image), find_files(tmp_path), rules, tmp_path)
+        assert [problem.field for problem in outcome.rejected] == places

@@ -1,12 +1,13 @@
-"""`--label-map`: JSON or YAML that maps labels to labels."""
+"""`--label-map`: JSON or YAML that maps labels to labels; where `--output-dir` may lie."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from samray.config import PrepareConfig
-from samray.data.prepare import _read_label_map
-from samray.errors import ConfigError
+from samray.config import PrepareConfig, load_config
+from samray.data.prepare import _read_label_map, prepare
+from samray.errors import ConfigError, SamrayError
 
 
 def read(folder: Path, content: bytes) -> dict[str, str | None]:
@@ -48,3 +49,27 @@ def test_what_is_no_label_map_is_refused(content: bytes, said: str, tmp_path: Pa
         read(tmp_path, content)
     assert str(caught.value).startswith(f"--label-map: {tmp_path / 'map'} ")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["x", "data/deep/x"])
+def test_a_folder_inside_a_prepared_dataset_is_refused(below: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    outer = tmp_path / "prepared"
+    outer.mkdir()
+    manifest = {"format": 3, "samray_version": "0.1.0"}
+    (outer / "manifest.json").write_text(json.dumps(manifest))
+    words = [f"prepare.data_dir={tmp_path / 'photos'}", f"prepare.output_dir={outer / below}"]
+    with pytest.raises(ConfigError, match=rf"inside the prepared dataset {outer}; .* beside it"):
+        prepare(load_config(None, words))
+    assert [path.name for path in outer.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"format": 1, "name": "a page"}', "[1]", "{", "[" * 99_999]
+)
+def test_another_manifest_above_the_folder_is_no_dataset(content: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "manifest.json").write_text(content)
+    words = [f"prepare.data_dir={tmp_path / 'photos'}", f"prepare.output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SamrayError, match="no LabelMe JSON or COCO file"):
+        prepare(load_config(None, words))

@@ -78,6 +78,8 @@ def test_good_file_gives_every_value() -> None:
         (b"null", "file", "not a NoneType"),
         (b"{}", "shapes", "another kind of JSON"),
         (b'{"shapes": {"0": 1}}', "shapes", "another kind of JSON"),
+        (b'{"shapes": [1], "shapes": []}', "file", "'shapes' is there twice in one object"),
+        (b'{"shapes": [{"label": "a", "label": "b"}]}', "file", "'label' is there twice"),
         (document(imageHeight=0), "imageHeight", "not 0"),
         (document(imageWidth=-3), "imageWidth", "not -3"),
         (document(imageWidth="20 px"), "imageWidth", "not '20 px'"),
@@ -114,6 +116,8 @@ def test_missing_size_is_allowed(dropped: list[str]) -> None:
     ("entry", "field", "said"),
     [
         (shape(points=TRIANGLE[:2]), ".points", "('cat') is a polygon of 2 points"),
+        (shape(points=TRIANGLE[:1] * 3), ".points", "('cat') is a polygon of 1 different points"),
+        (shape(points=[*TRIANGLE[:2], TRIANGLE[0]]), ".points", "2 different points; it needs 3"),
         (shape(points=[]), ".points", "0 points"),
         (shape(points=[], label="two\nlines"), ".points", r"('two\nlines') is"),
         (shape(points=[], label="x" * 10_000), ".points", "xxx) is a polygon of 0 points"),

@@ -247,6 +247,16 @@ def test_refuses_a_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None
     assert file.read_text() == "mine"
 
 
+def test_refuses_a_folder_of_an_earlier_call_with_more_images(tmp_path: Path) -> None:
+    """It said five images, and fifteen were there to be prepared."""
+    before = files_of(write_sample_data(tmp_path, 3))
+    with pytest.raises(ConfigError, match=r"2 images asked for; it holds 3 of .* another folder"):
+        write_sample_data(tmp_path, 2)
+    assert files_of(tmp_path) == before
+    write_sample_data(tmp_path, 3)
+    assert files_of(tmp_path) == before
+
+
 def test_refuses_to_mix_seeds_or_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_of(write_sample_data(tmp_path, 1, seed=1))
     with pytest.raises(ConfigError, match="seed 2"):

@@ -499,6 +499,15 @@ def test_small_masks_round_trip_exactly_and_parts_share_a_group(rows: str) -> No
     assert np.array_equal(read_back(shapes, mask.shape), mask)
 
 
+@pytest.mark.parametrize("rows", ["#", "##", "####", "..# .#. #..", "# #", "#... ...."])
+def test_a_pixel_and_a_line_are_polygons_of_three_different_points(rows: str) -> None:
+    """`prepare` refuses others, which a double click leaves."""
+    mask = picture(rows)
+    (only,) = mask_to_shapes(mask, "cat")
+    assert len({tuple(point) for point in only["points"]}) == 3  # type: ignore[attr-defined]
+    assert np.array_equal(read_back([only], mask.shape), mask)
+
+
 @pytest.mark.parametrize("rows", ["#### #..# ####", ".#. #.# .#.", "##### #.#.# ##### ..... ....#"])
 def test_hole_makes_a_mask_shape_that_round_trips_exactly(rows: str) -> None:
     mask = np.pad(picture(rows), ((2, 1), (3, 4)))

@@ -179,7 +179,9 @@ def written_shapes(draw: Any) -> dict[str, Any]:
     number = draw(st.sampled_from(AREAL_SHAPES[kind]))
     if kind == "polygon":
         number = draw(st.integers(3, 12))
-    points = draw(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=number, max_size=number))
+    pairs = st.tuples(NUMBERS, NUMBERS)
+    different = kind == "polygon"  # of fewer than three different points, it is refused
+    points = draw(st.lists(pairs, min_size=number, max_size=number, unique=different))
     group_id = draw(st.none() | st.integers())
     return labelme_shape(draw(LABELS), kind, np.array(points), group_id)
 

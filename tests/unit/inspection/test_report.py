@@ -386,6 +386,32 @@ def test_no_tile_is_recommended_that_would_cut_what_it_enlarges(tmp_path):
     assert "still under 16" in html
 
 
+@pytest.mark.parametrize(
+    ("side", "short", "tile"),
+    [(300, 4, 64), (300, 3, None), (64, 1, None)],  # what helps most is 64, 48 and 16 for tiny
+)
+def test_no_tile_is_recommended_that_prepare_refuses(side, short, tile, tmp_path):
+    size = (side, side)
+    boxes = [(x, 10, x + short, 10 + short) for x in range(5, 55, 10)]
+    instances = [("dot", rectangle(*box, size)) for box in boxes]
+    dataset = write_dataset(tmp_path / "p", [("1.png", "train", photo(1, size), size, instances)])
+    facts, html = reported(dataset, tmp_path / "out")
+    tiny = facts["resolution"]["tiny"]
+    assert (tiny["small"], tiny["tile"]) == (5, tile)
+    assert ("tiles of 64 pixels, the least" in html) == (tile is None)
+
+
+def test_a_tile_of_the_least_size_is_recommended_where_it_brings_some_to_16_pixels(tmp_path):
+    size = (300, 300)
+    boxes = [(x, 10, x + s, 10 + s) for x, s in ((5, 2), (25, 2), (45, 6), (65, 6))]
+    instances = [("dot", rectangle(*box, size)) for box in boxes]
+    dataset = write_dataset(tmp_path / "p", [("1.png", "train", photo(1, size), size, instances)])
+    facts, html = reported(dataset, tmp_path / "out")
+    tiny = facts["resolution"]["tiny"]
+    assert (tiny["tile"], tiny["small"], tiny["still_small"]) == (64, 4, 2)
+    assert "there are no smaller tiles" in html
+
+
 def test_large_objects_need_no_tile(tmp_path):
     size = (256, 256)
     instances = [("nut", rectangle(10, 10, 100, 100, size))]

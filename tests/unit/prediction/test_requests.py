@@ -94,3 +94,46 @@ def test_masks_of_a_prompt_are_counted_as_the_decoder_makes_them(prompt, multima
     document = {"prompts": [json.loads(json.dumps(prompt))], "multimask_output": multimask}
     asked = read_request(json.dumps(document), PredictRequest)
     assert asked.masks_of(PromptRequest.model_validate_json(json.dumps(prompt))) == masks
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"point_labels": [0, 0]}, "needs a foreground point (1 in point_labels) or a box"),
+        ({"point_labels": [0, 1]}, None),
+        ({"point_labels": [0, 0], "box": [0, 0, 5, 5]}, None),
+        ({"point_labels": [0, 0], "mask_token": "t"}, None),
+        ({"point_labels": [0]}, "it needs a label for each point"),
+    ],
+)
+def test_background_points_alone_say_of_no_object_where_it_is(prompt, message):
+    """The answer was an empty mask, and the command refused the same."""
+    prompt = {"point_coords": [[1, 2], [3, 4]], **prompt}
+    content = json.dumps({"prompts": [PROMPT, prompt]})
+    if message is None:
+        assert len(read_request(content, PredictRequest).prompts) == 2
+        return
+    with pytest.raises(ApiError) as caught:
+        read_request(content, PredictRequest)
+    assert (caught.value.status, caught.value.field) == (422, "prompts[1]")
+    assert caught.value.message.endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_id", "sha256:1", "image_id: should be an image_id as POST /v1/images answers"),
+        (
+            "image_name",
+            "a/b.jpg",
+            "image_name: should be a file name without / or \\, and without ",
+        ),
+        ("image_name", "a\nb.jpg", "without control characters"),
+    ],
+)
+def test_no_message_shows_an_expression(field, value, message):
+    with pytest.raises(ApiError) as caught:
+        read_request(json.dumps({"prompts": [PROMPT], field: value}), PredictRequest)
+    assert (caught.value.status, caught.value.field) == (422, field)
+    assert message in caught.value.message
+    assert "^" not in caught.value.message
