@@ -168,7 +168,9 @@ def mask_to_shapes(mask: np.ndarray, label: str, tolerance: float = 0.5) -> list
     polygons = []
     for contour in contours:
         points = cv2.approxPolyDP(contour, tolerance, closed=True)[:, 0]
-        if len(points) < 3:  # a pixel or a line of them: LabelMe needs three different points
+        if (
+            len(points) < 3
+        ):  # a pixel or a line of them: LabelMe needs three points, not all the same
             within = points[-1] + np.array([[0.25, 0], [0, 0.25]])  # of the last pixel
             points = np.concatenate([points, within])[:3]
         polygons.append(points)
@@ -259,12 +261,12 @@ def _read_points(where: str, label: str, kind: str, points: Any) -> np.ndarray:
                 f"{where}[{number}]",
                 f"must be finite and within {MAX_COORDINATE:.0f} pixels, not {point!r:.60}",
             )
-    if kind == "polygon" and (different := len({(x, y) for x, y in points})) < 3:
-        # One of a double click has no area, and would become an object of one pixel.
+    if kind == "polygon" and all(point == points[0] for point in points):
+        # A double click leaves such a polygon, which would become an object of one pixel.
         raise AnnotationError(
             where,
-            f"({label!r:.60}) is a polygon of {different} different points; it needs 3 or more; "
-            "delete it or draw it again",
+            f"({label!r:.60}) is a polygon whose points are all the same; delete it or draw it "
+            "again",
         )
     return np.array(points, dtype=np.float64)
 

@@ -501,7 +501,7 @@ def test_small_masks_round_trip_exactly_and_parts_share_a_group(rows: str) -> No
 
 @pytest.mark.parametrize("rows", ["#", "##", "####", "..# .#. #..", "# #", "#... ...."])
 def test_a_pixel_and_a_line_are_polygons_of_three_different_points(rows: str) -> None:
-    """`prepare` refuses others, which a double click leaves."""
+    """`prepare` refuses points that are all the same, which a double click leaves."""
     mask = picture(rows)
     (only,) = mask_to_shapes(mask, "cat")
     assert len({tuple(point) for point in only["points"]}) == 3  # type: ignore[attr-defined]

@@ -180,7 +180,7 @@ def written_shapes(draw: Any) -> dict[str, Any]:
     if kind == "polygon":
         number = draw(st.integers(3, 12))
     pairs = st.tuples(NUMBERS, NUMBERS)
-    different = kind == "polygon"  # of fewer than three different points, it is refused
+    different = kind == "polygon"  # whose points are all the same is refused
     points = draw(st.lists(pairs, min_size=number, max_size=number, unique=different))
     group_id = draw(st.none() | st.integers())
     return labelme_shape(draw(LABELS), kind, np.array(points), group_id)
