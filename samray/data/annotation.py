@@ -56,7 +56,7 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
             "file", f"is {len(raw) / 2**20:.0f} MiB; at most {MAX_JSON_BYTES // 2**20} are read"
         )
     try:
-        document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_each_once)
+        document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=each_once)
     except AnnotationError:
         raise
     except UnicodeDecodeError as exc:
@@ -76,12 +76,12 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
     return document
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that an object has twice, of which Python would keep only the last."""
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; refuse a key that it has twice, as Python keeps only the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise AnnotationError("file", f"{twice!r:.60} is there twice in one object; join the two")
+        raise AnnotationError("file", f"has {twice!r:.60} twice in one object; join the two")
     return content
 
 

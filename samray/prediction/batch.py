@@ -18,7 +18,6 @@ import os
 import posixpath
 import sys
 import traceback
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from samray import __version__, cluster
 from samray.config import Config, PredictConfig, required
+from samray.data.annotation import each_once
 from samray.data.discovery import RawFiles, find_files, unread_reason
 from samray.data.labelme import labelme_document, shapes_digest
 from samray.errors import AnnotationError, ConfigError, DatasetError, StorageError
@@ -403,7 +403,7 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
     path = resolve(settings.prompts, "--prompts")
     try:
         raw = read_bytes(path, MAX_PROMPTS_BYTES)
-        content = json.loads(raw, object_pairs_hook=_each_once)
+        content = json.loads(raw, object_pairs_hook=each_once)
     except StorageError:
         raise
     except AnnotationError as exc:
@@ -417,15 +417,6 @@ def _read_prompts(settings: PredictConfig) -> dict[str, Any] | None:
             f'--prompts: {path} must hold an object such as {{"images/a.jpg": [prompt, ...]}}, '
             f"not a {type(content).__name__}"
         )
-    return content
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; refuse a key that it has twice, as Python keeps only the last."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        ((double, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise AnnotationError("file", f"has {double!r:.100} twice in one object; join the two")
     return content
 
 

@@ -297,7 +297,7 @@ def test_a_key_that_is_there_twice_is_refused() -> None:
     """The annotations of the first list were lost without a word."""
     raw = document({"segmentation": [SQUARE]})
     again = raw[:-1] + b', "annotations": []}'
-    with pytest.raises(AnnotationError, match="'annotations' is there twice"):
+    with pytest.raises(AnnotationError, match="has 'annotations' twice"):
         read_coco(again, "c.json")
 
 
